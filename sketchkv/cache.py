@@ -1,0 +1,291 @@
+"""A transformers cache that never holds more than `max_cache_size` tokens per KV head."""
+
+import copy
+import warnings
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from sketchkv.policies import Policy, Sketch
+from sketchkv.slots import EMPTY, Slots
+
+# Queries of one attention product: bounds the score matrix while a large cache fills.
+MAX_BLOCK = 512
+
+
+class SketchLayer(CacheLayerMixin):
+    """One layer's slots and policy. `attend` stores, attends and evicts block by block; `update` only checks.
+
+    Blocks end where the slots are full, at fixed numbers of seen tokens: the same tokens are evicted whether a text
+    arrives at once, in chunks or token by token, and a token sees what it would see while decoding.
+    """
+
+    is_sliding = False
+
+    def __init__(self, policy, max_cache_size, num_sinks, recent_window, evict_every):
+        super().__init__()
+        self.policy = policy
+        self.max_cache_size = max_cache_size
+        self.num_sinks = num_sinks
+        self.recent_window = recent_window
+        self.evict_every = evict_every
+        self.slots = None
+        self._forget()
+
+    def _forget(self):
+        self.seen = 0
+        self.evicted = 0
+        self.padded = False
+        self.first = None  # [batch], position of each row's first real token once `padded`
+
+    # The interface of a transformers cache layer
+
+    def lazy_initialization(self, key_states, value_states):
+        batch, heads, _, head_dim = key_states.shape
+        capacity = self.max_cache_size + self.evict_every
+        self.slots = Slots(batch, heads, capacity, head_dim, key_states.dtype, key_states.device)
+        self.policy.allocate(self.slots)
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Returns the new keys and values as they are: storing and evicting happen in `attend`, after the mask of this
+        call was built."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        held = self.slots.keys
+        if key_states.shape[0] != held.shape[0]:
+            raise ValueError(
+                f"the cache holds a batch of {held.shape[0]}, this call brings {key_states.shape[0]}: "
+                "finish one batch before the next, with cache.reset() between them or a new cache"
+            )
+        if key_states.dtype != held.dtype or key_states.device != held.device:
+            raise ValueError(
+                f"the cache holds {held.dtype} on {held.device}, this call brings {key_states.dtype} on "
+                f"{key_states.device}: use a new cache after converting or moving a model"
+            )
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length):
+        """The mask of a call covers its own tokens alone; which stored tokens are visible, the slots know."""
+        return query_length, self.seen
+
+    def get_seq_length(self):
+        """Tokens seen, not tokens stored: positions must go on past the cap."""
+        return self.seen
+
+    def get_max_length(self):
+        return -1
+
+    def reset(self):
+        self._forget()
+        if self.slots is not None:
+            self.slots.clear()
+            self.policy.allocate(self.slots)
+
+    def reorder_cache(self, beam_idx):
+        if self.slots is None:
+            return
+        self.slots.reorder(beam_idx)
+        for tensor in self.policy.tensors():
+            tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+        if self.first is not None:
+            self.first = self.first.index_select(0, beam_idx.to(self.first.device))
+
+    def crop(self, *_):
+        raise NotImplementedError(
+            "a bounded cache cannot give back tokens it has evicted: use greedy search, sampling or beam search"
+        )
+
+    batch_repeat_interleave = batch_select_indices = crop
+
+    # What makes it bounded
+
+    def attend(self, query, key, value, valid, token_ids, scaling):
+        """Attention of new tokens over stored and new ones, `[batch, num_heads, n, head_dim]` like `query`.
+
+        query: `[batch, num_heads, n, head_dim]`; key, value: `[batch, num_kv_heads, n, head_dim]`; valid: bool
+        `[batch, n]`, False for padding, or None; token_ids: `[batch, n]` or None; scaling: factor of the logits.
+        """
+        total, outputs, start = query.shape[2], [], 0
+        while start < total:
+            count = min(self.slots.capacity - self.slots.used, total - start, MAX_BLOCK)
+            block = slice(start, start + count)
+            queried = self._store(key, value, valid, token_ids, block)
+            outputs.append(self._attend_block(query[:, :, block], queried, scaling))
+            if self.slots.used == self.slots.capacity:
+                self._evict()
+            start += count
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+    def _store(self, key, value, valid, token_ids, block):
+        """Appends the tokens of `block`; returns which of them are real (`[batch, n]`), None if all are."""
+        count = block.stop - block.start
+        positions = torch.arange(self.seen, self.seen + count, dtype=torch.int32, device=key.device)
+        positions = positions.expand(key.shape[0], count)
+        real = None
+        if valid is not None or self.padded:
+            real = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid[:, block]
+            if not self.padded:
+                self.padded = True
+                # Tokens before the first mask were all real; -1 stands for a row that had none yet.
+                self.first = torch.full_like(positions[:, 0], 0 if self.seen else -1)
+            begins = (self.first < 0) & real.any(-1)
+            self.first = torch.where(begins, self.seen + real.int().argmax(-1), self.first)
+            positions = positions.masked_fill(~real, EMPTY)
+        new = self.slots.append(key[:, :, block], value[:, :, block], positions)
+        self.policy.enter(self.slots, new, None if token_ids is None else token_ids[:, block])
+        self.seen += count
+        return real
+
+    def _attend_block(self, query, real, scaling):
+        keys, values = self.slots["keys"], self.slots["values"]
+        batch, kv_heads, used, head_dim = keys.shape
+        count = query.shape[2]
+        hidden = None  # True where a query must not look, broadcastable to [batch, kv_heads, 1, count, used]
+        if count > 1:
+            hidden = torch.ones(count, used, dtype=torch.bool, device=keys.device).triu(used - count + 1)
+        if self.padded:
+            empty = (self.slots["positions"] < 0)[:, :, None, None]
+            hidden = empty if hidden is None else hidden | empty
+        # The query heads of a group share their KV head's slots: no key or value is repeated (grouped-query attention).
+        query = query.reshape(batch, kv_heads, -1, head_dim)
+        logits = (query @ keys.transpose(-1, -2)).float().mul_(scaling).view(batch, kv_heads, -1, count, used)
+        if hidden is not None:
+            logits.masked_fill_(hidden, torch.finfo(logits.dtype).min)
+        attention = logits.softmax(-1)
+        output = attention.view(batch, kv_heads, -1, used).to(values.dtype) @ values
+        if self.policy.uses_attention:
+            received = attention.sum(2)
+            if real is not None:
+                received = received * real[:, None, :, None]
+            self.policy.observe(self.slots, received)
+        return output.view(batch, -1, count, head_dim)
+
+    def _evict(self):
+        """Back to `max_cache_size` tokens: the lowest scores go, padding first, sinks and the recent window never."""
+        positions = self.slots["positions"]
+        scores = self.policy.score(self.slots, self.seen)
+        first = 0 if self.first is None else self.first[:, None, None]
+        protected = (positions < first + self.num_sinks) | (positions >= self.seen - self.recent_window)
+        scores = scores.clamp(-1e30, 1e30).masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
+        if scores.isnan().any():
+            raise ValueError(
+                f"{type(self.policy).__name__} gave NaN importance after {self.seen} tokens: the model's keys, queries "
+                "or the policy's score are not finite (half precision that overflows? try float32 or bfloat16)"
+            )
+        self.slots.evict(scores.topk(self.evict_every, dim=-1, largest=False, sorted=False).indices)
+        self.evicted += self.evict_every
+
+
+class SketchCache(Cache):
+    """A bounded KV cache for `model.generate(..., past_key_values=cache)` on a model switched by `sketchkv.enable`.
+
+    config: the model's configuration (or the model). max_cache_size: tokens kept per sequence, layer and KV head after
+    an eviction. evict_every: tokens between evictions; as many slots are held beyond the cap, and count as memory.
+    num_sinks: first tokens of a text that are never evicted; recent_window: newest tokens that are never evicted.
+    policy: an eviction policy, or one per layer (list); default `Sketch(**sketch)`, whose parameters (`width`, `depth`,
+    `key`, `decay`, ...) may be given directly.
+
+    Raises ValueError for a cap that leaves no room beside sinks and recent window, or a parameter out of range, and
+    TypeError for an unknown parameter.
+    """
+
+    def __init__(self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, policy=None, **sketch):
+        config = getattr(config, "config", config).get_text_config(decoder=True)
+        for name, value, least in (
+            ("max_cache_size", max_cache_size, 1),
+            ("num_sinks", num_sinks, 0),
+            ("recent_window", recent_window, 0),
+            ("evict_every", evict_every, 1),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be a whole number of tokens, at least {least}; got {value!r}")
+        if max_cache_size <= num_sinks + recent_window:
+            raise ValueError(
+                f"max_cache_size={max_cache_size} leaves nothing to choose beside {num_sinks} sinks and a recent window "
+                f"of {recent_window}: raise the cap above {num_sinks + recent_window} or lower num_sinks, recent_window"
+            )
+        if policy is not None and sketch:
+            raise TypeError(f"give either policy= or sketch parameters, not both: {', '.join(sketch)}")
+        policy = Sketch(**sketch) if policy is None else policy
+        policies = policy if isinstance(policy, (list, tuple)) else [policy] * config.num_hidden_layers
+        if len(policies) != config.num_hidden_layers or not all(isinstance(p, Policy) for p in policies):
+            raise TypeError(f"policy must be a sketchkv Policy, or a list of {config.num_hidden_layers}, one per layer")
+        self.max_cache_size = max_cache_size
+        self.max_positions = getattr(config, "max_position_embeddings", None)
+        # Without rotary embeddings, positions are rows of a table that ends.
+        self.positions_end = getattr(config, "rope_parameters", None) is None
+        self.is_open = False
+        self.token_ids = None
+        layers = [
+            SketchLayer(copy.deepcopy(p), max_cache_size, num_sinks, recent_window, evict_every) for p in policies
+        ]
+        for index, layer in enumerate(layers):
+            layer.policy.layer = index
+        super().__init__(layers=layers)
+
+    @property
+    def seen_tokens(self):
+        """Tokens that passed through the cache, padding included; the next token's position."""
+        return self.layers[0].seen
+
+    @property
+    def evicted_tokens(self):
+        """Tokens evicted so far, per sequence and KV head, summed over layers."""
+        return sum(layer.evicted for layer in self.layers)
+
+    def stored_tokens(self):
+        """Occupied slots per layer: a list of int, the same for every sequence and KV head of a layer."""
+        return [0 if layer.slots is None else layer.slots.used for layer in self.layers]
+
+    def kept_positions(self, layer):
+        """Positions of the tokens that layer `layer` holds: int64 `[batch, num_kv_heads, slots]`, -1 for an empty slot
+        or padding; slots are in no particular order."""
+        slots = self.layers[layer].slots
+        if slots is None:
+            raise RuntimeError("the cache is empty: no text has passed through it yet")
+        return slots.positions.long()
+
+    def nbytes(self):
+        """Bytes of the tensors really held: {"kv", "sketch", "policy", "total"}.
+
+        "kv": key and value slots, the `evict_every` extra ones included. "sketch": counters, hash parameters,
+        projections and the sketch's key per slot. "policy": positions and everything else that choosing needs.
+        """
+        held = {"kv": 0, "sketch": 0, "policy": 0}
+        for layer in self.layers:
+            if layer.slots is not None:
+                held["kv"] += layer.slots.nbytes("keys", "values")
+                for kind, count in layer.policy.nbytes(layer.slots).items():
+                    held[kind] += count
+                held["policy"] += 0 if layer.first is None else layer.first.nbytes
+        return held | {"total": sum(held.values())}
+
+    # Called by the model through `sketchkv.enable`
+
+    def open(self, count, token_ids, position_ids):
+        """A forward pass of `count` tokens begins."""
+        end = self.seen_tokens + count
+        if self.max_positions is not None and end > self.max_positions:
+            # Left padding makes positions smaller than the number of tokens; looking at them is dear, so only here.
+            last = end - 1 if position_ids is None else int(position_ids.max())
+            if last >= self.max_positions and self.positions_end:
+                raise ValueError(
+                    f"the text reaches position {last}, but the model has only {self.max_positions} (0 to "
+                    f"{self.max_positions - 1}): shorten the text or use a model with rotary positions"
+                )
+            if last >= self.max_positions:
+                warnings.warn(f"position {last} lies beyond the {self.max_positions} that the model was made for", stacklevel=2)
+        self.is_open = True
+        self.token_ids = token_ids
+
+    def close(self):
+        self.is_open = False
+        self.token_ids = None
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if not self.is_open:
+            raise RuntimeError(
+                "SketchCache needs a model whose attention knows it: call sketchkv.enable(model) once before using the cache"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)

@@ -1,0 +1,188 @@
+"""Eviction policies: which tokens a full cache keeps. One class, one idea; `score` is all that a new one must define.
+
+A policy belongs to one layer. It may keep numbers that travel with a token (`slots.add` in `allocate`) and tensors of its
+own (listed by `tensors`, batch first), so that memory is counted and beam search moves it. Sinks and the recent window are
+protected by the cache alike for all policies, so that comparisons between policies compare scores and nothing else.
+"""
+
+import torch
+
+from sketchkv.sketches import CountMinSketch
+
+
+class Policy:
+    """Base of all policies.
+
+    `uses_attention` says whether `observe` wants attention probabilities: without them a layer may use a fused kernel.
+    """
+
+    uses_attention = False
+    layer = 0  # index of the layer it serves, set by the cache
+
+    def allocate(self, slots):
+        """Called once per layer when its slots (`Slots`) are allocated, and again after a reset."""
+
+    def enter(self, slots, new, token_ids):
+        """Tokens entered the slots `new` (slice); `token_ids` is `[batch, n]`, or None if the model saw embeddings."""
+
+    def observe(self, slots, attention):
+        """Attention mass of n new queries on each occupied slot: `[batch, num_kv_heads, n, used]`, float32, query heads
+        of a group summed, rows of padding zero. Called after `enter`, the new tokens being the last n slots."""
+
+    def score(self, slots, seen):
+        """Importance of each occupied slot `[batch, num_kv_heads, used]`, higher is kept; `seen` tokens have passed."""
+        raise NotImplementedError(f"{type(self).__name__} must define score()")
+
+    def tensors(self):
+        """Tensors of the policy's own (not per slot), the batch first."""
+        return []
+
+    def nbytes(self, slots):
+        """Bytes held beside keys and values: {"sketch", "policy"}, the latter with the slots' positions."""
+        beside = slots.arrays.keys() - {"keys", "values"}
+        return {"sketch": 0, "policy": slots.nbytes(*beside) + sum(tensor.nbytes for tensor in self.tensors())}
+
+
+class Window(Policy):
+    """Keeps the newest tokens; with sinks this is StreamingLLM (Xiao et al. 2023, arXiv 2309.17453)."""
+
+    def score(self, slots, seen):
+        return slots["positions"].float()
+
+
+class Random(Policy):
+    """Evicts at random: what a policy must beat under the same protection. Seeded, the same on every device."""
+
+    def __init__(self, seed=0):
+        self.seed = seed
+
+    def allocate(self, slots):
+        self.generator = torch.Generator().manual_seed(1000 * self.seed + self.layer)
+
+    def score(self, slots, seen):
+        positions = slots["positions"]
+        return torch.rand(positions.shape, generator=self.generator).to(positions.device)
+
+
+def exposure(age, decay):
+    """Queries that could have attended to a token of this age (in tokens, itself included), discounted like its mass:
+    the sum of decay^i for i below age."""
+    return age.float() if decay == 1 else (1 - decay ** age.float()) / (1 - decay)
+
+
+class AttentionMass(Policy):
+    """Exact accumulators: the attention mass a token received since it was stored, one float32 per slot.
+
+    `decay` discounts the past per query. `mean=True` divides by the (equally discounted) number of queries that could
+    have attended to the token, since plain sums let old tokens win by age (A2SF, arXiv 2407.20485). With `decay=1` and
+    `mean=False` this is H2O (Zhang et al. 2023, arXiv 2306.14048).
+    """
+
+    uses_attention = True
+
+    def __init__(self, decay=0.99, mean=True):
+        if not 0 < decay <= 1:
+            raise ValueError(f"decay must be in (0, 1], got {decay}; 1 never forgets")
+        self.decay = decay
+        self.mean = mean
+
+    def allocate(self, slots):
+        slots.add("mass", torch.float32)
+
+    def enter(self, slots, new, token_ids):
+        slots.arrays["mass"][:, :, new] = 0
+
+    def observe(self, slots, attention):
+        count = attention.shape[2]
+        mass = slots["mass"]
+        if self.decay == 1:
+            mass += attention.sum(2)
+        elif count == 1:
+            mass.mul_(self.decay).add_(attention[:, :, 0])
+        else:
+            weights = self.decay ** torch.arange(count - 1, -1, -1, dtype=torch.float32, device=mass.device)
+            mass.mul_(self.decay**count).add_(torch.einsum("bhnl,n->bhl", attention, weights))
+
+    def score(self, slots, seen):
+        return slots["mass"] / exposure(seen - slots["positions"], self.decay) if self.mean else slots["mass"]
+
+
+class Sketch(AttentionMass):
+    """Attention mass kept in Count-Min sketches (Cormode & Muthukrishnan 2005), one per sequence and KV head.
+
+    What a slot received since the last eviction is added to the sketch under the slot's key; importance is what the
+    sketch remembers of that key, evicted tokens included, so a key that comes back finds its history. `mean=True`
+    divides the estimated mass by the estimated number of queries the key was exposed to, a second sketch of the same
+    shape.
+
+    key: "lsh", the signs of `lsh_bits` random projections of the key vector (SimHash, Charikar 2002): tokens whose keys
+    point the same way share their history; "token", the token's id; "position", every token its own key, the negative
+    control: exact accumulators plus collisions.
+    """
+
+    KEYS = ("lsh", "token", "position")
+
+    def __init__(self, width=512, depth=4, key="lsh", decay=0.99, mean=True, lsh_bits=12, seed=0):
+        super().__init__(decay, mean)
+        if key not in self.KEYS:
+            raise ValueError(f"unknown sketch key {key!r}; choose one of {', '.join(self.KEYS)}")
+        if not 1 <= lsh_bits <= 30:
+            raise ValueError(f"lsh_bits must be between 1 and 30, got {lsh_bits}")
+        CountMinSketch(width, depth)  # refuses a bad shape now instead of at the first eviction
+        self.width, self.depth, self.key, self.lsh_bits, self.seed = width, depth, key, lsh_bits, seed
+
+    def allocate(self, slots):
+        super().allocate(slots)
+        batch, heads, _, head_dim = slots.keys.shape
+        device = slots.keys.device
+        slots.add("item", torch.int32)
+        self.projection = None
+        if self.key == "lsh":
+            generator = torch.Generator().manual_seed(self.seed)
+            self.projection = torch.randn(head_dim, self.lsh_bits, generator=generator).to(device)
+            self.powers = 2 ** torch.arange(self.lsh_bits, device=device, dtype=torch.int32)
+        shape = dict(batch_shape=(batch, heads), seed=self.seed, device=device)
+        self.sketches = [CountMinSketch(self.width, self.depth, **shape) for _ in range(1 + self.mean)]
+        self.flushed = 0  # tokens seen when the sketch last took in the slots' mass
+
+    def enter(self, slots, new, token_ids):
+        super().enter(slots, new, token_ids)
+        if self.key == "token":
+            if token_ids is None:
+                raise ValueError('key="token" needs input_ids, the model was called with embeddings: use key="lsh"')
+            items = token_ids[:, None]
+        elif self.key == "lsh":
+            items = ((slots.keys[:, :, new].float() @ self.projection > 0) * self.powers).sum(-1)
+        else:
+            items = slots.positions[:, :, new]
+        slots.arrays["item"][:, :, new] = items
+
+    def _flush(self, slots, seen):
+        """Moves the mass received since the last flush from the slots into the sketch."""
+        items, mass, elapsed = slots["item"], slots["mass"], seen - self.flushed
+        for sketch in self.sketches:
+            sketch.decay(self.decay**elapsed)
+        self.sketches[0].update(items, mass)
+        if self.mean:
+            present = slots["positions"] >= 0
+            age = (seen - slots["positions"]).clamp(max=elapsed)
+            self.sketches[1].update(items, exposure(age, self.decay) * present)
+        mass.zero_()
+        self.flushed = seen
+
+    def score(self, slots, seen):
+        if slots["mass"].isnan().any():  # for the cache to refuse, before it spoils the whole table
+            return slots["mass"]
+        self._flush(slots, seen)
+        items = slots["item"]
+        estimate = self.sketches[0].query(items)
+        return estimate / self.sketches[1].query(items).clamp(min=1e-6) if self.mean else estimate
+
+    def tensors(self):
+        return [sketch.table for sketch in self.sketches]
+
+    def nbytes(self, slots):
+        """"sketch" is all that exists for the sketch's sake: counters, hash parameters, projection, a key per slot."""
+        address = 0 if self.projection is None else self.projection.nbytes + self.powers.nbytes
+        sketch = sum(sketch.nbytes for sketch in self.sketches) + slots.nbytes("item") + address
+        return {"sketch": sketch, "policy": slots.nbytes("positions", "mass")}

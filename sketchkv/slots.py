@@ -1,0 +1,87 @@
+"""Fixed storage for the tokens that one layer keeps."""
+
+import torch
+
+EMPTY = -1
+
+
+class Slots:
+    """`capacity` preallocated slots per sequence and KV head, of which the first `used` are occupied.
+
+    Every array is `[batch, num_kv_heads, capacity, ...]`: `keys` and `values` (`[..., head_dim]`, the model's dtype),
+    `positions` (int32, the token's position in its text, -1 for an empty slot or a padding token) and whatever a policy
+    adds with `add`, which then travels with its token. All heads hold the same number of tokens, which token is up to
+    each head; slots are in no particular order.
+    """
+
+    def __init__(self, batch, num_kv_heads, capacity, head_dim, dtype, device):
+        self.capacity = capacity
+        self.used = 0
+        shape = (batch, num_kv_heads, capacity)
+        self.arrays = {
+            "keys": torch.zeros(*shape, head_dim, dtype=dtype, device=device),
+            "values": torch.zeros(*shape, head_dim, dtype=dtype, device=device),
+            "positions": torch.full(shape, EMPTY, dtype=torch.int32, device=device),
+        }
+
+    keys = property(lambda self: self.arrays["keys"])
+    values = property(lambda self: self.arrays["values"])
+    positions = property(lambda self: self.arrays["positions"])
+
+    def add(self, name, dtype):
+        """Adds one number per slot under `name`, zero to begin with: `[batch, num_kv_heads, capacity]`."""
+        self.arrays[name] = torch.zeros(self.positions.shape, dtype=dtype, device=self.positions.device)
+
+    def __getitem__(self, name):
+        """The occupied part of an array: `[batch, num_kv_heads, used, ...]`, a view."""
+        return self.arrays[name][:, :, : self.used]
+
+    def append(self, keys, values, positions):
+        """Stores n new tokens (`[batch, num_kv_heads, n, head_dim]`, positions `[batch, n]`); returns their slots."""
+        new = slice(self.used, self.used + keys.shape[2])
+        self.keys[:, :, new] = keys
+        self.values[:, :, new] = values
+        self.positions[:, :, new] = positions[:, None]
+        self.used = new.stop
+        return new
+
+    def evict(self, evicted):
+        """Frees the slots `evicted` (`[batch, num_kv_heads, n]`, distinct indices below `used`).
+
+        The occupied slots must stay a prefix, so survivors of the last n slots move into the holes below: at most n
+        tokens are copied, however many are stored.
+        """
+        count = evicted.shape[-1]
+        kept = self.used - count
+        evicted = evicted.sort(-1).values
+        holes = evicted < kept
+        dead = torch.zeros(evicted.shape, dtype=torch.bool, device=evicted.device)
+        # Holes below the prefix mark nothing in the tail: they are sent to a column that is dropped.
+        dead = torch.cat([dead, dead[..., :1]], -1).scatter_(-1, (evicted - kept).where(~holes, count), True)[..., :-1]
+        # As many survivors in the tail as holes below it; stable order pairs the j-th survivor with the j-th hole.
+        survivors = kept + dead.to(torch.int8).argsort(dim=-1, stable=True)
+        target = torch.where(holes, evicted, survivors)  # past the last hole a slot is copied onto itself
+        for array in self.arrays.values():
+            source, destination = survivors, target
+            if array.ndim == 4:
+                source = source[..., None].expand(*source.shape, array.shape[-1])
+                destination = destination[..., None].expand_as(source)
+            array.scatter_(2, destination, array.gather(2, source))
+        self.positions[:, :, kept : self.used] = EMPTY
+        self.used = kept
+
+    def reorder(self, index):
+        """Row i becomes what row `index[i]` was, in place (beam search)."""
+        for array in self.arrays.values():
+            array.copy_(array.index_select(0, index.to(array.device)))
+
+    def clear(self):
+        """Empties every slot and keeps the memory."""
+        self.used = 0
+        for array in self.arrays.values():
+            array.zero_()
+        self.positions.fill_(EMPTY)
+
+    def nbytes(self, *names):
+        """Bytes held by the named arrays."""
+        return sum(self.arrays[name].nbytes for name in names)

@@ -1,0 +1,61 @@
+"""Small random models of every supported architecture, built from their configurations."""
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
+    Qwen3ForCausalLM,
+)  # fmt: skip
+
+import sketchkv
+
+transformers.logging.set_verbosity_error()
+VOCABULARY = 97
+ARCHITECTURES = ["gpt2", "llama", "qwen2", "qwen3"]
+
+
+def build(architecture, positions=512):
+    torch.manual_seed(0)
+    common = dict(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    grouped = common | dict(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, max_position_embeddings=positions,
+    )  # fmt: skip
+    if architecture == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_positions=positions, n_embd=64, n_layer=2, n_head=4, **common))
+    elif architecture == "llama":
+        model = LlamaForCausalLM(LlamaConfig(**grouped))
+    elif architecture == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**grouped))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**grouped))
+    # Freshly initialised attention is almost uniform, and a wrong mask would go unnoticed: sharpen it.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request):
+    """An enabled model of each architecture."""
+    return sketchkv.enable(build(request.param))
+
+
+@pytest.fixture
+def gpt2():
+    return sketchkv.enable(build("gpt2"))
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(1, VOCABULARY, (2, 100), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def padding(ids):
+    """A left-padded batch: (input_ids, attention_mask); row 0 is whole, row 1 lacks its first 23 tokens."""
+    mask = torch.ones_like(ids)
+    mask[1, :23] = 0
+    return ids * mask, mask

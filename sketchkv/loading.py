@@ -1,0 +1,200 @@
+"""Loading a model and its tokenizer: the embedded one, a local folder in hub layout, or a pinned hub model."""
+
+import hashlib
+from pathlib import Path
+
+import httpx
+import torch
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import get_session
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "model"
+
+# Commits on the hub: a repository there may change under its name. Any other model is pinned as "name@commit".
+HUB_REVISIONS = {
+    "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "openai-community/gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+    "openai-community/gpt2-medium": "6dcaa7a952f72f9298047fd5137cd6e4f05f41da",
+    "distilbert/distilgpt2": "2290a62682d06624634c1f46a6ad5be0f47f38aa",
+    "Qwen/Qwen2.5-0.5B": "060db6499f32faf8b98477b0a26969ef7d8b9987",
+    "Salesforce/wikitext": "b08601e04326c79dfdd32d625aee71d232d685c3",
+}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+HUB_TIMEOUT = 4.0  # seconds within which the hub must give a sign of life, before anything is asked of it
+
+# What `from_pretrained` reads, and so what `revision` hashes. A tokenizer is one file, or a vocabulary and merges.
+_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
+_OTHERS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_MODEL_FILES = (*_WEIGHTS, *_TOKENIZER, *_OTHERS)
+
+
+class LoadError(RuntimeError):
+    """A model, its tokenizer or a device can't be had as asked; the message says what to do instead."""
+
+
+def load(name_or_path="embedded", device="auto", dtype=None):
+    """Returns `(model, tokenizer)`: a causal language model in eval mode, its parameters without gradients.
+
+    `name_or_path` is "embedded" (`data/model` of this repository), a local folder in hub layout (config.json,
+    *.safetensors, tokenizer files), or a hub name: one of `HUB_REVISIONS`, or "name@commit". A hub model that is in
+    the hub's cache needs no network.
+    `device` is "auto" (CUDA if there is one), "cpu", "cuda", "cuda:N" or a `torch.device`.
+    `dtype` is one of `DTYPES`, by name or as `torch.dtype`; None means float32 whatever the files hold, since quality
+    is measured against a float32 reference.
+
+    Raises `LoadError` for a missing or incomplete model, an unreachable hub, an absent device, an unknown dtype.
+    """
+    device, dtype = resolve_device(device), _resolve_dtype(dtype)
+    folder = _model_folder(name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises whatever its parsers raise
+        raise LoadError(f"{_shown(name_or_path)} can't be read from {folder}: {error}") from error
+    # transformers only warns about these, and fills them with random numbers.
+    if missing := sorted(info["missing_keys"]):
+        raise LoadError(
+            f"The weights in {folder} don't fit its config.json: {len(missing)} parameters are missing, first "
+            f"{missing[0]}. {_remedy(name_or_path)}"
+        )
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def revision(name_or_path="embedded"):
+    """What identifies the model in results: the commit of a hub model, else 12 hex digits of a sha256 over every file
+    in its folder that `load` reads (weights, configuration, tokenizer). Raises `LoadError` as `load` does."""
+    name, commit = _pinned(name_or_path)
+    if commit and not _is_local(name_or_path):
+        return commit
+    folder = _model_folder(name_or_path)
+    return digest({path.name: path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+
+
+def digest(files):
+    """12 hex digits of a sha256 over the names and raw bytes of `files`: a dict of name to path, in any order."""
+    total = hashlib.sha256()
+    for name in sorted(files):
+        with open(files[name], "rb") as file:
+            total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()[:12]
+
+
+def resolve_device(device="auto"):
+    """The `torch.device` meant by "auto", "cpu", "cuda", "cuda:N" or a `torch.device`; `LoadError` if it is absent."""
+    name, count = str(device), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    kind, _, index = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or (index and not index.isdecimal()) or name.endswith(":")):
+        raise LoadError(
+            f'Unknown device "{name}": allowed are auto, cpu, cuda and cuda:N (DEVICE=auto takes what is there).'
+        )
+    if kind == "cuda" and int(index or 0) >= count:
+        raise LoadError(
+            f'Device "{name}" was asked for, but {count} CUDA devices are usable here: take DEVICE=auto or cpu.'
+        )
+    return torch.device(name)
+
+
+def hub_folder(repo, patterns, complete, instead, kind="model", commit=None):
+    """Local folder of a hub repository at its pinned commit, downloaded only if the hub's cache lacks it.
+
+    `patterns` names the files wanted, `complete(folder)` says whether a cached folder holds enough of them, `instead`
+    is the way out that the error names. Raises `LoadError` with its cause, within seconds when the hub is out of reach.
+    """
+    commit = commit or HUB_REVISIONS[repo]
+    wanted = dict(
+        repo_id=repo, repo_type=kind, revision=commit, allow_patterns=list(patterns), ignore_patterns=["onnx/*"]
+    )
+    try:
+        folder = Path(snapshot_download(**wanted, local_files_only=True))
+        if complete(folder):
+            return folder
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    try:
+        # The hub's client retries for 20 s and more, so a dead line is found out first.
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+        return Path(snapshot_download(**wanted))
+    except (httpx.HTTPError, OSError, ValueError) as error:
+        raise LoadError(
+            f"The {kind} \"{repo}\" at revision {commit[:12]} is not in the hub's cache and can't be fetched from "
+            f"{constants.ENDPOINT} ({type(error).__name__}). {instead}"
+        ) from error
+
+
+def _resolve_dtype(dtype):
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise LoadError(f'Unknown dtype "{name}": allowed are {", ".join(DTYPES)}.')
+    return DTYPES[name]
+
+
+def _pinned(name_or_path):
+    """Hub name and commit (None if neither pinned here nor given as "name@commit")."""
+    name, _, commit = str(name_or_path).partition("@")
+    return name, commit or HUB_REVISIONS.get(name)
+
+
+def _is_local(name_or_path):
+    """Whether a folder is meant. A pinned hub name is never one, so that `gpt2` means the same in every folder."""
+    if isinstance(name_or_path, Path) or str(name_or_path) == "embedded":
+        return True
+    name = str(name_or_path)
+    looks_like_path = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
+    return looks_like_path or (name not in HUB_REVISIONS and Path(name).exists())
+
+
+def _model_folder(name_or_path):
+    """Folder with everything `load` needs, fetched from the hub where a hub name is given."""
+    if not _is_local(name_or_path):
+        name, commit = _pinned(name_or_path)
+        if not commit:
+            known = ", ".join(repo for repo in HUB_REVISIONS if "wikitext" not in repo)
+            raise LoadError(
+                f'"{name}" is neither "embedded", nor a folder here, nor a hub model with a pinned revision ({known}). '
+                f'Pin another hub model as "{name or "name"}@<commit>", or use MODEL=embedded.'
+            )
+        folder = hub_folder(
+            name, _MODEL_FILES, commit=commit, complete=lambda cached: not _missing(cached),
+            instead="Offline, use MODEL=embedded, or MODEL=<local folder in hub layout>.",
+        )  # fmt: skip
+    else:
+        folder = EMBEDDED if str(name_or_path) == "embedded" else Path(name_or_path).expanduser()
+        if not folder.is_dir():
+            raise LoadError(f"There is no model folder {folder}. {_remedy(name_or_path)}")
+    if missing := _missing(folder):
+        raise LoadError(f"{_shown(name_or_path)} lacks {', '.join(missing)} in {folder}. {_remedy(name_or_path)}")
+    return folder
+
+
+def _missing(folder):
+    """The parts of a model that `folder` lacks, in words."""
+    parts = {
+        "config.json": ["config.json"],
+        "weights (*.safetensors)": ["*.safetensors"],
+        "a tokenizer (tokenizer.json, or vocabulary and merges)": _TOKENIZER,
+    }
+    return [part for part, patterns in parts.items() if not any(any(folder.glob(p)) for p in patterns)]
+
+
+def _shown(name_or_path):
+    return "The embedded model" if str(name_or_path) == "embedded" else f'The model "{name_or_path}"'
+
+
+def _remedy(name_or_path):
+    if str(name_or_path) == "embedded":
+        return "`make model` trains the embedded model again; a fresh clone of the repository has it."
+    return "Write the folder with `save_pretrained` of the model and of its tokenizer, or use MODEL=embedded."

@@ -3,10 +3,11 @@
 from sketchkv.attention import disable, enable
 from sketchkv.cache import SketchCache
 from sketchkv.decode import generate, score
-from sketchkv.policies import AttentionMass, Policy, Random, Sketch, Window
+from sketchkv.loading import load
+from sketchkv.policies import H2O, LRU, TOVA, AttentionMass, KeyNorm, Policy, Random, Sketch, SnapKV, Window
 from sketchkv.sketches import CountMinSketch
 
 __all__ = [
-    "AttentionMass", "CountMinSketch", "Policy", "Random", "Sketch", "SketchCache", "Window",
-    "disable", "enable", "generate", "score",
+    "H2O", "LRU", "TOVA", "AttentionMass", "CountMinSketch", "KeyNorm", "Policy", "Random", "Sketch", "SketchCache", "SnapKV",
+    "Window", "disable", "enable", "generate", "load", "score",
 ]  # fmt: skip

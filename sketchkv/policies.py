@@ -64,6 +64,84 @@ class Random(Policy):
         return torch.rand(positions.shape, generator=self.generator).to(positions.device)
 
 
+class KeyNorm(Policy):
+    """Keeps tokens with short key vectors, which tend to attract attention (Devoto et al. 2024, arXiv 2406.11430)."""
+
+    def score(self, slots, seen):
+        return -slots["keys"].float().norm(dim=-1)
+
+
+class LRU(Policy):
+    """Evicts what was least recently used. A query uses the tokens that get more of its attention than an equal share."""
+
+    uses_attention = True
+
+    def allocate(self, slots):
+        slots.add("last_used", torch.int32)
+
+    def enter(self, slots, new, token_ids):
+        slots.arrays["last_used"][:, :, new] = slots.positions[:, :, new]
+
+    def observe(self, slots, attention):
+        count, used = attention.shape[2:]
+        visible = torch.arange(used - count + 1, used + 1, device=attention.device)  # what each query could look at
+        query = slots["positions"][..., -count:].unsqueeze(-1)
+        latest = (query * (attention * visible[:, None] > 1)).amax(2)
+        slots["last_used"].copy_(torch.maximum(slots["last_used"], latest))
+
+    def score(self, slots, seen):
+        return slots["last_used"].float()
+
+
+class TOVA(Policy):
+    """Keeps what the newest query attends to, mean over heads, so that all heads of a layer keep the same tokens (Oren et
+    al. 2024, arXiv 2401.06104)."""
+
+    uses_attention = True
+
+    def allocate(self, slots):
+        slots.add("attention", torch.float32)
+
+    def observe(self, slots, attention):
+        slots["attention"].copy_(attention[:, :, -1])
+
+    def score(self, slots, seen):
+        return slots["attention"].mean(1, keepdim=True).expand_as(slots["attention"])
+
+
+class SnapKV(Policy):
+    """Keeps what the last queries attended to, smoothed over neighbours in the text (Li et al. 2024, arXiv 2404.14469).
+
+    SnapKV chooses once, at the end of the prompt; here its rule is applied at every eviction, its observation window being
+    the queries since the last one (`evict_every`). `kernel`: width of the mean over neighbouring stored tokens.
+    """
+
+    uses_attention = True
+
+    def __init__(self, kernel=7):
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd and positive, got {kernel}")
+        self.kernel = kernel
+
+    def allocate(self, slots):
+        slots.add("mass", torch.float32)
+
+    def enter(self, slots, new, token_ids):
+        slots.arrays["mass"][:, :, new] = 0
+
+    def observe(self, slots, attention):
+        slots["mass"].add_(attention.sum(2))
+
+    def score(self, slots, seen):
+        order = slots["positions"].argsort(-1)  # slots are in no order, neighbours are
+        in_text = slots["mass"].gather(-1, order)
+        smooth = torch.nn.functional.avg_pool1d(
+            in_text, self.kernel, stride=1, padding=self.kernel // 2, count_include_pad=False
+        )  # fmt: skip
+        slots["mass"].zero_()
+        return torch.empty_like(smooth).scatter_(-1, order, smooth)
+
+
 def exposure(age, decay):
     """Queries that could have attended to a token of this age (in tokens, itself included), discounted like its mass:
     the sum of decay^i for i below age."""
@@ -74,8 +152,7 @@ class AttentionMass(Policy):
     """Exact accumulators: the attention mass a token received since it was stored, one float32 per slot.
 
     `decay` discounts the past per query. `mean=True` divides by the (equally discounted) number of queries that could
-    have attended to the token, since plain sums let old tokens win by age (A2SF, arXiv 2407.20485). With `decay=1` and
-    `mean=False` this is H2O (Zhang et al. 2023, arXiv 2306.14048).
+    have attended to the token, since plain sums let old tokens win by age (A2SF, arXiv 2407.20485).
     """
 
     uses_attention = True
@@ -105,6 +182,13 @@ class AttentionMass(Policy):
 
     def score(self, slots, seen):
         return slots["mass"] / exposure(seen - slots["positions"], self.decay) if self.mean else slots["mass"]
+
+
+class H2O(AttentionMass):
+    """Heavy hitters by the plain sum of the attention received (Zhang et al. 2023, arXiv 2306.14048)."""
+
+    def __init__(self):
+        super().__init__(decay=1.0, mean=False)
 
 
 class Sketch(AttentionMass):

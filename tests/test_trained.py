@@ -1,0 +1,84 @@
+"""On trained weights: quality is tested where sinks and heavy hitters exist, which random toy models do not have."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from sketchkv import Random, SketchCache, Window, enable, generate, load, score
+from sketchkv.loading import EMBEDDED
+from sketchkv.oracle import decode_and_watch, full_cache_logits
+from sketchkv.study.integration import paired_interval, quality
+from sketchkv.texts import documents
+
+pytestmark = pytest.mark.skipif(
+    not (EMBEDDED / "model.safetensors").exists(), reason="the embedded model is being trained (make model)"
+)
+CAP = 64
+
+
+@pytest.fixture(scope="module")
+def trained():
+    model, tokenizer = load("embedded", device="cpu")
+    return enable(model), documents("embedded", tokenizer, split="development", count=24, length=512).input_ids
+
+
+@pytest.fixture(scope="module")
+def losses(trained):
+    """Mean nats per token beyond the cap, by cache and document."""
+    model, docs = trained
+    caches = {
+        "full": lambda: DynamicCache(config=model.config),
+        "sketch": lambda: SketchCache(model.config, CAP),
+        "random": lambda: SketchCache(model.config, CAP, policy=Random()),
+        "window": lambda: SketchCache(model.config, CAP, policy=Window()),
+        "window without sinks": lambda: SketchCache(model.config, CAP, policy=Window(), num_sinks=0),
+    }
+    nll, evicted = quality(model, docs, caches, batch=12)
+    assert evicted.pop("full") == 0 and set(evicted.values()) == {448}
+    return {name: values[:, CAP:].mean(1) for name, values in nll.items()}
+
+
+def test_evicting_costs_something(losses):
+    for name in ("sketch", "random", "window"):
+        assert paired_interval(losses[name] - losses["full"])[1] > 0, name
+
+
+def test_sketch_beats_random_eviction(losses):
+    mean, low, _ = paired_interval(losses["random"] - losses["sketch"])
+    assert low > 0 and mean > 0.01, (mean, low)
+
+
+def test_sinks_matter(losses):
+    mean, low, _ = paired_interval(losses["window without sinks"] - losses["window"])
+    assert low > 0.01, (mean, low)
+
+
+def test_oracle_on_trained_weights(trained):
+    model, docs = trained
+    ids = docs[:1, :200]
+    logits, visible = decode_and_watch(model, ids, SketchCache(model.config, CAP))
+    torch.testing.assert_close(logits, full_cache_logits(model, ids, visible), atol=1e-3, rtol=0)
+
+
+def test_generation_past_the_cap(trained):
+    model, docs = trained
+    cache = SketchCache(model.config, CAP)
+    tokens = model.generate(
+        docs[:2, :100], past_key_values=cache, max_new_tokens=150, do_sample=False, eos_token_id=None, pad_token_id=0
+    )  # fmt: skip
+    assert tokens.shape == (2, 250) and cache.seen_tokens == 249 and cache.evicted_tokens > 0
+    by_hand = SketchCache(model.config, CAP)
+    again = generate(model, docs[:2, :100], by_hand, 150)
+    assert torch.equal(again, tokens)
+    for layer in range(len(cache.layers)):
+        assert torch.equal(by_hand.kept_positions(layer), cache.kept_positions(layer))
+
+
+def test_single_pass_perplexity_would_not_have_noticed(trained):
+    """The predecessor's metric, a cap above the length of the text, gives the same figure for every policy."""
+    model, docs = trained
+    short = docs[:4, :50]
+    for policy in (None, Random(), Window()):
+        cache = SketchCache(model.config, CAP, policy=policy)
+        torch.testing.assert_close(score(model, short, cache), score(model, short), atol=1e-4, rtol=0)
+        assert cache.evicted_tokens == 0

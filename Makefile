@@ -1,0 +1,70 @@
+# Thin on purpose: what happens is in sketchkv/study/run.py, and the notebooks.
+
+MODEL ?= embedded
+DATASET ?= embedded
+DEVICE ?= auto
+PROFILE ?= study
+
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.sketchkv-ready
+KNOBS = --model '$(MODEL)' --dataset '$(DATASET)' --device '$(DEVICE)' --profile '$(PROFILE)'
+RUN = $(BIN)/python -m sketchkv.study.run $(KNOBS)
+
+# Jupyter finds the kernel of this environment, not one of the same name in the user's home, and writes nothing there.
+unexport JUPYTER_PATH
+export JUPYTER_PREFER_ENV_PATH := 1
+export JUPYTER_DATA_DIR := $(CURDIR)/build/jupyter
+export IPYTHONDIR := $(CURDIR)/build/jupyter/ipython
+
+.DEFAULT_GOAL := help
+.PHONY: help env reproduce lab test model clean FORCE
+
+help:  ## show this list
+	@sed -nE 's/^([a-z][^ :]*).*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/%/NAME/' | expand -t 26
+	@echo
+	@echo "knobs, with their defaults:"
+	@echo "  MODEL=embedded     embedded, a hub name such as gpt2, or a local folder"
+	@echo "  DATASET=embedded   embedded, wikitext-2-raw-v1, or a text file or folder"
+	@echo "  DEVICE=auto        auto, cpu or cuda"
+	@echo "  PROFILE=study      study, or smoke (a few minutes)"
+	@echo "  VENV=.venv  PYTHON=python3.11"
+
+env: $(READY)  ## create or update the environment in .venv
+
+HAS_PIP = $(BIN)/python -m pip --version >/dev/null 2>&1
+HAS_PYTHON = $(PYTHON) -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))'
+
+# The stamp is written last: an installation that broke off is taken up again.
+$(READY): requirements.lock pyproject.toml
+	@$(HAS_PIP) || $(HAS_PYTHON) || { \
+		echo "error: '$(PYTHON)' is no Python 3.11 or newer with its venv module; install Python 3.11," \
+			"or name one: make $(or $(MAKECMDGOALS),env) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(HAS_PIP) || $(PYTHON) -m venv '$(VENV)'
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch '$@'
+
+reproduce: $(READY)  ## run the study and render the report; goes on where it stopped
+	@$(RUN)
+
+lab: $(READY)  ## open the notebooks in JupyterLab
+	@mkdir -p '$(IPYTHONDIR)'
+	$(BIN)/python -m jupyterlab --notebook-dir=notebooks
+
+test: $(READY)  ## run the tests and every notebook
+	@mkdir -p '$(IPYTHONDIR)'
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests notebooks
+
+model: $(READY)  ## train the embedded model again
+	$(BIN)/python -m sketchkv.training
+
+figures/%.png figures/%.svg: $(READY) FORCE  ## make one figure again, by the notebook that draws it
+	@$(RUN) --figure '$*'
+
+clean:  ## remove what runs leave in build/; keeps training checkpoints, results, figures, report and .venv
+	@echo "removing everything in build/ but build/training"
+	@test ! -d build || find build -mindepth 1 -maxdepth 1 ! -name training -exec rm -rf {} +
+
+FORCE:

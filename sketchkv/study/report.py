@@ -1,0 +1,338 @@
+"""Renders the report from `report/template.md.j2` and the results: `report.md` with links, `report.html` in one piece.
+
+The template's prose holds no number of its own. It asks for them:
+
+    {{ fact("name", ".2f") }}          one number
+    {{ figure("name") }}               picture, caption, and where it comes from
+    {{ table("name", rows=10) }}       rows and columns of a result table
+
+What is missing stops the rendering with the name of the notebook that makes it.
+"""
+
+import base64
+import html
+import os
+import re
+from pathlib import Path
+
+import jinja2
+import nbformat
+import pandas as pd
+from markdown_it import MarkdownIt
+
+from sketchkv.study import results
+from sketchkv.study.run import find_notebooks
+
+TEMPLATE = results.ROOT / "report" / "template.md.j2"
+
+
+class ReportError(RuntimeError):
+    """The template asks for a result that is not there; the message names the notebook to run."""
+
+
+class Results:
+    """Every result under one root, by name: `facts`, `figures` and `tables` (their sidecars), `runs` (provenance)."""
+
+    def __init__(self, root):
+        self.root, self.paths = Path(root), results.Paths(root)
+        finished = sorted(self.paths.results.glob("run_*.json"))
+        self.runs = {p.stem.removeprefix("run_"): results.read_json(p) for p in finished}
+        self.figures = {p.stem: results.read_json(p) for p in sorted(self.paths.figures.glob("*.json"))}
+        self.tables = {p.stem: results.read_json(p.with_suffix(".json")) for p in self.paths.results.glob("*.csv")}
+        self.facts, owners = {}, {}
+        for path in sorted(self.paths.results.glob("facts_*.json")):
+            stored = results.read_json(path)
+            for name, value in stored["facts"].items():
+                if name in self.facts:
+                    raise ReportError(f"fact {name!r} is written by both {owners[name]} and {stored['notebook']}")
+                self.facts[name], owners[name] = value, stored["notebook"]
+        files = [*self.paths.results.glob("*.*"), *self.paths.figures.glob("*.*")]
+        # Hidden files are temporary; the provenance of the report itself is written after it has been rendered.
+        self.files = sorted(f for f in files if not f.name.startswith(".") and f.name != "run_08_report.json")
+
+    def missing(self, kind, name):
+        for notebook in find_notebooks(results.ROOT):
+            cells = nbformat.read(notebook, as_version=4).cells
+            source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+            if re.search(rf"""\.{kind}\(\s*["']{re.escape(name)}["']""", source):
+                how = f"notebooks/{notebook.name} makes it: python -m sketchkv.study.run --only {notebook.stem}"
+                return ReportError(f"there is no {kind} {name!r} under {self.root}; {how}")
+        return ReportError(f"there is no {kind} {name!r} under {self.root}, and no notebook makes one of that name")
+
+
+class Renderer:
+    """The functions that the template calls, for Markdown; `link` leads from the report to the results' root."""
+
+    def __init__(self, found, link):
+        self.found, self.link = found, link
+
+    def fact(self, name, spec=""):
+        if name not in self.found.facts:
+            raise self.found.missing("fact", name)
+        return format(self.found.facts[name], spec)
+
+    def has_fact(self, name):
+        return name in self.found.facts
+
+    def finding(self, name):
+        """The first sentence of a figure's caption, which states what it shows."""
+        return re.split(r"(?<=[.!?])\s", self._sidecar("figure", name)["caption"], maxsplit=1)[0]
+
+    def figure(self, name):
+        sidecar = self._sidecar("figure", name)
+        alt = self.finding(name).replace("[", "(").replace("]", ")")
+        return (
+            f'<a id="figure-{name}"></a>\n![{alt}]({self.link}/figures/{name}.png)\n\n'
+            f"**{name}.** {sidecar['caption']}\n\n{self._source(sidecar)}\n"
+        )
+
+    def table(self, name, rows=None, columns=None):
+        frame, descriptions, note = self._frame(name, rows, columns)
+        cells = frame.map(lambda value: str(value).replace("|", "\\|"))
+        lines = ["| " + " | ".join(frame.columns) + " |", "|" + " --- |" * len(frame.columns)]
+        lines += ["| " + " | ".join(row) + " |" for row in cells.itertuples(index=False)]
+        described = "; ".join(f"`{column}`: {text}" for column, text in descriptions.items())
+        return "\n".join(lines) + f"\n\n{note} {described}.\n"
+
+    def functions(self):
+        return {name: getattr(self, name) for name in ("fact", "has_fact", "finding", "figure", "table")}
+
+    def _sidecar(self, kind, name):
+        sidecars = self.found.figures if kind == "figure" else self.found.tables
+        if name not in sidecars:
+            raise self.found.missing(kind, name)
+        return sidecars[name]
+
+    def _source(self, sidecar):
+        """One line: notebook, inputs, commit, command."""
+        given = sidecar["inputs"]
+        tables = ", ".join(f"`{name}.csv`" for name in sidecar["tables"]) or "no table"
+        knobs = ", ".join(f"{k} {v}" for k, v in given.items() if k not in ("output", "package") and v is not None)
+        return (
+            f"*Source: `notebooks/{sidecar['notebook']}.ipynb` from {tables} ({knobs}); commit `{sidecar['commit']}`"
+            f"{', modified' if sidecar['dirty'] else ''}; again with* `{sidecar['command']}`"
+        )
+
+    def _frame(self, name, rows, columns):
+        sidecar = self._sidecar("table", name)
+        frame = pd.read_csv(self.found.paths.results / f"{name}.csv")
+        unknown = set(columns or ()) - set(frame.columns)
+        if unknown:
+            has = ", ".join(frame.columns)
+            raise ReportError(f"table {name!r} has no column {', '.join(sorted(unknown))}; it has: {has}")
+        shown = frame[list(columns)] if columns else frame
+        shown = shown.head(rows) if rows else shown
+        shown = shown.map(lambda v: "" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else str(v))
+        extent = f"{len(frame)} rows" if len(shown) == len(frame) else f"The first {len(shown)} of {len(frame)} rows"
+        note = f"{extent}, from `data/results/{name}.csv`. Columns:"
+        return shown, {column: sidecar["columns"][column] for column in shown.columns}, note
+
+
+class HtmlRenderer(Renderer):
+    """The same functions for HTML: pictures inside the file, tables that sort."""
+
+    def __init__(self, found):
+        super().__init__(found, "")
+        self.inline = MarkdownIt("commonmark", {"html": False}).renderInline
+
+    def figure(self, name):
+        sidecar = self._sidecar("figure", name)
+        alt = html.escape(self.finding(name))
+        picture = f'<img alt="{alt}" src="{self._data(name)}">'
+        # One line: a blank one would end the block of HTML.
+        return (
+            f'<figure id="figure-{name}">{picture}<figcaption>{self.inline(f"**{name}.** " + sidecar["caption"])}'
+            f'<p class="source">{self.inline(self._source(sidecar))}</p></figcaption></figure>\n'
+        )
+
+    def table(self, name, rows=None, columns=None):
+        frame, descriptions, note = self._frame(name, rows, columns)
+        head = "".join(
+            f'<th scope="col" title="{html.escape(descriptions[c])}">{html.escape(c)}</th>'
+            for c in frame.columns
+        )
+        body = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>"
+            for row in frame.itertuples(index=False)
+        )
+        described = "; ".join(f"`{column}`: {text}" for column, text in descriptions.items())
+        return (
+            f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead>'
+            f"<tbody>{body}</tbody></table></div>"
+            f'<p class="source">{self.inline(f"{note} {described}.")}</p>\n'
+        )
+
+    def _data(self, name):
+        svg, png = (self.found.paths.figures / f"{name}.{kind}" for kind in ("svg", "png"))
+        # Thousands of points make an SVG larger and slower than its picture.
+        path, kind = (svg, "svg+xml") if svg.stat().st_size <= max(400_000, png.stat().st_size) else (png, "png")
+        return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _notebooks(found):
+    """What the template iterates over: the finished notebooks, in order, with title, introduction and results."""
+    listed = []
+    for name, run in found.runs.items():
+        path = results.ROOT / "notebooks" / f"{name}.ipynb"
+        cells = nbformat.read(path, as_version=4).cells if path.exists() else []
+        text = next((cell.source for cell in cells if cell.cell_type == "markdown"), "").strip()
+        title, _, rest = text.partition("\n")
+        made = [Path(output) for output in run["outputs"]]
+        listed.append({
+            "name": name,
+            "title": title.lstrip("# ") or name,
+            "introduction": rest.strip().split("\n\n")[0],
+            "figures": [p.stem for p in made if p.suffix == ".png" and p.parent.name == "figures"],
+            "tables": [p.stem for p in made if p.suffix == ".csv"],
+            "run": run,
+        })  # fmt: skip
+    return [notebook for notebook in listed if notebook["name"] != "08_report"]
+
+
+def compose(source, report_folder, template=TEMPLATE):
+    """(markdown, html) of the report over the results under `source`, to be written into `report_folder`."""
+    found = Results(source)
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    text = Path(template).read_text(encoding="utf-8")
+    context = {"notebooks": _notebooks(found), "facts": found.facts, "figures": found.figures, "tables": found.tables}
+    if not context["notebooks"]:
+        raise ReportError(f"there are no results under {found.root}; run `make reproduce`")
+    link = Path(os.path.relpath(found.root, report_folder)).as_posix()
+    markdown, page = (
+        environment.from_string(text).render(**context, **renderer.functions())
+        for renderer in (Renderer(found, link), HtmlRenderer(found))
+    )
+    return re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n", _page(page)
+
+
+def render(run):
+    """Writes `report/report.md` and `report/report.html` under the run's root and returns their paths.
+
+    A notebook opened by hand renders the committed results.
+    """
+    source = results.ROOT if run.paths.root == results.INTERACTIVE else run.paths.root
+    for path in [TEMPLATE, *Results(source).files]:
+        run.read(path)
+    markdown, page = compose(source, run.paths.report)
+    return run.output("report/report.md", markdown), run.output("report/report.html", page)
+
+
+def problems(markdown_path, html_path):
+    """What is unresolved in a rendered report, as a list of sentences: empty when all is well."""
+    markdown, page = (Path(p).read_text(encoding="utf-8") for p in (markdown_path, html_path))
+    visible = re.sub(r"<style>.*?</style>|<script>.*?</script>", "", page, flags=re.DOTALL)
+    visible = re.sub(r"data:image[^\"]*", "data:", visible)
+    found = [f"unrendered {mark!r}" for mark in ("{{", "}}", "{%", "{#", "TODO") if mark in markdown or mark in visible]
+    outside = re.findall(r'(?:src|<link [^>]*href)="(?!data:)[^"]*"', visible)
+    found += [f"{reference} is not inside the file" for reference in outside]
+    images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", markdown)
+    found += [f"no picture at {image}" for image in images if not (Path(markdown_path).parent / image).exists()]
+    identifiers = set(re.findall(r'id="([^"]+)"', page))
+    found += [f"no target for #{link}" for link in re.findall(r'href="#([^"]+)"', visible) if link not in identifiers]
+    return found
+
+
+def _page(markdown):
+    """One HTML file from Markdown: contents list, styles and script inside."""
+    parser = MarkdownIt("commonmark", {"html": True, "typographer": False}).enable("table")
+    tokens = parser.parse(markdown)
+    title, contents, used = "Report", [], set()
+    for heading, inline in zip(tokens, tokens[1:]):
+        if heading.type != "heading_open":
+            continue
+        plain = "".join(child.content for child in inline.children)
+        slug = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
+        while slug in used:
+            slug += "-"
+        used.add(slug)
+        heading.attrSet("id", slug)
+        if heading.tag == "h1":
+            title = plain
+        elif heading.tag in ("h2", "h3"):
+            contents.append(f'<li class="{heading.tag}"><a href="#{slug}">{html.escape(plain)}</a></li>')
+    body = parser.renderer.render(tokens, parser.options, {})
+    body = body.replace("<table>", '<div class="scroll"><table class="sortable">').replace(
+        "</table>\n", "</table></div>\n"
+    )
+    return _HTML.replace("%TITLE%", html.escape(title)).replace("%CONTENTS%", "".join(contents)).replace("%BODY%", body)
+
+
+_HTML = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>%TITLE%</title>
+<style>
+:root { --ink: #1b1f24; --soft: #59636e; --paper: #fff; --line: #d5dae0; --tint: #f3f5f7; --accent: #0b62b0; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e8ec; --soft: #9aa5b1; --paper: #14181c; --line: #39414a; --tint: #1e242a; --accent: #7db8f2; }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.6 system-ui, sans-serif; }
+.layout { display: grid; grid-template-columns: 15rem minmax(0, 46rem); gap: 3rem; max-width: 68rem; margin: 0 auto;
+  padding: 2rem 1.25rem 6rem; }
+nav { position: sticky; top: 2rem; align-self: start; max-height: calc(100vh - 4rem); overflow-y: auto;
+  font-size: .9rem; }
+nav ul { list-style: none; margin: 0; padding: 0; }
+nav li { margin: .35rem 0; line-height: 1.35; }
+nav .h3 { padding-left: 1rem; }
+nav a { color: var(--soft); text-decoration: none; }
+nav a:hover { color: var(--accent); }
+a { color: var(--accent); }
+h1 { font-size: 1.9rem; line-height: 1.2; margin-top: 0; }
+h2 { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); line-height: 1.25; }
+h3 { margin-top: 2rem; }
+h1, h2, h3, figure { scroll-margin-top: 1rem; }
+code { background: var(--tint); border-radius: 3px; padding: .1em .3em; font-size: .88em; overflow-wrap: anywhere; }
+pre { background: var(--tint); padding: .8rem 1rem; overflow-x: auto; border-radius: 6px; }
+pre code { padding: 0; background: none; }
+figure { margin: 2rem 0; }
+figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; padding: .6rem;
+  border: 1px solid var(--line); border-radius: 6px; }
+figcaption { margin-top: .6rem; }
+.source { color: var(--soft); font-size: .82rem; line-height: 1.45; margin: .4rem 0 0; }
+.scroll { overflow-x: auto; margin: 1.2rem 0 .4rem; }
+table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; min-width: 60%; }
+th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { background: var(--tint); }
+th, td code { white-space: nowrap; }
+th button { all: unset; cursor: pointer; font-weight: 600; }
+th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+th[aria-sort=ascending] button::after { content: " \\2191"; }
+th[aria-sort=descending] button::after { content: " \\2193"; }
+@media (max-width: 60rem) {
+  .layout { grid-template-columns: minmax(0, 1fr); gap: 1rem; padding-top: 1rem; }
+  nav { position: static; max-height: none; border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; }
+}
+@media print { nav { display: none; } .layout { display: block; } figure { break-inside: avoid; } }
+</style>
+</head>
+<body>
+<div class="layout">
+<nav aria-label="Contents"><ul>%CONTENTS%</ul></nav>
+<main>
+%BODY%
+</main>
+</div>
+<script>
+for (const table of document.querySelectorAll("table.sortable")) {
+  const body = table.tBodies[0];
+  table.querySelectorAll("thead th").forEach((head, column) => {
+    head.innerHTML = `<button type="button">${head.innerHTML}</button>`;
+    head.querySelector("button").addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") === "ascending";
+      table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const value = (row) => row.cells[column].textContent.trim();
+      const compare = (a, b) => (a !== "" && b !== "" && !isNaN(a) && !isNaN(b) ? a - b : a.localeCompare(b));
+      const rows = [...body.rows].sort((a, b) => compare(value(a), value(b)));
+      body.append(...(down ? rows.reverse() : rows));
+    });
+  });
+}
+</script>
+</body>
+</html>
+"""

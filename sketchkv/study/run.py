@@ -1,0 +1,262 @@
+"""Runs the notebooks in order, headless: `python -m sketchkv.study.run` (or `make reproduce`).
+
+A notebook counts as done once it has run to its end and written its provenance. It is skipped as long as its source,
+its parameters, the package, the model and the data are what they were, and all its outputs are still in place.
+"""
+
+import argparse
+import ast
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+from filelock import FileLock, Timeout
+from papermill.exceptions import PapermillExecutionError
+
+from sketchkv.corpus import CorpusError
+from sketchkv.loading import LoadError
+from sketchkv.study import results
+
+
+class RunError(RuntimeError):
+    """The study stopped; the message says where and why."""
+
+
+def find_notebooks(root):
+    """The notebooks `NN_name.ipynb` of `root`, in the order in which they run."""
+    return sorted((Path(root) / "notebooks").glob("[0-9]*.ipynb"))
+
+
+def declared_parameters(notebook):
+    """Names assigned in the cell tagged `parameters`; an empty set without such a cell."""
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            assigned = [node.targets for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]
+            return {target.id for targets in assigned for target in targets}
+    return set()
+
+
+def check_parameters(notebook, parameters):
+    """Raises RunError for a parameter that the notebook does not declare: papermill would only warn and ignore it."""
+    declared = declared_parameters(notebook)
+    unknown = sorted(set(parameters) - declared)
+    if unknown:
+        raise RunError(
+            f"{notebook.name} has no parameter {', '.join(unknown)}; its cell tagged `parameters` declares: "
+            f"{', '.join(sorted(declared)) or 'nothing'}"
+        )
+
+
+def key(notebook, parameters):
+    """Hash of everything that a notebook's results follow from, what it reads from earlier notebooks aside."""
+    identity = {
+        "source": [(c.cell_type, c.source) for c in nbformat.read(notebook, as_version=4).cells],
+        "parameters": parameters,
+        "package": results.package_fingerprint(),
+        "model": results.model_revision(parameters.get("model", "embedded")),
+        "data": results.data_revision(parameters.get("dataset", "embedded")),
+        "versions": results.versions(),
+        # A notebook added ahead of this one may be among its sources.
+        "before": [n.name for n in find_notebooks(notebook.parent.parent) if n.name < notebook.name],
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _mark(notebook, root):
+    return Path(root) / "build" / "done" / f"{notebook.stem}.json"
+
+
+def is_done(notebook, parameters, root):
+    """Whether an earlier run with the same key finished, and its outputs and sources are what they were then."""
+    try:
+        mark = results.read_json(_mark(notebook, root))
+    except (FileNotFoundError, ValueError):
+        return False
+    files = {**mark["reads"], **mark["outputs"]}
+    return mark["key"] == key(notebook, parameters) and all(
+        (Path(root) / name).exists() and results.sha256(Path(root) / name) == digest for name, digest in files.items()
+    )
+
+
+def isolate():
+    """Makes the kernel `python3` the running environment's own, and the run blind to the user's settings.
+
+    A kernel of the same name in the user's home, a startup script of IPython or an inherited matplotlib backend would
+    change the results; nothing is written to the home folder either.
+    """
+    private = results.ROOT / "build" / "jupyter"
+    (private / "ipython").mkdir(parents=True, exist_ok=True)
+    os.environ.pop("JUPYTER_PATH", None)
+    os.environ.update(
+        JUPYTER_PREFER_ENV_PATH="1", JUPYTER_DATA_DIR=str(private), IPYTHONDIR=str(private / "ipython"),
+        MPLBACKEND="module://matplotlib_inline.backend_inline", PYTHONHASHSEED="0",
+    )  # fmt: skip
+
+
+def execute(notebook, parameters, root):
+    """Runs one notebook in its own folder and marks it done.
+
+    On success the executed notebook is `build/executed/NAME.ipynb`; on failure what there is of it stays as
+    `NAME.failed.ipynb`, and RunError carries the cell's source and error.
+    """
+    check_parameters(notebook, parameters)
+    mark = _mark(notebook, root)
+    executed = Path(root) / "build" / "executed" / notebook.name
+    partial, failed = executed.with_suffix(".partial.ipynb"), executed.with_suffix(".failed.ipynb")
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    for stale in (mark, executed, failed, partial):
+        stale.unlink(missing_ok=True)
+    identity, began = key(notebook, parameters), time.time()
+    try:
+        papermill.execute_notebook(
+            notebook, partial, parameters=parameters, cwd=notebook.parent, kernel_name="python3", language="python",
+            progress_bar={"leave": False, "disable": None},  # None: only on a terminal
+            stderr_file=sys.stderr if sys.stderr.isatty() else None, extra_arguments=["--IPKernelApp.log_level=40"],
+        )  # fmt: skip
+    except BaseException as error:
+        if partial.exists():
+            os.replace(partial, failed)
+        if isinstance(error, PapermillExecutionError):
+            raise RunError(_describe(error, notebook, failed)) from None
+        if isinstance(error, Exception):
+            reason = f"{type(error).__name__}: {error}"
+            raise RunError(f"{notebook.name} stopped: {reason}\npartial output: {failed}") from error
+        raise
+    provenance = results.provenance_path(root, notebook.stem)
+    facts = results.read_json(provenance) if provenance.exists() else {"finished": 0}
+    if facts["finished"] < began:
+        os.replace(partial, failed)
+        raise RunError(f"{notebook.name} ran, but never called run.finish(): its results are not complete")
+    results.atomic_write(mark, results.to_json({"key": identity, "reads": facts["reads"], "outputs": facts["outputs"]}))
+    os.replace(partial, executed)
+
+
+def _describe(error, notebook, failed):
+    trace = "\n".join(error.traceback) or f"{error.ename}: {error.evalue}"
+    if not sys.stderr.isatty():
+        trace = re.sub(r"\x1b\[[0-9;]*m", "", trace)
+    source = "\n".join(f"    {line}" for line in error.source.splitlines())
+    return (
+        f"{notebook.name} failed in cell [{error.exec_count}]:\n\n{source}\n\n{trace}\n\n"
+        f"partial output: {failed}\nfinished notebooks are kept; run the same command again to go on from here"
+    )
+
+
+@contextlib.contextmanager
+def alone(root):
+    """Holds the lock of `root`; RunError names the process that has it. A killed process loses it by itself."""
+    build = Path(root) / "build"
+    build.mkdir(parents=True, exist_ok=True)
+    holder = build / "reproduce.pid"
+    lock = FileLock(build / "reproduce.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text().strip() if holder.exists() else "unknown"
+        raise RunError(f"another run is at work in this folder (process {who}); wait for it, or stop it") from None
+    try:
+        holder.write_text(f"{os.getpid()}\n")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def reproduce(notebooks, parameters, root=results.ROOT, force=False):
+    """Runs `notebooks` in order with the same parameters, skipping what is done; stops at the first that fails."""
+    isolate()
+    for notebook in notebooks:
+        check_parameters(notebook, parameters)  # before hours of work, not after
+    with alone(root):
+        results.remove_leftovers(root)
+        for number, notebook in enumerate(notebooks, 1):
+            label = f"[{number}/{len(notebooks)}] {notebook.stem}"
+            if not force and is_done(notebook, parameters, root):
+                print(f"{label}: up to date", flush=True)
+                continue
+            print(f"{label}: running ...", flush=True)
+            clock = time.monotonic()
+            execute(notebook, parameters, root)
+            print(f"{label}: done in {time.monotonic() - clock:.0f} s", flush=True)
+
+
+def notebook_named(name, root):
+    """The notebook that `name` says: its stem, or an unambiguous beginning of it."""
+    found = [n for n in find_notebooks(root) if n.stem.startswith(name.removesuffix(".ipynb"))]
+    if len(found) != 1:
+        options = ", ".join(n.stem for n in find_notebooks(root)) or "none"
+        raise RunError(f"{name!r} names {len(found) or 'no'} notebooks; there are: {options}")
+    return found[0]
+
+
+def notebook_of_figure(name, root):
+    """The notebook that draws the figure `name`, by the figure's sidecar or by the notebooks' source."""
+    name = Path(name).stem
+    sidecars = {p.stem: results.read_json(p)["notebook"] for p in results.Paths(root).figures.glob("*.json")}
+    drawn = {}
+    for notebook in find_notebooks(root):
+        source = "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code")
+        drawn |= {figure: notebook for figure in re.findall(r"""\.figure\(\s*["'](\w+)["']""", source)}
+    if name in drawn:
+        return drawn[name]
+    if name in sidecars:
+        return notebook_named(sidecars[name], root)
+    raise RunError(f"no notebook draws figure {name!r}; there are: {', '.join(sorted({*drawn, *sidecars})) or 'none'}")
+
+
+def main(arguments=None, root=results.ROOT):
+    parser = argparse.ArgumentParser(prog="python -m sketchkv.study.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="embedded", help="embedded, a hub name such as gpt2, or a local folder")
+    parser.add_argument("--dataset", default="embedded", help="embedded, wikitext-2-raw-v1, or a text file or folder")
+    parser.add_argument("--device", default="auto", help=", ".join(results.DEVICES))
+    parser.add_argument("--profile", default="study", help=", ".join(results.PROFILES))
+    parser.add_argument("--only", metavar="NAME", help="run one notebook, named by its stem or number")
+    parser.add_argument("--figure", metavar="NAME", help="run the notebook that draws this figure")
+    parser.add_argument("--force", action="store_true", help="run again what is done already")
+    parser.add_argument(
+        "-p", metavar="NAME=VALUE", action="append", default=[], dest="own",
+        help="a parameter of the notebook's own (repeatable)",
+    )  # fmt: skip
+    args = parser.parse_args(arguments)
+    parameters = {k: getattr(args, k) for k in ("model", "dataset", "device", "profile")}
+    try:
+        results.check_knobs(**parameters)
+        for knob in ("model", "dataset"):
+            # The notebooks run in their own folder, where a relative path would lead astray.
+            if parameters[knob] not in ("embedded", *results.DATASETS, *results.HUB_MODELS):
+                path = Path(parameters[knob]).expanduser()
+                parameters[knob] = str(path.resolve()) if path.exists() else parameters[knob]
+        parameters["output"] = str(root)
+        for assignment in args.own:
+            name, _, value = assignment.partition("=")
+            with contextlib.suppress(ValueError):
+                value = json.loads(value)
+            parameters[name] = value
+        notebooks = find_notebooks(root)
+        if args.only:
+            notebooks = [notebook_named(args.only, root)]
+        elif args.figure:
+            notebooks = [notebook_of_figure(args.figure, root)]
+        if not notebooks:
+            raise RunError(f"there are no notebooks in {Path(root) / 'notebooks'}")
+        reproduce(notebooks, parameters, root, args.force)
+    except results.KnobError as error:
+        parser.error(str(error))
+    except (RunError, LoadError, CorpusError) as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped; run the same command again to go on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,424 @@
+"""The study's machinery: knobs, runner, results with provenance, report. Tiny notebooks in a temporary folder."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nbformat
+import pandas as pd
+import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+from packaging.requirements import Requirement
+
+from sketchkv.study import figures, report, results, run
+
+ROOT = results.ROOT
+PARAMETERS = 'model = "embedded"\ndataset = "embedded"\ndevice = "auto"\nprofile = "smoke"\nseed = 0\noutput = ""'
+START = """from sketchkv.study import results
+run = results.start("{name}", model=model, dataset=dataset, device=device, profile=profile, seed=seed, output=output)
+"""
+
+
+@pytest.fixture(autouse=True)
+def same_environment():
+    """The runner sets variables for its kernels; other tests must not see them."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def write_notebook(root, name, *cells):
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]})]
+    notebook.cells += [nbformat.v4.new_code_cell(cell) for cell in cells]
+    path = Path(root) / "notebooks" / f"{name}.ipynb"
+    path.parent.mkdir(exist_ok=True)
+    nbformat.write(notebook, path)
+    return path
+
+
+def write_results(root):
+    """A finished run with a table, a figure and a fact, without a kernel."""
+    started = results.start("01_tiny", output=str(root))
+    frame = pd.DataFrame({"width": [64, 128], "error": [0.25, 1 / 3], "seconds": [0.5, 0.6]})
+    columns = {"width": "counters per row", "error": "share of the mass", "seconds": "seconds"}
+    started.table("error", frame, columns, timings=["seconds"])
+    fig, ax = plt.subplots(figsize=(2, 1.5))
+    ax.plot(frame.width, frame.error, **figures.method_style("sketch"))
+    ax.fill_between(frame.width, frame.error)
+    started.figure("error", fig, caption="The error falls with the width. One point is one width.", tables=["error"])
+    started.fact("share", 0.1234)
+    started.finish(dtype="float32")
+    return started
+
+
+@pytest.fixture(scope="module")
+def _finished(tmp_path_factory):
+    return write_results(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def finished(_finished, tmp_path):
+    """A folder with the results of `write_results`."""
+    shutil.copytree(_finished.paths.root, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+# -- knobs and runner -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "arguments, allowed",
+    [
+        (["--profile", "tiny"], "smoke, study"),
+        (["--device", "gpu"], "auto, cpu, cuda"),
+        (["--model", "embeded"], "gpt2"),
+        (["--model", "owner/name"], "name@commit"),
+        (["--dataset", "wikitext"], "wikitext-2-raw-v1"),
+        (["--only", "99"], "01_tiny"),
+        (["--figure", "none"], "drawn"),
+        (["--only", "01", "-p", "typo=7"], "profile"),
+    ],
+)
+def test_unknown_value_is_an_error_that_lists_the_allowed(tmp_path, capsys, monkeypatch, arguments, allowed):
+    write_notebook(tmp_path, "01_tiny", 'run.figure("drawn", fig)')
+    monkeypatch.setattr(run.papermill, "execute_notebook", lambda *a, **k: pytest.fail("ran all the same"))
+    try:
+        code = run.main(arguments, root=tmp_path)
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr().err
+    assert code != 0 and "error" in printed and allowed in printed
+    assert not (tmp_path / "build" / "done").exists()
+
+
+def test_study_runs_resumes_and_stops_at_a_failing_cell(tmp_path, capsys, monkeypatch):
+    table = 'import pandas as pd\nrun.table("t", pd.DataFrame({"a": [seed]}), {"a": "the seed"})\nrun.fact("a", 1)'
+    first = write_notebook(tmp_path, "01_first", START.format(name="01_first") + table, "run.finish()")
+    failing = write_notebook(tmp_path, "02_failing", "x = 40", "print('got here')\nraise ValueError(f'boom {x + 2}')")
+    write_notebook(tmp_path, "03_never", "raise SystemError('ran after a failure')")
+    monkeypatch.setattr(results, "package_fingerprint", lambda **_: "fixed")
+    assert run.main(["--profile", "smoke"], root=tmp_path) == 1
+
+    printed = capsys.readouterr()
+    assert "raise ValueError(f'boom {x + 2}')" in printed.err and "ValueError: boom 42" in printed.err
+    assert "02_failing" in printed.err and "[1/3] 01_first: done" in printed.out
+    executed = {p.name for p in (tmp_path / "build" / "executed").iterdir()}
+    assert executed == {"01_first.ipynb", "02_failing.failed.ipynb"}
+    assert "got here" in (tmp_path / "build" / "executed" / "02_failing.failed.ipynb").read_text()
+    assert {p.name for p in (tmp_path / "build" / "done").iterdir()} == {"01_first.json"}
+    assert results.load_table("t", tmp_path)["a"].tolist() == [0]
+
+    # Resumed: the first is left alone, and no longer once anything that it follows from is different.
+    ran = []
+    monkeypatch.setattr(run, "execute", lambda notebook, *_: ran.append(notebook.stem))
+    monkeypatch.setattr(run, "isolate", lambda: None)
+    assert run.main(["--profile", "smoke"], root=tmp_path) == 0
+    assert ran == ["02_failing", "03_never"]
+    parameters = {"model": "embedded", "dataset": "embedded", "device": "auto", "profile": "smoke"}
+    parameters["output"] = str(tmp_path)
+    assert run.is_done(first, parameters, tmp_path)
+    assert not run.is_done(first, parameters | {"profile": "study"}, tmp_path)
+    assert not run.is_done(failing, parameters, tmp_path)
+    for name in ("package_fingerprint", "versions"):
+        with monkeypatch.context() as changed:
+            changed.setattr(results, name, lambda *_: "other")
+            assert not run.is_done(first, parameters, tmp_path)
+    for name in ("model_revision", "data_revision"):
+        with monkeypatch.context() as changed:
+            changed.setattr(results, name, lambda *_: "other")
+            assert not run.is_done(first, parameters, tmp_path)
+    output = tmp_path / "data" / "results" / "t.csv"
+    content = output.read_text()
+    output.write_text("a\n7\n")
+    assert not run.is_done(first, parameters, tmp_path)
+    output.unlink()
+    assert not run.is_done(first, parameters, tmp_path)
+    output.write_text(content)
+    assert run.is_done(first, parameters, tmp_path)
+    write_notebook(tmp_path, "01_first", START.format(name="01_first") + table + "  # edited", "run.finish()")
+    assert not run.is_done(first, parameters, tmp_path)
+
+
+def test_a_changed_source_table_makes_its_reader_run_again(finished, tmp_path, monkeypatch):
+    reader = write_notebook(tmp_path, "02_reader", "")
+
+    def execute(_, partial, **__):
+        opened = results.start("02_reader", output=str(tmp_path))
+        opened.load_table("error")
+        opened.finish()
+        partial.write_text("{}")
+
+    monkeypatch.setattr(run.papermill, "execute_notebook", execute)
+    run.execute(reader, {}, tmp_path)
+    assert run.is_done(reader, {}, tmp_path)
+    table = tmp_path / "data" / "results" / "error.csv"
+    table.write_text(table.read_text().replace("0.25", "0.5"))
+    assert not run.is_done(reader, {}, tmp_path)
+
+
+def test_notebook_that_never_finishes_its_run_is_not_done(tmp_path, monkeypatch):
+    notebook = write_notebook(tmp_path, "01_tiny", "")
+    monkeypatch.setattr(run.papermill, "execute_notebook", lambda _, partial, **__: partial.write_text("{}"))
+    with pytest.raises(run.RunError, match="finish"):
+        run.execute(notebook, {}, tmp_path)
+    assert not run.is_done(notebook, {}, tmp_path)
+    assert (tmp_path / "build" / "executed" / "01_tiny.failed.ipynb").exists()
+
+
+def test_kernel_in_the_users_home_is_not_taken(tmp_path):
+    for folder in ("path", "home"):
+        kernel = tmp_path / folder / "kernels" / "python3"
+        kernel.mkdir(parents=True)
+        (kernel / "kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "python"}))
+    os.environ.update(JUPYTER_PATH=str(tmp_path / "path"), JUPYTER_DATA_DIR=str(tmp_path / "home"))
+    assert KernelSpecManager().get_kernel_spec("python3").argv == ["false"]
+    run.isolate()
+    assert Path(KernelSpecManager().get_kernel_spec("python3").resource_dir).is_relative_to(sys.prefix)
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def test_kill_in_the_middle_of_a_write_leaves_the_old_file_and_frees_the_lock(tmp_path):
+    target = tmp_path / "data" / "results" / "t.csv"
+    results.atomic_write(target, "old")
+    child = os.fork()
+    if child == 0:  # writes the temporary file, then waits to be killed
+        results.os.fsync = lambda _: (target.with_name("writing").touch(), time.sleep(60))
+        with run.alone(tmp_path):
+            results.atomic_write(target, "new" * 100_000)
+        os._exit(1)
+    while not target.with_name("writing").exists():
+        time.sleep(0.01)
+    with pytest.raises(run.RunError, match=str(child)):
+        with run.alone(tmp_path):
+            pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    target.with_name("writing").unlink()
+    assert target.read_text() == "old" and len(list(target.parent.iterdir())) == 2
+    with run.alone(tmp_path):
+        results.remove_leftovers(tmp_path)
+    assert [p.name for p in target.parent.iterdir()] == ["t.csv"]
+
+
+def test_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    results.atomic_write(tmp_path / "f", "old")
+    monkeypatch.setattr(results.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        results.atomic_write(tmp_path / "f", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_text() == "old"
+
+
+def test_same_inputs_give_the_same_bytes(tmp_path):
+    figures.use_style()
+    for name in ("a", "b"):
+        write_results(tmp_path / name)
+    for file in ("data/results/error.csv", "data/results/error.json", "figures/error.svg", "figures/error.png"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_sidecars_say_where_a_result_comes_from(finished, tmp_path):
+    sidecar = results.read_json(tmp_path / "figures" / "error.json")
+    assert sidecar["notebook"] == "01_tiny" and sidecar["inputs"]["profile"] == "smoke" and sidecar["commit"]
+    assert sidecar["command"] == "make figures/error.png PROFILE=smoke"
+    assert sidecar["tables"] == {"error": results.sha256(tmp_path / "data" / "results" / "error.csv")}
+    table = results.load_table("error", tmp_path, timings=False)
+    assert list(table.columns) == ["width", "error"] and table["error"][1] == 1 / 3
+
+
+def test_committed_figures_say_where_they_come_from():
+    pictures = sorted((ROOT / "figures").glob("*.png"))
+    assert pictures
+    for picture in pictures:
+        sidecar = results.read_json(picture.with_suffix(".json"))
+        assert {"caption", "notebook", "inputs", "commit", "command", "tables"} <= set(sidecar), picture.name
+        assert (ROOT / "notebooks" / f"{sidecar['notebook']}.ipynb").exists(), picture.name
+        assert f"figures/{picture.name}" in sidecar["command"] and picture.with_suffix(".svg").exists()
+        for table, digest in sidecar["tables"].items():
+            source = ROOT / "data" / "results" / f"{table}.csv"
+            assert results.sha256(source) == digest, f"{picture.name} was not drawn from today's {table}"
+
+
+def test_bad_results_are_refused(tmp_path):
+    opened = results.start("01_tiny", output=str(tmp_path))
+    frame = pd.DataFrame({"a": [1]})
+    with pytest.raises(ValueError, match="without a description.*'a'"):
+        opened.table("t", frame, {})
+    with pytest.raises(ValueError, match="without a column.*'b'"):
+        opened.table("t", frame, {"a": "A", "b": "B"})
+    with pytest.raises(ValueError, match="rows: 0"):
+        opened.table("t", frame[:0], {"a": "A"})
+    with pytest.raises(ValueError, match="reset_index"):
+        opened.table("t", frame.set_index("a", drop=False), {"a": "A"})
+    with pytest.raises(ValueError, match="nan"):
+        opened.fact("f", float("nan"))
+    with pytest.raises(ValueError, match="no notebook has written"):
+        opened.figure("f", plt.figure(), caption="x", tables=["absent"])
+    assert not (tmp_path / "data").exists() and not (tmp_path / "figures").exists()
+
+
+def test_finish_removes_what_the_notebook_no_longer_makes(finished):
+    opened = results.start("02_other", output=str(finished))
+    opened.fact("other", 1)
+    opened.finish()
+    opened = results.start("01_tiny", output=str(finished))
+    opened.fact("share", 1)
+    opened.finish()
+    left = {p.name for p in finished.rglob("*") if p.is_file()}
+    assert left == {"facts_01_tiny.json", "run_01_tiny.json", "facts_02_other.json", "run_02_other.json"}
+
+
+# -- grid points ------------------------------------------------------------------------------------------------------
+
+
+def test_point_is_computed_once_per_parameters_source_and_model(tmp_path, monkeypatch):
+    calls = []
+
+    def compute(width):
+        calls.append(width)
+        return {"nll": width / 3}
+
+    def ask(width=64, revision="r"):
+        return results.point("sweep", {"width": width}, compute, folder=tmp_path, revision=revision)
+
+    assert ask() == ask() == {"nll": 64 / 3} and calls == [64]
+    ask(width=128), ask(revision="s")
+    assert calls == [64, 128, 64]
+    monkeypatch.setattr(results, "package_fingerprint", lambda **_: "other")
+    ask()
+    assert calls == [64, 128, 64, 64]
+    assert len(list(tmp_path.rglob("*.json"))) == 4
+    with pytest.raises(ValueError, match="sweep"):
+        results.point("sweep", {"width": 1}, lambda width: {"nll": float("nan")}, folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda t: t[: len(t) // 2], lambda t: t.replace("0.25", "0.75"), lambda t: "", lambda t: "[]"]
+)
+def test_corrupted_point_is_named_and_computed_again(tmp_path, damage):
+    def ask():
+        return results.point("sweep", {"width": 1}, lambda width: {"nll": 0.25}, folder=tmp_path)
+
+    ask()
+    (file,) = tmp_path.rglob("*.json")
+    file.write_text(damage(file.read_text()))
+    with pytest.warns(UserWarning, match=re.escape(file.name)):
+        assert ask() == {"nll": 0.25}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ask() == {"nll": 0.25}
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+def test_prose_follows_the_results(finished, tmp_path):
+    template = tmp_path / "template.md.j2"
+    pieces = ("# Title", "## One", 'Share {{ fact("share", ".1%") }}.', '{{ figure("error") }}', '{{ table("error") }}')
+    template.write_text("\n\n".join(pieces))
+    before = report.compose(tmp_path, tmp_path / "report", template)
+    for name, old, new in (("facts_01_tiny.json", "0.1234", "0.9"), ("error.csv", "0.25", "0.875")):
+        path = tmp_path / "data" / "results" / name
+        path.write_text(path.read_text().replace(old, new))
+    after = report.compose(tmp_path, tmp_path / "report", template)
+    for old, new in zip(before, after):  # Markdown, HTML
+        assert "12.3%" in old and "12.3%" not in new and "90.0%" in new
+        assert "0.875" not in old and "0.875" in new
+        assert "make figures/error.png PROFILE=smoke" in new and "01_tiny.ipynb" in new
+    written = tmp_path / "report" / "report.md", tmp_path / "report" / "report.html"
+    for path, text in zip(written, after):
+        results.atomic_write(path, text)
+    assert report.problems(*written) == []
+    assert 'href="#one"' in after[1] and "data:image/svg+xml;base64," in after[1]
+    (tmp_path / "figures" / "error.png").unlink()
+    written[1].write_text(after[1] + '<img src="https://example.org/x.png"> {{ fact }}')
+    assert len(report.problems(*written)) == 4
+
+
+def test_missing_result_names_the_notebook_to_run(finished, tmp_path, monkeypatch):
+    write_notebook(tmp_path, "05_later", 'run.fact("later", 1)')
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    template = tmp_path / "template.md.j2"
+    for asked, named in (('fact("later")', "05_later"), ('figure("never")', "no notebook makes one")):
+        template.write_text(f"{{{{ {asked} }}}}")
+        with pytest.raises(report.ReportError, match=named):
+            report.compose(tmp_path, tmp_path / "report", template)
+    with pytest.raises(report.ReportError, match="make reproduce"):
+        report.compose(tmp_path / "empty", tmp_path / "report", template)
+
+
+def test_whole_template_renders(finished, tmp_path):
+    markdown, page = report.compose(tmp_path, tmp_path / "report")
+    results.atomic_write(tmp_path / "report" / "report.md", markdown)
+    results.atomic_write(tmp_path / "report" / "report.html", page)
+    assert report.problems(tmp_path / "report" / "report.md", tmp_path / "report" / "report.html") == []
+    assert "smoke" in markdown and "figure-error" in page
+
+
+# -- make and the pins ------------------------------------------------------------------------------------------------
+
+
+def test_one_list_of_pins():
+    pins = {}
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        if not line.startswith("#"):
+            name, version = line.split("==")
+            pins[name.lower().replace("_", "-")] = version
+    for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"] + ["setuptools"]:
+        needed = Requirement(text)
+        assert needed.specifier.contains(pins[needed.name.lower()]), text
+    conda = (ROOT / "environment.yml").read_text()
+    assert "- -r requirements.lock" in conda and "==" not in conda and "python=3.11" in conda
+    assert "-r requirements.lock" in (ROOT / "Makefile").read_text() and "==" not in (ROOT / "Makefile").read_text()
+
+
+def make(folder, *arguments):
+    return subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def test_make_help_lists_every_target_and_knob(copy):
+    printed = make(copy).stdout
+    for target in ("reproduce", "lab", "test", "model", "figures/NAME.png", "clean", "env"):
+        assert f"make {target} " in printed
+    for knob in ("MODEL=", "DATASET=", "DEVICE=", "PROFILE="):
+        assert knob in printed
+    assert not (copy / ".venv").exists()
+
+
+def test_make_passes_the_knobs_on(copy):
+    planned = make(copy, "-n", "reproduce", "PROFILE=smoke", "MODEL=gpt2", "DATASET=my text").stdout
+    assert "--model 'gpt2' --dataset 'my text' --device 'auto' --profile 'smoke'" in planned
+    assert "--figure 'error'" in make(copy, "-n", "figures/error.svg").stdout
+
+
+def test_missing_python_is_an_error_that_names_the_fix(copy):
+    done = make(copy, "env", "PYTHON=python-that-is-not-there")
+    assert done.returncode != 0 and "PYTHON=" in done.stderr and not (copy / ".venv").exists()
+
+
+def test_make_clean_keeps_results_and_checkpoints(copy):
+    kept = ["figures/a.png", "data/results/a.csv", "report/report.md", "build/training/checkpoint.pt"]
+    for name in [*kept, "build/done/a.json", "build/interactive/a"]:
+        results.atomic_write(copy / name, "x")
+    assert make(copy, "clean").returncode == 0
+    assert all((copy / name).exists() for name in kept)
+    assert [p.name for p in (copy / "build").iterdir()] == ["training"]

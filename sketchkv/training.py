@@ -179,7 +179,7 @@ def export(model, out, log, facts):
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     model.config.save_pretrained(out)
     with open(out / "loss.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, ["tokens", "loss"])
+        writer = csv.DictWriter(file, ["tokens", "loss"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(log)
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")

@@ -63,12 +63,14 @@ def test_oracle_on_trained_weights(trained):
 def test_generation_past_the_cap(trained):
     model, docs = trained
     cache = SketchCache(model.config, CAP)
+    prompt = docs[:2, :100]  # begins with token 0, which without a mask would be taken for padding
     tokens = model.generate(
-        docs[:2, :100], past_key_values=cache, max_new_tokens=150, do_sample=False, eos_token_id=None, pad_token_id=0
+        prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=150, do_sample=False,
+        eos_token_id=None,
     )  # fmt: skip
     assert tokens.shape == (2, 250) and cache.seen_tokens == 249 and cache.evicted_tokens > 0
     by_hand = SketchCache(model.config, CAP)
-    again = generate(model, docs[:2, :100], by_hand, 150)
+    again = generate(model, prompt, by_hand, 150)
     assert torch.equal(again, tokens)
     for layer in range(len(cache.layers)):
         assert torch.equal(by_hand.kept_positions(layer), cache.kept_positions(layer))

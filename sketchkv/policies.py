@@ -200,13 +200,14 @@ class Sketch(AttentionMass):
     shape.
 
     key: "lsh", the signs of `lsh_bits` random projections of the key vector (SimHash, Charikar 2002): tokens whose keys
-    point the same way share their history; "token", the token's id; "position", every token its own key, the negative
+    point the same way share their history (24 bits, chosen on the development documents: fewer let unlike tokens share, and
+    lose more); "token", the token's id; "position", every token its own key, the negative
     control: exact accumulators plus collisions.
     """
 
     KEYS = ("lsh", "token", "position")
 
-    def __init__(self, width=512, depth=4, key="lsh", decay=0.99, mean=True, lsh_bits=12, seed=0):
+    def __init__(self, width=512, depth=4, key="lsh", decay=0.99, mean=True, lsh_bits=24, seed=0):
         super().__init__(decay, mean)
         if key not in self.KEYS:
             raise ValueError(f"unknown sketch key {key!r}; choose one of {', '.join(self.KEYS)}")

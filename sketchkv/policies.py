@@ -200,9 +200,9 @@ class Sketch(AttentionMass):
     shape.
 
     key: "lsh", the signs of `lsh_bits` random projections of the key vector (SimHash, Charikar 2002): tokens whose keys
-    point the same way share their history (24 bits, chosen on the development documents: fewer let unlike tokens share, and
-    lose more); "token", the token's id; "position", every token its own key, the negative
-    control: exact accumulators plus collisions.
+    point the same way share their history. 24 bits were chosen on the development documents: with fewer, unlike tokens
+    share, and more is lost. "token", the token's id. "position", every token its own key, the negative control: exact
+    accumulators plus collisions.
     """
 
     KEYS = ("lsh", "token", "position")

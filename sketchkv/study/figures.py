@@ -4,6 +4,7 @@ import io
 import zlib
 
 import matplotlib.pyplot as plt
+import numpy as np
 import seaborn as sns
 from matplotlib import rc_context, rcdefaults
 
@@ -26,6 +27,7 @@ FULL_CACHE = {"color": "#333333", "marker": "o"}  # the reference, in no competi
 def use_style():
     """Sets the style for every figure drawn afterwards, whatever the user's own matplotlibrc says."""
     rcdefaults()
+    np.random.seed(0)  # seaborn's jitter draws from numpy's global generator
     sns.set_theme(
         context="notebook", style="ticks", palette=PALETTE, font_scale=1.15,
         rc={

@@ -43,7 +43,7 @@ DATASETS = ("embedded", texts.WIKITEXT)
 HUB_MODELS = tuple(name for name in loading.HUB_REVISIONS if "wikitext" not in name)
 MAKE_DEFAULTS = {"model": "embedded", "dataset": "embedded", "device": "auto", "profile": "study"}
 
-GENERATED = ("data/results", "figures", "report/report.html", "report/report.md", "report/report.pdf")
+GENERATED = ("data/results", "data/model/README.md", "figures", "report/report.html", "report/report.md", "report/report.pdf")
 _PRESENTATION = ("study/figures.py", "study/report.py", "study/run.py")
 _VERSIONS = ("torch", "transformers", "tokenizers", "numpy", "pandas", "scipy", "dask", "matplotlib", "seaborn")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")

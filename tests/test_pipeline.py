@@ -359,12 +359,31 @@ def test_missing_result_names_the_notebook_to_run(finished, tmp_path, monkeypatc
         report.compose(tmp_path / "empty", tmp_path / "report", template)
 
 
-def test_whole_template_renders(finished, tmp_path):
-    markdown, page = report.compose(tmp_path, tmp_path / "report")
-    results.atomic_write(tmp_path / "report" / "report.md", markdown)
-    results.atomic_write(tmp_path / "report" / "report.html", page)
-    assert report.problems(tmp_path / "report" / "report.md", tmp_path / "report" / "report.html") == []
-    assert "smoke" in markdown and "figure-error" in page
+@pytest.fixture
+def committed(tmp_path):
+    """A copy of the committed results and figures."""
+    for folder in ("data/results", "figures"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("points"))
+    return tmp_path
+
+
+def test_report_renders_from_the_committed_results(committed):
+    markdown, page = report.compose(committed, committed / "report")
+    results.atomic_write(committed / "report" / "report.md", markdown)
+    results.atomic_write(committed / "report" / "report.html", page)
+    assert report.problems(committed / "report" / "report.md", committed / "report" / "report.html") == []
+    assert markdown == (ROOT / "report" / "report.md").read_text(encoding="utf-8"), "run `make reproduce`"
+
+
+def test_changed_results_change_claims_and_verdicts(committed):
+    before, _ = report.compose(committed, committed / "report")
+    path = committed / "data" / "results" / "facts_02_integration.json"
+    stored = results.read_json(path)
+    stored["facts"] |= {"loss_sketch_mean": 7.777, "sketch_against_exact": "better than"}
+    path.write_text(results.to_json(stored))
+    after, _ = report.compose(committed, committed / "report")
+    assert "7.777" in after and "7.777" not in before
+    assert "The sketch beats exact accumulators" in after and "The sketch beats exact accumulators" not in before
 
 
 # -- make and the pins ------------------------------------------------------------------------------------------------

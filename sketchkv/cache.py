@@ -162,7 +162,10 @@ class SketchLayer(CacheLayerMixin):
         return output.view(batch, -1, count, head_dim)
 
     def _evict(self):
-        """Back to `max_cache_size` tokens: the lowest scores go, padding first, sinks and the recent window never."""
+        """Back to `max_cache_size` tokens: the lowest scores go, padding first, sinks and the recent window never.
+
+        Among equal scores (tokens that share a sketch key, say) the older goes: the same choice on every device.
+        """
         positions = self.slots["positions"]
         scores = self.policy.score(self.slots, self.seen)
         first = 0 if self.first is None else self.first[:, None, None]
@@ -173,7 +176,9 @@ class SketchLayer(CacheLayerMixin):
                 f"{type(self.policy).__name__} gave NaN importance after {self.seen} tokens: the model's keys, queries "
                 "or the policy's score are not finite (half precision that overflows? try float32 or bfloat16)"
             )
-        self.slots.evict(scores.topk(self.evict_every, dim=-1, largest=False, sorted=False).indices)
+        by_age = positions.argsort(-1)
+        lowest = scores.gather(-1, by_age).argsort(dim=-1, stable=True)[..., : self.evict_every]
+        self.slots.evict(by_age.gather(-1, lowest))
         self.evicted += self.evict_every
 
 

@@ -185,6 +185,18 @@ def test_generate_past_the_cap_fills_and_bounds_the_cache(model):
     assert sizes[0]["total"] == sum(sizes[0][kind] for kind in ("kv", "sketch", "policy"))
 
 
+def test_among_equal_scores_the_older_goes(gpt2, ids):
+    class Indifferent(Window):
+        def score(self, slots, seen):
+            return torch.zeros_like(slots["positions"], dtype=torch.float32)
+
+    cache = bounded(gpt2, policy=Indifferent())
+    score(gpt2, ids, cache)
+    newest = bounded(gpt2, policy=Window())
+    score(gpt2, ids, newest)
+    assert torch.equal(kept(cache), kept(newest))
+
+
 @pytest.mark.parametrize("evict_every", [1, 3, 40])
 def test_exactly_max_cache_size_after_each_eviction(gpt2, ids, evict_every):
     cache = bounded(gpt2, evict_every=evict_every)

@@ -22,13 +22,14 @@ class SketchLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, policy, max_cache_size, num_sinks, recent_window, evict_every):
+    def __init__(self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None):
         super().__init__()
         self.policy = policy
         self.max_cache_size = max_cache_size
         self.num_sinks = num_sinks
         self.recent_window = recent_window
         self.evict_every = evict_every
+        self.attend_topk = min(attend_topk or max_cache_size, max_cache_size)
         self.slots = None
         self._forget()
 
@@ -45,6 +46,8 @@ class SketchLayer(CacheLayerMixin):
         capacity = self.max_cache_size + self.evict_every
         self.slots = Slots(batch, heads, capacity, head_dim, key_states.dtype, key_states.device)
         self.policy.allocate(self.slots)
+        if self.attend_topk < self.max_cache_size:
+            self.slots.add("unattended", torch.bool)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -133,6 +136,8 @@ class SketchLayer(CacheLayerMixin):
             self.first = torch.where(begins, self.seen + real.int().argmax(-1), self.first)
             positions = positions.masked_fill(~real, EMPTY)
         new = self.slots.append(key[:, :, block], value[:, :, block], positions)
+        if self.attend_topk < self.max_cache_size:
+            self.slots.arrays["unattended"][:, :, new] = False
         self.policy.enter(self.slots, new, None if token_ids is None else token_ids[:, block])
         self.seen += count
         return real
@@ -147,6 +152,9 @@ class SketchLayer(CacheLayerMixin):
         if self.padded:
             empty = (self.slots["positions"] < 0)[:, :, None, None]
             hidden = empty if hidden is None else hidden | empty
+        if self.attend_topk < self.max_cache_size:
+            unattended = self.slots["unattended"][:, :, None, None]
+            hidden = unattended if hidden is None else hidden | unattended
         # The query heads of a group share their KV head's slots: no key or value is repeated (grouped-query attention).
         query = query.reshape(batch, kv_heads, -1, head_dim)
         logits = (query @ keys.transpose(-1, -2)).float().mul_(scaling).view(batch, kv_heads, -1, count, used)
@@ -162,7 +170,8 @@ class SketchLayer(CacheLayerMixin):
         return output.view(batch, -1, count, head_dim)
 
     def _evict(self):
-        """Back to `max_cache_size` tokens: the lowest scores go, padding first, sinks and the recent window never."""
+        """Back to `max_cache_size` tokens: the lowest scores go, padding first, sinks and the recent window never. Of
+        those that stay, all but the `attend_topk` highest are left out of attention until the next eviction."""
         positions = self.slots["positions"]
         scores = self.policy.score(self.slots, self.seen)
         first = 0 if self.first is None else self.first[:, None, None]
@@ -173,7 +182,10 @@ class SketchLayer(CacheLayerMixin):
                 f"{type(self.policy).__name__} gave NaN importance after {self.seen} tokens: the model's keys, queries "
                 "or the policy's score are not finite (half precision that overflows? try float32 or bfloat16)"
             )
-        self.slots.evict(scores.topk(self.evict_every, dim=-1, largest=False, sorted=False).indices)
+        lowest = scores.topk(self.slots.capacity - self.attend_topk, dim=-1, largest=False).indices
+        if self.attend_topk < self.max_cache_size:
+            self.slots["unattended"].zero_().scatter_(-1, lowest, True)
+        self.slots.evict(lowest[..., : self.evict_every])
         self.evicted += self.evict_every
 
 
@@ -183,20 +195,28 @@ class SketchCache(Cache):
     config: the model's configuration (or the model). max_cache_size: tokens kept per sequence, layer and KV head after
     an eviction. evict_every: tokens between evictions; as many slots are held beyond the cap, and count as memory.
     num_sinks: first tokens of a text that are never evicted; recent_window: newest tokens that are never evicted.
+    attend_topk: attention runs over this many stored tokens alone, those that the policy ranked highest at the last
+    eviction (sinks and recent window first), and over all that arrived since, which have no rank yet; before the first
+    eviction over all. A token left out stays stored and gains no attention; the next eviction ranks it again. None, or
+    at least `max_cache_size`: all stored tokens.
     policy: an eviction policy, or one per layer (list); default `Sketch(**sketch)`, whose parameters (`width`, `depth`,
     `key`, `decay`, ...) may be given directly.
 
-    Raises ValueError for a cap that leaves no room beside sinks and recent window, or a parameter out of range, and
+    Raises ValueError for a cap or `attend_topk` that leaves no room beside sinks and recent window, or a parameter out
+    of range, and
     TypeError for an unknown parameter.
     """
 
-    def __init__(self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, policy=None, **sketch):
+    def __init__(
+        self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, attend_topk=None, policy=None, **sketch
+    ):  # fmt: skip
         config = getattr(config, "config", config).get_text_config(decoder=True)
         for name, value, least in (
             ("max_cache_size", max_cache_size, 1),
             ("num_sinks", num_sinks, 0),
             ("recent_window", recent_window, 0),
             ("evict_every", evict_every, 1),
+            ("attend_topk", max_cache_size if attend_topk is None else attend_topk, 1),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number of tokens, at least {least}; got {value!r}")
@@ -204,6 +224,11 @@ class SketchCache(Cache):
             raise ValueError(
                 f"max_cache_size={max_cache_size} leaves nothing to choose beside {num_sinks} sinks and a recent window "
                 f"of {recent_window}: raise the cap above {num_sinks + recent_window} or lower num_sinks, recent_window"
+            )
+        if attend_topk is not None and attend_topk <= num_sinks + recent_window:
+            raise ValueError(
+                f"attend_topk={attend_topk} leaves nothing to choose beside {num_sinks} sinks and a recent window of "
+                f"{recent_window}, which are always attended to: raise it above {num_sinks + recent_window}"
             )
         if policy is not None and sketch:
             raise TypeError(f"give either policy= or sketch parameters, not both: {', '.join(sketch)}")
@@ -218,7 +243,8 @@ class SketchCache(Cache):
         self.is_open = False
         self.token_ids = None
         layers = [
-            SketchLayer(copy.deepcopy(p), max_cache_size, num_sinks, recent_window, evict_every) for p in policies
+            SketchLayer(copy.deepcopy(p), max_cache_size, num_sinks, recent_window, evict_every, attend_topk)
+            for p in policies
         ]
         for index, layer in enumerate(layers):
             layer.policy.layer = index

@@ -269,4 +269,4 @@ class Sketch(AttentionMass):
         """"sketch" is all that exists for the sketch's sake: counters, hash parameters, projection, a key per slot."""
         address = 0 if self.projection is None else self.projection.nbytes + self.powers.nbytes
         sketch = sum(sketch.nbytes for sketch in self.sketches) + slots.nbytes("item") + address
-        return {"sketch": sketch, "policy": slots.nbytes("positions", "mass")}
+        return {"sketch": sketch, "policy": slots.nbytes(*slots.arrays.keys() - {"keys", "values", "item"})}

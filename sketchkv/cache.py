@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sketchkv.policies import Policy, Sketch
 from sketchkv.slots import EMPTY, Slots
+from sketchkv.summary import Summary
 
 # Queries of one attention product: bounds the score matrix while a large cache fills.
 MAX_BLOCK = 512
@@ -22,7 +23,9 @@ class SketchLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None):
+    def __init__(
+        self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None, summary_slots=0
+    ):  # fmt: skip
         super().__init__()
         self.policy = policy
         self.max_cache_size = max_cache_size
@@ -30,6 +33,8 @@ class SketchLayer(CacheLayerMixin):
         self.recent_window = recent_window
         self.evict_every = evict_every
         self.attend_topk = min(attend_topk or max_cache_size, max_cache_size)
+        self.summary_slots = summary_slots
+        self.summary = None
         self.slots = None
         self._forget()
 
@@ -44,7 +49,11 @@ class SketchLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states):
         batch, heads, _, head_dim = key_states.shape
         capacity = self.max_cache_size + self.evict_every
-        self.slots = Slots(batch, heads, capacity, head_dim, key_states.dtype, key_states.device)
+        self.slots = Slots(
+            batch, heads, capacity, head_dim, key_states.dtype, key_states.device, self.summary_slots
+        )  # fmt: skip
+        if self.summary_slots:
+            self.summary = Summary(self.slots.summary["keys"], self.slots.summary["values"])
         self.policy.allocate(self.slots)
         if self.attend_topk < self.max_cache_size:
             self.slots.add("unattended", torch.bool)
@@ -83,13 +92,15 @@ class SketchLayer(CacheLayerMixin):
         self._forget()
         if self.slots is not None:
             self.slots.clear()
+            if self.summary:
+                self.summary.clear()
             self.policy.allocate(self.slots)
 
     def reorder_cache(self, beam_idx):
         if self.slots is None:
             return
         self.slots.reorder(beam_idx)
-        for tensor in self.policy.tensors():
+        for tensor in self.policy.tensors() + (self.summary.tensors() if self.summary else []):
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
         if self.first is not None:
             self.first = self.first.index_select(0, beam_idx.to(self.first.device))
@@ -143,9 +154,10 @@ class SketchLayer(CacheLayerMixin):
         return real
 
     def _attend_block(self, query, real, scaling):
-        keys, values = self.slots["keys"], self.slots["values"]
-        batch, kv_heads, used, head_dim = keys.shape
-        count = query.shape[2]
+        keys, values = self.slots.context("keys"), self.slots.context("values")
+        batch, kv_heads, length, head_dim = keys.shape  # summary slots, then stored tokens
+        count, used = query.shape[2], self.slots.used
+        stored = slice(length - used, None)
         hidden = None  # True where a query must not look, broadcastable to [batch, kv_heads, 1, count, used]
         if count > 1:
             hidden = torch.ones(count, used, dtype=torch.bool, device=keys.device).triu(used - count + 1)
@@ -157,13 +169,15 @@ class SketchLayer(CacheLayerMixin):
             hidden = unattended if hidden is None else hidden | unattended
         # The query heads of a group share their KV head's slots: no key or value is repeated (grouped-query attention).
         query = query.reshape(batch, kv_heads, -1, head_dim)
-        logits = (query @ keys.transpose(-1, -2)).float().mul_(scaling).view(batch, kv_heads, -1, count, used)
+        logits = (query @ keys.transpose(-1, -2)).float().mul_(scaling).view(batch, kv_heads, -1, count, length)
         if hidden is not None:
-            logits.masked_fill_(hidden, torch.finfo(logits.dtype).min)
+            logits[..., stored].masked_fill_(hidden, torch.finfo(logits.dtype).min)
+        if self.summary:
+            logits[..., : stored.start] += self.summary.bias()[:, :, None, None]
         attention = logits.softmax(-1)
-        output = attention.view(batch, kv_heads, -1, used).to(values.dtype) @ values
+        output = attention.view(batch, kv_heads, -1, length).to(values.dtype) @ values
         if self.policy.uses_attention:
-            received = attention.sum(2)
+            received = attention[..., stored].sum(2)
             if real is not None:
                 received = received * real[:, None, :, None]
             self.policy.observe(self.slots, received)
@@ -171,7 +185,8 @@ class SketchLayer(CacheLayerMixin):
 
     def _evict(self):
         """Back to `max_cache_size` tokens: the lowest scores go, padding first, sinks and the recent window never. Of
-        those that stay, all but the `attend_topk` highest are left out of attention until the next eviction."""
+        those that stay, all but the `attend_topk` highest are left out of attention until the next eviction. Those that
+        go are folded into the summary, if there is one."""
         positions = self.slots["positions"]
         scores = self.policy.score(self.slots, self.seen)
         first = 0 if self.first is None else self.first[:, None, None]
@@ -185,7 +200,11 @@ class SketchLayer(CacheLayerMixin):
         lowest = scores.topk(self.slots.capacity - self.attend_topk, dim=-1, largest=False).indices
         if self.attend_topk < self.max_cache_size:
             self.slots["unattended"].zero_().scatter_(-1, lowest, True)
-        self.slots.evict(lowest[..., : self.evict_every])
+        evicted = lowest[..., : self.evict_every]
+        if self.summary:
+            real = positions.gather(-1, evicted) >= 0
+            self.summary.fold(self.slots.take("keys", evicted), self.slots.take("values", evicted), real)
+        self.slots.evict(evicted)
         self.evicted += self.evict_every
 
 
@@ -199,6 +218,9 @@ class SketchCache(Cache):
     eviction (sinks and recent window first), and over all that arrived since, which have no rank yet; before the first
     eviction over all. A token left out stays stored and gains no attention; the next eviction ranks it again. None, or
     at least `max_cache_size`: all stored tokens.
+    summary_slots: 0 drops evicted tokens; otherwise they are folded into this many summary slots per KV head, running
+    means that attention sees beside the stored tokens (`sketchkv.summary.Summary`). Policies see no attention that
+    falls on them.
     policy: an eviction policy, or one per layer (list); default `Sketch(**sketch)`, whose parameters (`width`, `depth`,
     `key`, `decay`, ...) may be given directly.
 
@@ -208,7 +230,8 @@ class SketchCache(Cache):
     """
 
     def __init__(
-        self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, attend_topk=None, policy=None, **sketch
+        self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, attend_topk=None,
+        summary_slots=0, policy=None, **sketch,
     ):  # fmt: skip
         config = getattr(config, "config", config).get_text_config(decoder=True)
         for name, value, least in (
@@ -217,9 +240,10 @@ class SketchCache(Cache):
             ("recent_window", recent_window, 0),
             ("evict_every", evict_every, 1),
             ("attend_topk", max_cache_size if attend_topk is None else attend_topk, 1),
+            ("summary_slots", summary_slots, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of tokens, at least {least}; got {value!r}")
+                raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}")
         if max_cache_size <= num_sinks + recent_window:
             raise ValueError(
                 f"max_cache_size={max_cache_size} leaves nothing to choose beside {num_sinks} sinks and a recent window "
@@ -243,7 +267,7 @@ class SketchCache(Cache):
         self.is_open = False
         self.token_ids = None
         layers = [
-            SketchLayer(copy.deepcopy(p), max_cache_size, num_sinks, recent_window, evict_every, attend_topk)
+            SketchLayer(copy.deepcopy(p), max_cache_size, num_sinks, recent_window, evict_every, attend_topk, summary_slots)
             for p in policies
         ]
         for index, layer in enumerate(layers):
@@ -275,15 +299,16 @@ class SketchCache(Cache):
     def nbytes(self):
         """Bytes of the tensors really held: {"kv", "sketch", "policy", "total"}.
 
-        "kv": key and value slots, the `evict_every` extra ones included. "sketch": counters, hash parameters,
+        "kv": key and value slots, the `evict_every` extra ones and the summary's means included. "sketch": counters, hash parameters,
         projections and the sketch's key per slot. "policy": positions and everything else that choosing needs.
         """
         held = {"kv": 0, "sketch": 0, "policy": 0}
         for layer in self.layers:
             if layer.slots is not None:
                 held["kv"] += layer.slots.nbytes("keys", "values")
-                for kind, count in layer.policy.nbytes(layer.slots).items():
-                    held[kind] += count
+                for part in (layer.policy.nbytes(layer.slots), layer.summary.nbytes() if layer.summary else {}):
+                    for kind, count in part.items():
+                        held[kind] += count
                 held["policy"] += 0 if layer.first is None else layer.first.nbytes
         return held | {"total": sum(held.values())}
 

@@ -12,17 +12,21 @@ class Slots:
     `positions` (int32, the token's position in its text, -1 for an empty slot or a padding token) and whatever a policy
     adds with `add`, which then travels with its token. All heads hold the same number of tokens, which token is up to
     each head; slots are in no particular order.
+
+    Of keys and values, `summary` (`[batch, num_kv_heads, summary_slots, head_dim]` each) lies in front of the slots in
+    the same memory, so that attention reads both in one product (`context`); nothing here writes to it.
     """
 
-    def __init__(self, batch, num_kv_heads, capacity, head_dim, dtype, device):
+    def __init__(self, batch, num_kv_heads, capacity, head_dim, dtype, device, summary_slots=0):
         self.capacity = capacity
         self.used = 0
         shape = (batch, num_kv_heads, capacity)
-        self.arrays = {
-            "keys": torch.zeros(*shape, head_dim, dtype=dtype, device=device),
-            "values": torch.zeros(*shape, head_dim, dtype=dtype, device=device),
-            "positions": torch.full(shape, EMPTY, dtype=torch.int32, device=device),
-        }
+        self.arrays = {"positions": torch.full(shape, EMPTY, dtype=torch.int32, device=device)}
+        self.summary, self.whole = {}, {}
+        for name in ("keys", "values"):
+            whole = torch.zeros(batch, num_kv_heads, summary_slots + capacity, head_dim, dtype=dtype, device=device)
+            self.whole[name] = whole
+            self.summary[name], self.arrays[name] = whole.split([summary_slots, capacity], 2)
 
     keys = property(lambda self: self.arrays["keys"])
     values = property(lambda self: self.arrays["values"])
@@ -35,6 +39,15 @@ class Slots:
     def __getitem__(self, name):
         """The occupied part of an array: `[batch, num_kv_heads, used, ...]`, a view."""
         return self.arrays[name][:, :, : self.used]
+
+    def context(self, name):
+        """Summary and occupied slots of keys or values: `[batch, num_kv_heads, summary_slots + used, head_dim]`."""
+        return self.whole[name][:, :, : self.summary[name].shape[2] + self.used]
+
+    def take(self, name, index):
+        """Keys or values in the slots `index` (`[batch, num_kv_heads, n]`): `[batch, num_kv_heads, n, head_dim]`."""
+        array = self.arrays[name]
+        return array.gather(2, index[..., None].expand(*index.shape, array.shape[-1]))
 
     def append(self, keys, values, positions):
         """Stores n new tokens (`[batch, num_kv_heads, n, head_dim]`, positions `[batch, n]`); returns their slots."""

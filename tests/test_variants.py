@@ -10,6 +10,8 @@ from sketchkv import AttentionMass, SketchCache, Window, generate, score
 VARIANTS = {
     "topk": dict(attend_topk=16),
     "topk by exact mean": dict(attend_topk=16, policy=AttentionMass()),
+    "summary": dict(summary_slots=3),
+    "summary and topk": dict(summary_slots=3, attend_topk=16, policy=AttentionMass()),
 }
 
 

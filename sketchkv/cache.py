@@ -24,7 +24,7 @@ class SketchLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None, summary_slots=0
+        self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None, summary_slots=0, bits=None
     ):  # fmt: skip
         super().__init__()
         self.policy = policy
@@ -34,6 +34,7 @@ class SketchLayer(CacheLayerMixin):
         self.evict_every = evict_every
         self.attend_topk = min(attend_topk or max_cache_size, max_cache_size)
         self.summary_slots = summary_slots
+        self.bits = bits
         self.summary = None
         self.slots = None
         self._forget()
@@ -50,7 +51,7 @@ class SketchLayer(CacheLayerMixin):
         batch, heads, _, head_dim = key_states.shape
         capacity = self.max_cache_size + self.evict_every
         self.slots = Slots(
-            batch, heads, capacity, head_dim, key_states.dtype, key_states.device, self.summary_slots
+            batch, heads, capacity, head_dim, key_states.dtype, key_states.device, self.summary_slots, self.bits
         )  # fmt: skip
         if self.summary_slots:
             self.summary = Summary(self.slots.summary["keys"], self.slots.summary["values"])
@@ -64,10 +65,10 @@ class SketchLayer(CacheLayerMixin):
         call was built."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        held = self.slots.keys
-        if key_states.shape[0] != held.shape[0]:
+        held, batch = self.slots, self.slots.positions.shape[0]
+        if key_states.shape[0] != batch:
             raise ValueError(
-                f"the cache holds a batch of {held.shape[0]}, this call brings {key_states.shape[0]}: "
+                f"the cache holds a batch of {batch}, this call brings {key_states.shape[0]}: "
                 "finish one batch before the next, with cache.reset() between them or a new cache"
             )
         if key_states.dtype != held.dtype or key_states.device != held.device:
@@ -220,7 +221,10 @@ class SketchCache(Cache):
     at least `max_cache_size`: all stored tokens.
     summary_slots: 0 drops evicted tokens; otherwise they are folded into this many summary slots per KV head, running
     means that attention sees beside the stored tokens (`sketchkv.summary.Summary`). Policies see no attention that
-    falls on them.
+    falls on them. Their bytes are counted as "kv" (means) and "policy" (counts, projection).
+    bits: 8 or 4 holds keys and values quantized from the moment they enter (`sketchkv.quantize.quantize`: per token and
+    KV head, in groups of 32 channels); None, in the model's dtype. Attention turns one layer at a time back into
+    numbers: that working memory is not part of `nbytes`.
     policy: an eviction policy, or one per layer (list); default `Sketch(**sketch)`, whose parameters (`width`, `depth`,
     `key`, `decay`, ...) may be given directly.
 
@@ -231,7 +235,7 @@ class SketchCache(Cache):
 
     def __init__(
         self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, attend_topk=None,
-        summary_slots=0, policy=None, **sketch,
+        summary_slots=0, bits=None, policy=None, **sketch,
     ):  # fmt: skip
         config = getattr(config, "config", config).get_text_config(decoder=True)
         for name, value, least in (
@@ -254,6 +258,8 @@ class SketchCache(Cache):
                 f"attend_topk={attend_topk} leaves nothing to choose beside {num_sinks} sinks and a recent window of "
                 f"{recent_window}, which are always attended to: raise it above {num_sinks + recent_window}"
             )
+        if bits not in (None, 4, 8) or isinstance(bits, float):
+            raise ValueError(f"bits must be 8, 4, or None for the model's dtype; got {bits!r}")
         if policy is not None and sketch:
             raise TypeError(f"give either policy= or sketch parameters, not both: {', '.join(sketch)}")
         policy = Sketch(**sketch) if policy is None else policy
@@ -266,10 +272,8 @@ class SketchCache(Cache):
         self.positions_end = getattr(config, "rope_parameters", None) is None
         self.is_open = False
         self.token_ids = None
-        layers = [
-            SketchLayer(copy.deepcopy(p), max_cache_size, num_sinks, recent_window, evict_every, attend_topk, summary_slots)
-            for p in policies
-        ]
+        shape = (max_cache_size, num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits)
+        layers = [SketchLayer(copy.deepcopy(p), *shape) for p in policies]
         for index, layer in enumerate(layers):
             layer.policy.layer = index
         super().__init__(layers=layers)
@@ -299,13 +303,13 @@ class SketchCache(Cache):
     def nbytes(self):
         """Bytes of the tensors really held: {"kv", "sketch", "policy", "total"}.
 
-        "kv": key and value slots, the `evict_every` extra ones and the summary's means included. "sketch": counters, hash parameters,
-        projections and the sketch's key per slot. "policy": positions and everything else that choosing needs.
+        "kv": key and value slots, with the `evict_every` extra ones, the ranges of quantized ones and the summary's means.
+        "sketch": counters, hash parameters, projections and the sketch's key per slot. "policy": positions and everything else that choosing needs.
         """
         held = {"kv": 0, "sketch": 0, "policy": 0}
         for layer in self.layers:
             if layer.slots is not None:
-                held["kv"] += layer.slots.nbytes("keys", "values")
+                held["kv"] += layer.slots.nbytes(*layer.slots.kv)
                 for part in (layer.policy.nbytes(layer.slots), layer.summary.nbytes() if layer.summary else {}):
                     for kind, count in part.items():
                         held[kind] += count

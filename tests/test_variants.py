@@ -12,6 +12,9 @@ VARIANTS = {
     "topk by exact mean": dict(attend_topk=16, policy=AttentionMass()),
     "summary": dict(summary_slots=3),
     "summary and topk": dict(summary_slots=3, attend_topk=16, policy=AttentionMass()),
+    "int8": dict(bits=8),
+    "int4": dict(bits=4, policy=AttentionMass()),
+    "int4, summary and topk": dict(bits=4, summary_slots=3, attend_topk=16),
 }
 
 
@@ -23,7 +26,18 @@ def fresh(request):
         settings = copy.deepcopy(VARIANTS[request.param])
         return SketchCache(model.config, cap, **({"recent_window": 8, "evict_every": 5} | settings))
 
+    make.quantized = "bits" in VARIANTS[request.param]
     return make
+
+
+def assert_same(got, expected, fresh):
+    """Equal up to float32 rounding. Quantized, rounding may take a number on the edge between two codes to either side,
+    which moves what follows by a step of one channel; what is wrong moves most of it, and by whole units."""
+    if fresh.quantized:
+        difference = (got - expected).abs()
+        assert difference.median() < 1e-3 and difference.max() < 0.2 * expected.std()
+    else:
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
 def kept(cache):
@@ -37,8 +51,9 @@ def test_chunks_equal_single_tokens(model, ids, fresh):
     for chunk_size in (100, 7):
         streamed = fresh(model)
         _, again = score(model, ids, streamed, chunk_size=chunk_size, return_logits=True)
-        torch.testing.assert_close(again, logits, atol=1e-4, rtol=0)
-        assert torch.equal(kept(streamed), kept(cache))
+        assert_same(again, logits, fresh)
+        same = kept(streamed) == kept(cache)
+        assert same.float().mean() > 0.95 if fresh.quantized else same.all()
         assert streamed.nbytes() == cache.nbytes()
 
 
@@ -57,7 +72,7 @@ def test_padded_rows_equal_rows_alone(model, padding, fresh):
         padded[:, :29], attention_mask=mask[:, :29], position_ids=positions[:, :29], past_key_values=fresh(model)
     ).logits  # fmt: skip
     alone = model(padded[1:, 23:29], past_key_values=fresh(model)).logits
-    torch.testing.assert_close(logits[1, 23:], alone[0], atol=1e-4, rtol=0)
+    assert_same(logits[1, 23:], alone[0], fresh)
 
 
 def test_padding_evicted_leaves_no_trace(model, ids, fresh):
@@ -76,7 +91,7 @@ def test_padding_evicted_leaves_no_trace(model, ids, fresh):
 def test_rows_of_a_batch_are_independent(gpt2, ids, fresh):
     together = score(gpt2, ids, fresh(gpt2))
     alone = torch.cat([score(gpt2, row[None], fresh(gpt2)) for row in ids])
-    torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
+    assert_same(together, alone, fresh)
 
 
 def test_two_texts_in_a_row_equal_two_fresh_caches(gpt2, ids, fresh):
@@ -95,5 +110,5 @@ def test_beam_search_equals_each_beam_decoded_alone(model, ids, fresh):
     )  # fmt: skip
     for sequence, reported in zip(out.sequences, out.sequences_scores):
         nll = score(model, sequence[None], fresh(model))[0, 59:]
-        assert abs(-nll.sum() - reported) < 1e-3
+        assert abs(-nll.sum() - reported) < (0.1 if fresh.quantized else 1e-3)
     assert len(out.beam_indices.unique()) > 2  # beams were really exchanged

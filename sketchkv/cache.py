@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sketchkv.policies import Policy, Sketch
 from sketchkv.slots import EMPTY, Slots
+from sketchkv.summary import Summary
 
 # Queries of one attention product: bounds the score matrix while a large cache fills.
 MAX_BLOCK = 512
@@ -22,13 +23,19 @@ class SketchLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, policy, max_cache_size, num_sinks, recent_window, evict_every):
+    def __init__(
+        self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None, summary_slots=0, bits=None
+    ):  # fmt: skip
         super().__init__()
         self.policy = policy
         self.max_cache_size = max_cache_size
         self.num_sinks = num_sinks
         self.recent_window = recent_window
         self.evict_every = evict_every
+        self.attend_topk = min(attend_topk or max_cache_size, max_cache_size)
+        self.summary_slots = summary_slots
+        self.bits = bits
+        self.summary = None
         self.slots = None
         self._forget()
 
@@ -43,8 +50,14 @@ class SketchLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states):
         batch, heads, _, head_dim = key_states.shape
         capacity = self.max_cache_size + self.evict_every
-        self.slots = Slots(batch, heads, capacity, head_dim, key_states.dtype, key_states.device)
+        self.slots = Slots(
+            batch, heads, capacity, head_dim, key_states.dtype, key_states.device, self.summary_slots, self.bits
+        )  # fmt: skip
+        if self.summary_slots:
+            self.summary = Summary(self.slots.summary["keys"], self.slots.summary["values"])
         self.policy.allocate(self.slots)
+        if self.attend_topk < self.max_cache_size:
+            self.slots.add("unattended", torch.bool)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -52,10 +65,10 @@ class SketchLayer(CacheLayerMixin):
         call was built."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        held = self.slots.keys
-        if key_states.shape[0] != held.shape[0]:
+        held, batch = self.slots, self.slots.positions.shape[0]
+        if key_states.shape[0] != batch:
             raise ValueError(
-                f"the cache holds a batch of {held.shape[0]}, this call brings {key_states.shape[0]}: "
+                f"the cache holds a batch of {batch}, this call brings {key_states.shape[0]}: "
                 "finish one batch before the next, with cache.reset() between them or a new cache"
             )
         if key_states.dtype != held.dtype or key_states.device != held.device:
@@ -80,13 +93,15 @@ class SketchLayer(CacheLayerMixin):
         self._forget()
         if self.slots is not None:
             self.slots.clear()
+            if self.summary:
+                self.summary.clear()
             self.policy.allocate(self.slots)
 
     def reorder_cache(self, beam_idx):
         if self.slots is None:
             return
         self.slots.reorder(beam_idx)
-        for tensor in self.policy.tensors():
+        for tensor in self.policy.tensors() + (self.summary.tensors() if self.summary else []):
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
         if self.first is not None:
             self.first = self.first.index_select(0, beam_idx.to(self.first.device))
@@ -133,36 +148,46 @@ class SketchLayer(CacheLayerMixin):
             self.first = torch.where(begins, self.seen + real.int().argmax(-1), self.first)
             positions = positions.masked_fill(~real, EMPTY)
         new = self.slots.append(key[:, :, block], value[:, :, block], positions)
+        if self.attend_topk < self.max_cache_size:
+            self.slots.arrays["unattended"][:, :, new] = False
         self.policy.enter(self.slots, new, None if token_ids is None else token_ids[:, block])
         self.seen += count
         return real
 
     def _attend_block(self, query, real, scaling):
-        keys, values = self.slots["keys"], self.slots["values"]
-        batch, kv_heads, used, head_dim = keys.shape
-        count = query.shape[2]
+        keys, values = self.slots.context("keys"), self.slots.context("values")
+        batch, kv_heads, length, head_dim = keys.shape  # summary slots, then stored tokens
+        count, used = query.shape[2], self.slots.used
+        stored = slice(length - used, None)
         hidden = None  # True where a query must not look, broadcastable to [batch, kv_heads, 1, count, used]
         if count > 1:
             hidden = torch.ones(count, used, dtype=torch.bool, device=keys.device).triu(used - count + 1)
         if self.padded:
             empty = (self.slots["positions"] < 0)[:, :, None, None]
             hidden = empty if hidden is None else hidden | empty
+        if self.attend_topk < self.max_cache_size:
+            unattended = self.slots["unattended"][:, :, None, None]
+            hidden = unattended if hidden is None else hidden | unattended
         # The query heads of a group share their KV head's slots: no key or value is repeated (grouped-query attention).
         query = query.reshape(batch, kv_heads, -1, head_dim)
-        logits = (query @ keys.transpose(-1, -2)).float().mul_(scaling).view(batch, kv_heads, -1, count, used)
+        logits = (query @ keys.transpose(-1, -2)).float().mul_(scaling).view(batch, kv_heads, -1, count, length)
         if hidden is not None:
-            logits.masked_fill_(hidden, torch.finfo(logits.dtype).min)
+            logits[..., stored].masked_fill_(hidden, torch.finfo(logits.dtype).min)
+        if self.summary:
+            logits[..., : stored.start] += self.summary.bias()[:, :, None, None]
         attention = logits.softmax(-1)
-        output = attention.view(batch, kv_heads, -1, used).to(values.dtype) @ values
+        output = attention.view(batch, kv_heads, -1, length).to(values.dtype) @ values
         if self.policy.uses_attention:
-            received = attention.sum(2)
+            received = attention[..., stored].sum(2)
             if real is not None:
                 received = received * real[:, None, :, None]
             self.policy.observe(self.slots, received)
         return output.view(batch, -1, count, head_dim)
 
     def _evict(self):
-        """Back to `max_cache_size` tokens: the lowest scores go, padding first, sinks and the recent window never.
+        """Back to `max_cache_size` tokens: the lowest scores go, padding first, sinks and the recent window never. Of
+        those that stay, all but the `attend_topk` highest are left out of attention until the next eviction. Those that
+        go are folded into the summary, if there is one.
 
         Among equal scores (tokens that share a sketch key, say) the older goes: the same choice on every device.
         """
@@ -177,8 +202,15 @@ class SketchLayer(CacheLayerMixin):
                 "or the policy's score are not finite (half precision that overflows? try float32 or bfloat16)"
             )
         by_age = positions.argsort(-1)
-        lowest = scores.gather(-1, by_age).argsort(dim=-1, stable=True)[..., : self.evict_every]
-        self.slots.evict(by_age.gather(-1, lowest))
+        lowest = scores.gather(-1, by_age).argsort(dim=-1, stable=True)[..., : self.slots.capacity - self.attend_topk]
+        lowest = by_age.gather(-1, lowest)
+        if self.attend_topk < self.max_cache_size:
+            self.slots["unattended"].zero_().scatter_(-1, lowest, True)
+        evicted = lowest[..., : self.evict_every]
+        if self.summary:
+            real = positions.gather(-1, evicted) >= 0
+            self.summary.fold(self.slots.take("keys", evicted), self.slots.take("values", evicted), real)
+        self.slots.evict(evicted)
         self.evicted += self.evict_every
 
 
@@ -188,28 +220,50 @@ class SketchCache(Cache):
     config: the model's configuration (or the model). max_cache_size: tokens kept per sequence, layer and KV head after
     an eviction. evict_every: tokens between evictions; as many slots are held beyond the cap, and count as memory.
     num_sinks: first tokens of a text that are never evicted; recent_window: newest tokens that are never evicted.
+    attend_topk: attention runs over this many stored tokens alone, those that the policy ranked highest at the last
+    eviction (sinks and recent window first), and over all that arrived since, which have no rank yet; before the first
+    eviction over all. A token left out stays stored and gains no attention; the next eviction ranks it again. None, or
+    at least `max_cache_size`: all stored tokens.
+    summary_slots: 0 drops evicted tokens; otherwise they are folded into this many summary slots per KV head, running
+    means that attention sees beside the stored tokens (`sketchkv.summary.Summary`). Policies see no attention that
+    falls on them. Their bytes are counted as "kv" (means) and "policy" (counts, projection).
+    bits: 8 or 4 holds keys and values quantized from the moment they enter (`sketchkv.quantize.quantize`: per token and
+    KV head, in groups of 32 channels); None, in the model's dtype. Attention turns one layer at a time back into
+    numbers: that working memory is not part of `nbytes`.
     policy: an eviction policy, or one per layer (list); default `Sketch(**sketch)`, whose parameters (`width`, `depth`,
     `key`, `decay`, ...) may be given directly.
 
-    Raises ValueError for a cap that leaves no room beside sinks and recent window, or a parameter out of range, and
-    TypeError for an unknown parameter.
+    Raises ValueError for a cap or `attend_topk` that leaves no room beside sinks and recent window, or a parameter out
+    of range, and TypeError for an unknown parameter.
     """
 
-    def __init__(self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, policy=None, **sketch):
+    def __init__(
+        self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, attend_topk=None,
+        summary_slots=0, bits=None, policy=None, **sketch,
+    ):  # fmt: skip
         config = getattr(config, "config", config).get_text_config(decoder=True)
         for name, value, least in (
             ("max_cache_size", max_cache_size, 1),
             ("num_sinks", num_sinks, 0),
             ("recent_window", recent_window, 0),
             ("evict_every", evict_every, 1),
+            ("attend_topk", max_cache_size if attend_topk is None else attend_topk, 1),
+            ("summary_slots", summary_slots, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be a whole number of tokens, at least {least}; got {value!r}")
+                raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}")
         if max_cache_size <= num_sinks + recent_window:
             raise ValueError(
                 f"max_cache_size={max_cache_size} leaves nothing to choose beside {num_sinks} sinks and a recent window "
                 f"of {recent_window}: raise the cap above {num_sinks + recent_window} or lower num_sinks, recent_window"
             )
+        if attend_topk is not None and attend_topk <= num_sinks + recent_window:
+            raise ValueError(
+                f"attend_topk={attend_topk} leaves nothing to choose beside {num_sinks} sinks and a recent window of "
+                f"{recent_window}, which are always attended to: raise it above {num_sinks + recent_window}"
+            )
+        if bits not in (None, 4, 8) or isinstance(bits, float):
+            raise ValueError(f"bits must be 8, 4, or None for the model's dtype; got {bits!r}")
         if policy is not None and sketch:
             raise TypeError(f"give either policy= or sketch parameters, not both: {', '.join(sketch)}")
         policy = Sketch(**sketch) if policy is None else policy
@@ -222,9 +276,8 @@ class SketchCache(Cache):
         self.positions_end = getattr(config, "rope_parameters", None) is None
         self.is_open = False
         self.token_ids = None
-        layers = [
-            SketchLayer(copy.deepcopy(p), max_cache_size, num_sinks, recent_window, evict_every) for p in policies
-        ]
+        shape = (max_cache_size, num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits)
+        layers = [SketchLayer(copy.deepcopy(p), *shape) for p in policies]
         for index, layer in enumerate(layers):
             layer.policy.layer = index
         super().__init__(layers=layers)
@@ -254,15 +307,17 @@ class SketchCache(Cache):
     def nbytes(self):
         """Bytes of the tensors really held: {"kv", "sketch", "policy", "total"}.
 
-        "kv": key and value slots, the `evict_every` extra ones included. "sketch": counters, hash parameters,
-        projections and the sketch's key per slot. "policy": positions and everything else that choosing needs.
+        "kv": key and value slots, with the `evict_every` extra ones, the ranges of quantized ones and the summary's means.
+        "sketch": counters, hash parameters, projections and the sketch's key per slot. "policy": positions and everything
+        else that choosing needs.
         """
         held = {"kv": 0, "sketch": 0, "policy": 0}
         for layer in self.layers:
             if layer.slots is not None:
-                held["kv"] += layer.slots.nbytes("keys", "values")
-                for kind, count in layer.policy.nbytes(layer.slots).items():
-                    held[kind] += count
+                held["kv"] += layer.slots.nbytes(*layer.slots.kv)
+                for part in (layer.policy.nbytes(layer.slots), layer.summary.nbytes() if layer.summary else {}):
+                    for kind, count in part.items():
+                        held[kind] += count
                 held["policy"] += 0 if layer.first is None else layer.first.nbytes
         return held | {"total": sum(held.values())}
 

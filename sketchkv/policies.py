@@ -7,7 +7,7 @@ protected by the cache alike for all policies, so that comparisons between polic
 
 import torch
 
-from sketchkv.sketches import CountMinSketch
+from sketchkv.sketches import CountMinSketch, SimHash
 
 
 class Policy:
@@ -39,7 +39,7 @@ class Policy:
 
     def nbytes(self, slots):
         """Bytes held beside keys and values: {"sketch", "policy"}, the latter with the slots' positions."""
-        beside = slots.arrays.keys() - {"keys", "values"}
+        beside = slots.arrays.keys() - slots.kv
         return {"sketch": 0, "policy": slots.nbytes(*beside) + sum(tensor.nbytes for tensor in self.tensors())}
 
 
@@ -218,14 +218,10 @@ class Sketch(AttentionMass):
 
     def allocate(self, slots):
         super().allocate(slots)
-        batch, heads, _, head_dim = slots.keys.shape
-        device = slots.keys.device
+        batch, heads, _ = slots.positions.shape
+        device = slots.device
         slots.add("item", torch.int32)
-        self.projection = None
-        if self.key == "lsh":
-            generator = torch.Generator().manual_seed(self.seed)
-            self.projection = torch.randn(head_dim, self.lsh_bits, generator=generator).to(device)
-            self.powers = 2 ** torch.arange(self.lsh_bits, device=device, dtype=torch.int32)
+        self.code = SimHash(slots.head_dim, self.lsh_bits, self.seed, device) if self.key == "lsh" else None
         shape = dict(batch_shape=(batch, heads), seed=self.seed, device=device)
         self.sketches = [CountMinSketch(self.width, self.depth, **shape) for _ in range(1 + self.mean)]
         self.flushed = 0  # tokens seen when the sketch last took in the slots' mass
@@ -237,7 +233,7 @@ class Sketch(AttentionMass):
                 raise ValueError('key="token" needs input_ids, the model was called with embeddings: use key="lsh"')
             items = token_ids[:, None]
         elif self.key == "lsh":
-            items = ((slots.keys[:, :, new].float() @ self.projection > 0) * self.powers).sum(-1)
+            items = self.code(slots.read("keys", new))
         else:
             items = slots.positions[:, :, new]
         slots.arrays["item"][:, :, new] = items
@@ -268,6 +264,6 @@ class Sketch(AttentionMass):
 
     def nbytes(self, slots):
         """"sketch" is all that exists for the sketch's sake: counters, hash parameters, projection, a key per slot."""
-        address = 0 if self.projection is None else self.projection.nbytes + self.powers.nbytes
+        address = 0 if self.code is None else self.code.nbytes
         sketch = sum(sketch.nbytes for sketch in self.sketches) + slots.nbytes("item") + address
-        return {"sketch": sketch, "policy": slots.nbytes("positions", "mass")}
+        return {"sketch": sketch, "policy": slots.nbytes(*slots.arrays.keys() - slots.kv - {"item"})}

@@ -46,6 +46,27 @@ class CarterWegmanHash:
         return self.a.nbytes + self.b.nbytes
 
 
+class SimHash:
+    """Codes of vectors by direction: the signs of `bits` random projections (Charikar 2002), as an integer below 2^bits.
+
+    Two vectors at angle t agree in a bit with probability 1 - t / pi over the draw of the seed. The draw comes from a
+    CPU generator: a seed means the same projections on every device.
+    """
+
+    def __init__(self, dim, bits, seed=0, device=None):
+        generator = torch.Generator().manual_seed(seed)
+        self.projection = torch.randn(dim, bits, generator=generator).to(device)
+        self.powers = 2 ** torch.arange(bits, device=device, dtype=torch.int32)
+
+    def __call__(self, vectors):
+        """Codes, int64 `[...]`, of `vectors` `[..., dim]`."""
+        return ((vectors.float() @ self.projection > 0) * self.powers).sum(-1)
+
+    @property
+    def nbytes(self):
+        return self.projection.nbytes + self.powers.nbytes
+
+
 class CountMinSketch:
     """Count-Min Sketch (Cormode & Muthukrishnan 2005): weights of many items in `depth` rows of `width` counters.
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from sketchkv.quantize import dequantize, quantize
+
 EMPTY = -1
 
 
@@ -12,17 +14,32 @@ class Slots:
     `positions` (int32, the token's position in its text, -1 for an empty slot or a padding token) and whatever a policy
     adds with `add`, which then travels with its token. All heads hold the same number of tokens, which token is up to
     each head; slots are in no particular order.
+
+    Of keys and values, `summary` (`[batch, num_kv_heads, summary_slots, head_dim]` each) lies in front of the slots in
+    the same memory, so that attention reads both in one product (`context`); nothing here writes to it.
+
+    With `bits`, `keys` and `values` hold codes, and `keys_range` and `values_range` what they mean (`sketchkv.quantize`);
+    every token is quantized when it is stored, the newest too. Reading by name gives numbers again, in `dtype`; the
+    summary is not quantized.
     """
 
-    def __init__(self, batch, num_kv_heads, capacity, head_dim, dtype, device):
+    def __init__(self, batch, num_kv_heads, capacity, head_dim, dtype, device, summary_slots=0, bits=None):
         self.capacity = capacity
         self.used = 0
+        self.head_dim, self.dtype, self.device, self.bits = head_dim, dtype, device, bits
         shape = (batch, num_kv_heads, capacity)
-        self.arrays = {
-            "keys": torch.zeros(*shape, head_dim, dtype=dtype, device=device),
-            "values": torch.zeros(*shape, head_dim, dtype=dtype, device=device),
-            "positions": torch.full(shape, EMPTY, dtype=torch.int32, device=device),
-        }
+        self.arrays = {"positions": torch.full(shape, EMPTY, dtype=torch.int32, device=device)}
+        self.summary, self.whole = {}, {}
+        for name in ("keys", "values"):
+            rows = summary_slots + (0 if bits else capacity)
+            whole = torch.zeros(batch, num_kv_heads, rows, head_dim, dtype=dtype, device=device)
+            self.whole[name], self.summary[name] = whole, whole[:, :, :summary_slots]
+            if bits:
+                for part, like in zip((name, f"{name}_range"), quantize(torch.zeros(head_dim), bits)):
+                    self.arrays[part] = torch.zeros(*shape, len(like), dtype=like.dtype, device=device)
+            else:
+                self.arrays[name] = whole[:, :, summary_slots:]
+        self.kv = self.arrays.keys() - {"positions"}  # names of the arrays that hold keys and values
 
     keys = property(lambda self: self.arrays["keys"])
     values = property(lambda self: self.arrays["values"])
@@ -33,14 +50,36 @@ class Slots:
         self.arrays[name] = torch.zeros(self.positions.shape, dtype=dtype, device=self.positions.device)
 
     def __getitem__(self, name):
-        """The occupied part of an array: `[batch, num_kv_heads, used, ...]`, a view."""
-        return self.arrays[name][:, :, : self.used]
+        """The occupied part of an array: `[batch, num_kv_heads, used, ...]`, a view unless it is quantized."""
+        return self.read(name, slice(self.used))
+
+    def read(self, name, part):
+        """The slots `part` (slice) of an array: `[batch, num_kv_heads, n, ...]`, a view unless it is quantized."""
+        return self._decoded(name, lambda array: array[:, :, part])
+
+    def take(self, name, index):
+        """Keys or values in the slots `index` (`[batch, num_kv_heads, n]`): `[batch, num_kv_heads, n, head_dim]`."""
+        return self._decoded(name, lambda array: array.gather(2, index[..., None].expand(*index.shape, array.shape[-1])))
+
+    def context(self, name):
+        """Summary and occupied slots of keys or values: `[batch, num_kv_heads, summary_slots + used, head_dim]`."""
+        if self.bits:
+            return torch.cat([self.summary[name], self[name]], 2)
+        return self.whole[name][:, :, : self.summary[name].shape[2] + self.used]
+
+    def _decoded(self, name, pick):
+        array = pick(self.arrays[name])
+        if self.bits is None or name not in self.kv:
+            return array
+        return dequantize(array, pick(self.arrays[f"{name}_range"]), self.bits, self.dtype)
 
     def append(self, keys, values, positions):
         """Stores n new tokens (`[batch, num_kv_heads, n, head_dim]`, positions `[batch, n]`); returns their slots."""
         new = slice(self.used, self.used + keys.shape[2])
-        self.keys[:, :, new] = keys
-        self.values[:, :, new] = values
+        for name, vectors in (("keys", keys), ("values", values)):
+            if self.bits:
+                vectors, self.arrays[f"{name}_range"][:, :, new] = quantize(vectors, self.bits)
+            self.arrays[name][:, :, new] = vectors
         self.positions[:, :, new] = positions[:, None]
         self.used = new.stop
         return new

@@ -221,9 +221,9 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
     width = max(16, triton.next_power_of_2(head_dim))
     rows = batch * kv_heads
     block = tuning.get("block", 64 if width <= 64 else 32)
-    splits = tuning.get("splits") or max(1, min(PROGRAMS // rows, used // 64))
+    # A power of two: what is a constant of the compiled kernel must take few values while the slots fill.
+    splits = tuning.get("splits") or 1 << max(1, min(PROGRAMS // rows, used // 64)).bit_length() - 1
     per_split = triton.cdiv(triton.cdiv(used, splits), block) * block
-    splits = triton.cdiv(used, per_split)
     device = query.device
     output = torch.empty(batch, heads, head_dim, dtype=query.dtype, device=device)
     add = received is not None
@@ -237,7 +237,7 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
         tops, totals = torch.empty(2, rows * group, splits, dtype=torch.float32, device=device)
     mask = positions is not None
     positions = positions if mask else received
-    finish = min(1024 if group == 1 else 128, max(16, triton.next_power_of_2(used)))
+    finish = 1024 if group == 1 else 128
     shape = dict(GROUP=group, GROUPS=groups, HEAD_DIM=head_dim, WIDTH=width, SPLITS=splits, ADD=add, FINISH=finish)
     _attend[(rows, splits)](
         query, keys, values, positions, received, output, scratch, partial, tops, totals,

@@ -117,8 +117,7 @@ def filled(policy, batch, used, heads=12, head_dim=64, dtype=torch.bfloat16, dev
     layer = SketchLayer(policy, used - 16, 4, 16, 16)
     key, value = torch.randn(2, batch, heads, used, head_dim, device=device, dtype=dtype)
     layer.update(key[:, :, :1], value[:, :, :1])
-    layer.slots.append(key, value, torch.arange(used, device=device).expand(batch, used))
-    layer.seen = used
+    layer._store(key, value, None, None, slice(0, used))
     return layer
 
 
@@ -194,11 +193,13 @@ def policy_rows(table, batch=64, cap=1024, device="cuda", dtype=torch.bfloat16):
     """One layer's whole `attend`, one token at a time, evictions among 16 steps: what choosing costs."""
     names = {"sketch": Sketch(), "attention mass": AttentionMass(), "H2O": H2O(), "window": Window()}
     layers = {name: filled(policy, batch, cap + 16, device=device, dtype=dtype) for name, policy in names.items()}
-    states = torch.randn(3, batch, 12, 1, 64, device=device, dtype=dtype)
+    # Many different tokens: equal ones would share counters of the sketch, and their additions would wait for each other.
+    states = torch.randn(256, 3, batch, 12, 1, 64, device=device, dtype=dtype)
 
     def cycle(layer):
-        for _ in range(16):
-            layer.attend(*states, None, None, SCALING)
+        begin = layer.seen % 256 // 16 * 16
+        for state in states[begin : begin + 16]:
+            layer.attend(*state, None, None, SCALING)
 
     for layer in layers.values():
         layer._evict()
@@ -217,7 +218,7 @@ def model_rows(table, batch, device, dtype, seen=1024, cap=256, repetitions=20):
     """A decode step of a random-weight GPT-2 small after `seen` tokens."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(n_positions=4096)).to(device, dtype).eval().requires_grad_(False)
-    plain = GPT2LMHeadModel(model.config).to(device, dtype).eval().requires_grad_(False)
+    plain = GPT2LMHeadModel(GPT2Config(n_positions=4096)).to(device, dtype).eval().requires_grad_(False)
     enable(model)
     ids = torch.randint(0, 50000, (batch, seen), device=device)
 
@@ -239,8 +240,8 @@ def model_rows(table, batch, device, dtype, seen=1024, cap=256, repetitions=20):
 
     def cycle(used, cache, enabled):
         with fused(enabled):
-            for _ in range(16):
-                used(ids[:, :1], past_key_values=cache, logits_to_keep=1)
+            for token in ids[:, :16].split(1, 1):
+                used(token, past_key_values=cache, logits_to_keep=1)
         if isinstance(cache, DynamicCache):
             cache.crop(seen)
 
@@ -256,11 +257,12 @@ def model_rows(table, batch, device, dtype, seen=1024, cap=256, repetitions=20):
 def loop_rows(table, device, dtype, prompt=512, new=512, repetitions=3):
     """The decode loop in the open with SketchCache against `model.generate` with DynamicCache."""
     torch.manual_seed(0)
-    model = enable(GPT2LMHeadModel(GPT2Config()).to(device, dtype).eval().requires_grad_(False))
+    plain, model = (GPT2LMHeadModel(GPT2Config()).to(device, dtype).eval().requires_grad_(False) for _ in range(2))
+    enable(model)
     ids = torch.randint(0, 50000, (1, prompt), device=device)
-    model.generation_config.eos_token_id = None
+    plain.generation_config.eos_token_id = None
     runs = {
-        "generate, DynamicCache": lambda: model.generate(
+        "generate, DynamicCache": lambda: plain.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
         ),  # fmt: skip
         "manual loop, SketchCache": lambda: generate(model, ids, SketchCache(model.config, 256), max_new_tokens=new),

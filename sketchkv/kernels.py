@@ -173,16 +173,15 @@ def _combine(
     _receive(scratch, received, slot, r_slot, used, scratch_stride, group, top, total, decay, GROUP, ADD)
     if block == 0:
         column = tl.arange(0, WIDTH)
-        inside = (group[:, None] < GROUP) & (column[None, :] < HEAD_DIM)
+        written = (group[:, None] < GROUP) & (column[None, :] < HEAD_DIM)
         sums = tl.zeros([GROUPS, WIDTH], tl.float32)
         for index in range(SPLITS):
-            part = (row * GROUP + group) * SPLITS + index
-            share = tl.exp2(tl.load(tops + part, mask=group < GROUP, other=MASKED) - top)
-            sums += share[:, None] * tl.load(
-                partial + part[:, None] * HEAD_DIM + column[None, :], mask=inside, other=0.0
-            )  # fmt: skip
-        address = output + (row * GROUP + group[:, None]) * HEAD_DIM + column[None, :]
-        tl.store(address, (sums / total[:, None]).to(output.dtype.element_ty), mask=inside)
+            of_split = (row * GROUP + group) * SPLITS + index
+            share = tl.exp2(tl.load(tops + of_split, mask=group < GROUP, other=MASKED) - top)
+            address = partial + of_split[:, None] * HEAD_DIM + column[None, :]
+            sums += share[:, None] * tl.load(address, mask=written, other=0.0)
+        target = output + (row * GROUP + group[:, None]) * HEAD_DIM + column[None, :]
+        tl.store(target, (sums / total[:, None]).to(output.dtype.element_ty), mask=written)
 
 
 def attend(query, keys, values, scaling, positions=None, received=None, decay=1.0, **tuning):
@@ -220,7 +219,7 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
     groups = 1 if group == 1 else max(16, triton.next_power_of_2(group))
     width = max(16, triton.next_power_of_2(head_dim))
     rows = batch * kv_heads
-    block = tuning.get("block", 64 if width <= 64 else 32)
+    block = tuning.get("block", 32 if group == 1 or width > 64 else 64)
     # A power of two: what is a constant of the compiled kernel must take few values while the slots fill.
     splits = tuning.get("splits") or 1 << max(1, min(PROGRAMS // rows, used // 64)).bit_length() - 1
     per_split = triton.cdiv(triton.cdiv(used, splits), block) * block
@@ -243,7 +242,7 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
         query, keys, values, positions, received, output, scratch, partial, tops, totals,
         *query.stride(), *keys.stride(), *values.stride(), *positions.stride(), *received.stride(), stride,
         kv_heads, used, per_split, scaling * LOG2E, decay, **shape,
-        BLOCK=block, STAGES=tuning.get("num_stages", 2), MASK=mask, num_warps=tuning.get("num_warps", 4),
+        BLOCK=block, STAGES=tuning.get("num_stages", 3), MASK=mask, num_warps=tuning.get("num_warps", 4),
     )  # fmt: skip
     if splits > 1:
         _combine[(rows, triton.cdiv(used, finish))](

@@ -6,6 +6,7 @@ import warnings
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from sketchkv import kernels
 from sketchkv.policies import Policy, Sketch
 from sketchkv.slots import EMPTY, Slots
 from sketchkv.summary import Summary
@@ -155,9 +156,11 @@ class SketchLayer(CacheLayerMixin):
         return real
 
     def _attend_block(self, query, real, scaling):
+        count, used = query.shape[2], self.slots.used
+        if count == 1 and kernels.usable(query) and not self.summary and self.attend_topk >= self.max_cache_size:
+            return self._attend_fused(query[:, :, 0], real, scaling)[:, :, None]
         keys, values = self.slots.context("keys"), self.slots.context("values")
         batch, kv_heads, length, head_dim = keys.shape  # summary slots, then stored tokens
-        count, used = query.shape[2], self.slots.used
         stored = slice(length - used, None)
         hidden = None  # True where a query must not look, broadcastable to [batch, kv_heads, 1, count, used]
         if count > 1:
@@ -183,6 +186,17 @@ class SketchLayer(CacheLayerMixin):
                 received = received * real[:, None, :, None]
             self.policy.observe(self.slots, received)
         return output.view(batch, -1, count, head_dim)
+
+    def _attend_fused(self, query, real, scaling):
+        """`_attend_block` for one new token, `[batch, num_heads, head_dim]`, in one pass over keys and values."""
+        slots, policy = self.slots, self.policy
+        positions = slots["positions"] if self.padded else None
+        mass, decay = (None, 1.0) if real is not None else policy.accumulator(slots)
+        output, received = kernels.attend(query, slots["keys"], slots["values"], scaling, positions, mass, decay)
+        if policy.uses_attention and mass is None:
+            received = received[:, :, None]
+            policy.observe(slots, received if real is None else received * real[:, None, :, None])
+        return output
 
     def _evict(self):
         """Back to `max_cache_size` tokens: the lowest scores go, padding first, sinks and the recent window never. Of

@@ -29,6 +29,12 @@ class Policy:
         """Attention mass of n new queries on each occupied slot: `[batch, num_kv_heads, n, used]`, float32, query heads
         of a group summed, rows of padding zero. Called after `enter`, the new tokens being the last n slots."""
 
+    def accumulator(self, slots):
+        """`(tensor, decay)` if all that `observe` does with one new query is `tensor = decay * tensor + attention`, in
+        place and with `tensor` `[batch, num_kv_heads, used]` float32: a fused kernel may then do it instead. Else None
+        for the tensor."""
+        return None, 1.0
+
     def score(self, slots, seen):
         """Importance of each occupied slot `[batch, num_kv_heads, used]`, higher is kept; `seen` tokens have passed."""
         raise NotImplementedError(f"{type(self).__name__} must define score()")
@@ -179,6 +185,10 @@ class AttentionMass(Policy):
         else:
             weights = self.decay ** torch.arange(count - 1, -1, -1, dtype=torch.float32, device=mass.device)
             mass.mul_(self.decay**count).add_(torch.einsum("bhnl,n->bhl", attention, weights))
+
+    def accumulator(self, slots):
+        # A subclass that observes in its own way is asked to.
+        return (slots["mass"], self.decay) if type(self).observe is AttentionMass.observe else (None, 1.0)
 
     def score(self, slots, seen):
         return slots["mass"] / exposure(seen - slots["positions"], self.decay) if self.mean else slots["mass"]

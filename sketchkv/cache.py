@@ -24,7 +24,8 @@ class SketchLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None, summary_slots=0, bits=None
+        self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None, summary_slots=0,
+        bits=None,
     ):  # fmt: skip
         super().__init__()
         self.policy = policy
@@ -303,8 +304,9 @@ class SketchCache(Cache):
     def nbytes(self):
         """Bytes of the tensors really held: {"kv", "sketch", "policy", "total"}.
 
-        "kv": key and value slots, with the `evict_every` extra ones, the ranges of quantized ones and the summary's means.
-        "sketch": counters, hash parameters, projections and the sketch's key per slot. "policy": positions and everything else that choosing needs.
+        "kv": key and value slots, with the `evict_every` extra ones, the ranges of quantized ones and the summary's
+        means. "sketch": counters, hash parameters, projections and the sketch's key per slot. "policy":
+        positions and everything else that choosing needs.
         """
         held = {"kv": 0, "sketch": 0, "policy": 0}
         for layer in self.layers:

@@ -8,11 +8,11 @@ ROUND_UP = 1 + 2.0**-10  # more than rounding to float16 can take away
 
 
 def quantize(x, bits):
-    """Codes and ranges of vectors `x` `[..., head_dim]`, each on its own: asymmetric, in groups of 32 channels (one group
-    if `head_dim` is no multiple of 32).
+    """Codes and ranges of vectors `x` `[..., head_dim]`, each on its own: asymmetric, in groups of 32 channels (one
+    group if `head_dim` is no multiple of 32).
 
-    Returns codes, uint8 `[..., head_dim * bits / 8]` (with 4 bits, channels i and i + head_dim / 2 share a byte, i in the
-    low half), and ranges, float16 `[..., 2 * groups]`: the minimum of each group, then the step of each group. Both are
+    Returns codes, uint8 `[..., head_dim * bits / 8]` (with 4 bits, channels i and i + head_dim / 2 share a byte, i in
+    the low half), and ranges, float16 `[..., 2 * groups]`: the minimum of each group, then the step of each. Both are
     rounded outwards, so that the range covers the group and no value is off by more than half a step.
 
     Ranges per token are all that a cache that evicts can have: KIVI (Liu et al. 2024, arXiv 2402.02750) lets
@@ -23,7 +23,9 @@ def quantize(x, bits):
     """
     head_dim = x.shape[-1]
     if bits not in (4, 8) or head_dim * bits % 8:
-        raise ValueError(f"vectors of {head_dim} channels can't be held in {bits!r} bits: bits=4 (even head_dim) or bits=8")
+        raise ValueError(
+            f"vectors of {head_dim} channels can't be held in {bits!r} bits: bits=4 (even head_dim) or bits=8"
+        )
     grouped = x.float().unflatten(-1, (-1, GROUP if head_dim % GROUP == 0 else head_dim))
     low, high = grouped.aminmax(dim=-1)
     low = (low - low.abs() * (ROUND_UP - 1) - TINY).half()

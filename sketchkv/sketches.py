@@ -47,7 +47,7 @@ class CarterWegmanHash:
 
 
 class SimHash:
-    """Codes of vectors by direction: the signs of `bits` random projections (Charikar 2002), as an integer below 2^bits.
+    """Codes of vectors by direction: signs of `bits` random projections (Charikar 2002), as an integer below 2^bits.
 
     Two vectors at angle t agree in a bit with probability 1 - t / pi over the draw of the seed. The draw comes from a
     CPU generator: a seed means the same projections on every device.

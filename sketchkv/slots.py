@@ -18,7 +18,7 @@ class Slots:
     Of keys and values, `summary` (`[batch, num_kv_heads, summary_slots, head_dim]` each) lies in front of the slots in
     the same memory, so that attention reads both in one product (`context`); nothing here writes to it.
 
-    With `bits`, `keys` and `values` hold codes, and `keys_range` and `values_range` what they mean (`sketchkv.quantize`);
+    With `bits`, `keys` and `values` hold codes, `keys_range` and `values_range` what they mean (`sketchkv.quantize`);
     every token is quantized when it is stored, the newest too. Reading by name gives numbers again, in `dtype`; the
     summary is not quantized.
     """
@@ -59,7 +59,8 @@ class Slots:
 
     def take(self, name, index):
         """Keys or values in the slots `index` (`[batch, num_kv_heads, n]`): `[batch, num_kv_heads, n, head_dim]`."""
-        return self._decoded(name, lambda array: array.gather(2, index[..., None].expand(*index.shape, array.shape[-1])))
+        index = index[..., None]
+        return self._decoded(name, lambda array: array.gather(2, index.expand(*index.shape[:3], array.shape[-1])))
 
     def context(self, name):
         """Summary and occupied slots of keys or values: `[batch, num_kv_heads, summary_slots + used, head_dim]`."""

@@ -67,7 +67,7 @@ def test_bad_settings(gpt2, bits):
 
 
 def rounded(x, bits):
-    """The documented rule in numpy: one range per vector (head_dim 16), minimum and step rounded outwards to float16."""
+    """The documented rule in numpy: one range per vector (head_dim 16), minimum and step rounded outwards."""
     x = x.double().numpy()
     low = x.min(-1, keepdims=True)
     low = np.float16(low - abs(low) * 2.0**-10 - 2.0**-24).astype(float)

@@ -67,7 +67,8 @@ def test_output_equals_attention_recomputed_from_the_record(model, ids, padding,
             for row in range(2):
                 if mask[row, step]:
                     head, member = (step + row) % key.shape[1], step % size
-                    expected, evicted = reference(layer, records[layer], kept, query, scaling, row, head, (member, size))
+                    which = (row, head, (member, size))
+                    expected, evicted = reference(layer, records[layer], kept, query, scaling, *which)
                     got = output[row, head * size + member, 0].double()
                     torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
                     checked.append(evicted)
@@ -76,7 +77,8 @@ def test_output_equals_attention_recomputed_from_the_record(model, ids, padding,
     monkeypatch.setattr(SketchLayer, "attend", watched)
     for step in range(100):
         positions = (mask[:, : step + 1].cumsum(-1) - 1).clamp(min=0)[:, -1:]
-        model(tokens[:, step : step + 1], attention_mask=mask[:, : step + 1], position_ids=positions, past_key_values=cache)
+        seen = mask[:, : step + 1]
+        model(tokens[:, step : step + 1], attention_mask=seen, position_ids=positions, past_key_values=cache)
     assert len(checked) > 30 and max(checked) >= 70
     # Every real token is either stored or counted once.
     for layer in cache.layers:

@@ -89,7 +89,9 @@ def test_leaving_tokens_out_changes_something_and_costs_one_byte_per_slot(gpt2, 
     assert caches[0].nbytes() == caches[1].nbytes() == caches[2].nbytes()
 
 
-@pytest.mark.parametrize("topk, message", [(SINKS + RECENT, "raise it above 12"), (0, "attend_topk"), (20.0, "whole number")])
+@pytest.mark.parametrize(
+    "topk, message", [(SINKS + RECENT, "raise it above 12"), (0, "attend_topk"), (20.0, "whole number")]
+)  # fmt: skip
 def test_bad_settings(gpt2, topk, message):
     with pytest.raises(ValueError, match=message):
         topk_cache(gpt2, topk=topk)

@@ -115,39 +115,6 @@ class TOVA(Policy):
         return slots["attention"].mean(1, keepdim=True).expand_as(slots["attention"])
 
 
-class SnapKV(Policy):
-    """Keeps what the last queries attended to, smoothed over neighbours in the text (Li et al. 2024, arXiv 2404.14469).
-
-    SnapKV chooses once, at the end of the prompt; here its rule is applied at every eviction, its observation window being
-    the queries since the last one (`evict_every`). `kernel`: width of the mean over neighbouring stored tokens.
-    """
-
-    uses_attention = True
-
-    def __init__(self, kernel=7):
-        if kernel < 1 or kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd and positive, got {kernel}")
-        self.kernel = kernel
-
-    def allocate(self, slots):
-        slots.add("mass", torch.float32)
-
-    def enter(self, slots, new, token_ids):
-        slots.arrays["mass"][:, :, new] = 0
-
-    def observe(self, slots, attention):
-        slots["mass"].add_(attention.sum(2))
-
-    def score(self, slots, seen):
-        order = slots["positions"].argsort(-1)  # slots are in no order, neighbours are
-        in_text = slots["mass"].gather(-1, order)
-        smooth = torch.nn.functional.avg_pool1d(
-            in_text, self.kernel, stride=1, padding=self.kernel // 2, count_include_pad=False
-        )  # fmt: skip
-        slots["mass"].zero_()
-        return torch.empty_like(smooth).scatter_(-1, order, smooth)
-
-
 def exposure(age, decay):
     """Queries that could have attended to a token of this age (in tokens, itself included), discounted like its mass:
     the sum of decay^i for i below age."""
@@ -199,6 +166,29 @@ class H2O(AttentionMass):
 
     def __init__(self):
         super().__init__(decay=1.0, mean=False)
+
+
+class SnapKV(AttentionMass):
+    """Keeps what the last queries attended to, smoothed over neighbours in the text (Li et al. 2024, arXiv 2404.14469).
+
+    SnapKV chooses once, at the end of the prompt; here its rule is applied at every eviction, its observation window being
+    the queries since the last one (`evict_every`). `kernel`: width of the mean over neighbouring stored tokens.
+    """
+
+    def __init__(self, kernel=7):
+        super().__init__(decay=1.0, mean=False)
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd and positive, got {kernel}")
+        self.kernel = kernel
+
+    def score(self, slots, seen):
+        order = slots["positions"].argsort(-1)  # slots are in no order, neighbours are
+        in_text = slots["mass"].gather(-1, order)
+        smooth = torch.nn.functional.avg_pool1d(
+            in_text, self.kernel, stride=1, padding=self.kernel // 2, count_include_pad=False
+        )  # fmt: skip
+        slots["mass"].zero_()
+        return torch.empty_like(smooth).scatter_(-1, order, smooth)
 
 
 class Sketch(AttentionMass):

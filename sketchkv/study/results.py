@@ -44,7 +44,7 @@ HUB_MODELS = tuple(name for name in loading.HUB_REVISIONS if "wikitext" not in n
 MAKE_DEFAULTS = {"model": "embedded", "dataset": "embedded", "device": "auto", "profile": "study"}
 
 GENERATED = ("data/results", "data/model/README.md", "figures", "report/report.html", "report/report.md", "report/report.pdf")
-_PRESENTATION = ("study/figures.py", "study/report.py", "study/run.py")
+_PRESENTATION = ("study/figures.py", "study/pdf.py", "study/report.py", "study/run.py")
 _VERSIONS = ("torch", "transformers", "tokenizers", "numpy", "pandas", "scipy", "dask", "matplotlib", "seaborn")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 

@@ -153,6 +153,16 @@ def test_study_runs_resumes_and_stops_at_a_failing_cell(tmp_path, capsys, monkey
     assert not run.is_done(first, parameters, tmp_path)
 
 
+def test_bad_input_is_told_without_a_traceback(tmp_path, capsys):
+    write_notebook(tmp_path, "01_tiny", "from sketchkv import texts\ntexts.documents(dataset, print)")
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    assert run.main(["--dataset", str(empty)], root=tmp_path) == 1
+    printed = capsys.readouterr().err
+    assert f"{empty} is empty" in printed and "DATASET=embedded" in printed and "Traceback" not in printed
+    assert "Traceback" in (tmp_path / "build" / "executed" / "01_tiny.failed.ipynb").read_text()
+
+
 def test_a_changed_source_table_makes_its_reader_run_again(finished, tmp_path, monkeypatch):
     reader = write_notebook(tmp_path, "02_reader", "")
 

@@ -86,9 +86,11 @@ _STYLE = r"""
   )
   #label("figure-" + name)
 ]
-#let results(size, legend, widths, aligned, head, ..cells) = block(above: 2em, breakable: false, small(legend) + text(size, table(
-  columns: widths, align: aligned, inset: (x: 0.35em, y: 0.3em), table.header(..head), ..cells,
-)))
+#let results(size, legend, widths, aligned, head, ..cells) = block(above: 2em, breakable: false, {
+  small(legend)
+  set text(size)
+  table(columns: widths, align: aligned, inset: (x: 0.35em, y: 0.3em), table.header(..head), ..cells)
+})
 #let marked(level, name, body) = if level > 0 [#heading(level: level, body) #name]
 #let report(title, body) = {
   set document(title: title, date: none)

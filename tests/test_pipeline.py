@@ -16,13 +16,14 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
+import torch
 import typst
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jupyter_client.kernelspec import KernelSpecManager
 from packaging.requirements import Requirement
 
-from sketchkv.study import figures, pdf, report, results, run
+from sketchkv.study import evaluate, figures, grid, pdf, report, results, run
 
 ROOT = results.ROOT
 PARAMETERS = 'model = "embedded"\ndataset = "embedded"\ndevice = "auto"\nprofile = "smoke"\nseed = 0\noutput = ""'
@@ -154,7 +155,8 @@ def test_study_runs_resumes_and_stops_at_a_failing_cell(tmp_path, capsys, monkey
 
 
 def test_bad_input_is_told_without_a_traceback(tmp_path, capsys):
-    write_notebook(tmp_path, "01_tiny", "from sketchkv import texts\ntexts.documents(dataset, print)")
+    source = "from types import SimpleNamespace\nfrom sketchkv import texts\n"
+    write_notebook(tmp_path, "01_tiny", source + "texts.documents(dataset, SimpleNamespace(bos_token_id=None))")
     empty = tmp_path / "empty.txt"
     empty.touch()
     assert run.main(["--dataset", str(empty)], root=tmp_path) == 1
@@ -242,6 +244,31 @@ def test_same_inputs_give_the_same_bytes(tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
+def test_two_runs_give_identical_quality_tables(tmp_path):
+    methods = [
+        {"method": "sketch", "max_cache_size": 32, "recent_window": 8, "seed": 1},
+        {"method": "random", "max_cache_size": 32, "recent_window": 8, "seed": 1},
+        {"method": "h2o", "max_cache_size": 32, "recent_window": 8, "summary_slots": 4},
+    ]
+    grid_points = [{"method": method, "documents": 2, "length": 160} for method in methods]
+
+    def write(root, parts):
+        opened = results.start("03_tiny", output=str(root))
+        table = pd.concat([pd.DataFrame(part).assign(method=i) for i, part in enumerate(parts)], ignore_index=True)
+        opened.table("quality", table, evaluate.COLUMNS | {"method": "index"}, timings=evaluate.TIMINGS)
+        return results.load_table("quality", root, timings=False)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker does
+    try:
+        here = write(tmp_path / "a", [evaluate.evaluate(**params) for params in grid_points])
+    finally:
+        torch.set_num_threads(threads)
+    elsewhere = grid.compute("quality", evaluate.evaluate, grid_points, folder=tmp_path / "points", workers=1)
+    pd.testing.assert_frame_equal(here, write(tmp_path / "b", elsewhere), check_exact=True)
+    assert (here.evicted > 0).all() and here.groupby("method").nll.mean().is_unique
+
+
 def test_sidecars_say_where_a_result_comes_from(finished, tmp_path):
     sidecar = results.read_json(tmp_path / "figures" / "error.json")
     assert sidecar["notebook"] == "01_tiny" and sidecar["inputs"]["profile"] == "smoke" and sidecar["commit"]
@@ -291,47 +318,6 @@ def test_finish_removes_what_the_notebook_no_longer_makes(finished):
     opened.finish()
     left = {p.name for p in finished.rglob("*") if p.is_file()}
     assert left == {"facts_01_tiny.json", "run_01_tiny.json", "facts_02_other.json", "run_02_other.json"}
-
-
-# -- grid points ------------------------------------------------------------------------------------------------------
-
-
-def test_point_is_computed_once_per_parameters_source_and_model(tmp_path, monkeypatch):
-    calls = []
-
-    def compute(width):
-        calls.append(width)
-        return {"nll": width / 3}
-
-    def ask(width=64, revision="r"):
-        return results.point("sweep", {"width": width}, compute, folder=tmp_path, revision=revision)
-
-    assert ask() == ask() == {"nll": 64 / 3} and calls == [64]
-    ask(width=128), ask(revision="s")
-    assert calls == [64, 128, 64]
-    monkeypatch.setattr(results, "package_fingerprint", lambda **_: "other")
-    ask()
-    assert calls == [64, 128, 64, 64]
-    assert len(list(tmp_path.rglob("*.json"))) == 4
-    with pytest.raises(ValueError, match="sweep"):
-        results.point("sweep", {"width": 1}, lambda width: {"nll": float("nan")}, folder=tmp_path)
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda t: t[: len(t) // 2], lambda t: t.replace("0.25", "0.75"), lambda t: "", lambda t: "[]"]
-)
-def test_corrupted_point_is_named_and_computed_again(tmp_path, damage):
-    def ask():
-        return results.point("sweep", {"width": 1}, lambda width: {"nll": 0.25}, folder=tmp_path)
-
-    ask()
-    (file,) = tmp_path.rglob("*.json")
-    file.write_text(damage(file.read_text()))
-    with pytest.warns(UserWarning, match=re.escape(file.name)):
-        assert ask() == {"nll": 0.25}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert ask() == {"nll": 0.25}
 
 
 # -- report -----------------------------------------------------------------------------------------------------------

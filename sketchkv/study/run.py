@@ -25,8 +25,8 @@ from sketchkv.loading import LoadError
 from sketchkv.study import results
 
 
-# Errors in the input, whose messages name the way out: the traceback stays in the notebook.
-_SAYS_ALL = {kind.__name__ for kind in (CorpusError, LoadError, results.KnobError)}
+# Errors whose messages name the way out: the traceback stays in the notebook.
+_SAYS_ALL = ("CorpusError", "GridError", "KnobError", "LoadError", "ReportError")
 
 
 class RunError(RuntimeError):

@@ -16,6 +16,8 @@ from sketchkv.summary import Summary
 MAX_BLOCK = 512
 # Tokens after which quantized keys are centred (`Slots.recentre`): early enough for most of a text, late enough for a mean.
 CENTRE_AFTER = 32
+# Evictions between two looks for NaN on CUDA, where looking makes the host wait for the device.
+CHECK_EVERY = 16
 
 
 class SketchLayer(CacheLayerMixin):
@@ -48,6 +50,7 @@ class SketchLayer(CacheLayerMixin):
     def _forget(self):
         self.seen = 0
         self.evicted = 0
+        self.nan = None  # whether an importance was NaN, a bool tensor on the device
         self.padded = False
         self.first = None  # [batch], position of each row's first real token once `padded`
 
@@ -122,11 +125,13 @@ class SketchLayer(CacheLayerMixin):
 
     # What makes it bounded
 
-    def attend(self, query, key, value, valid, token_ids, scaling):
+    def attend(self, query, key, value, valid, token_ids, scaling, clock=None):
         """Attention of new tokens over stored and new ones, `[batch, num_heads, n, head_dim]` like `query`.
 
         query: `[batch, num_heads, n, head_dim]`; key, value: `[batch, num_kv_heads, n, head_dim]`; valid: bool
-        `[batch, n]`, False for padding, or None; token_ids: `[batch, n]` or None; scaling: factor of the logits.
+        `[batch, n]`, False for padding, or None; token_ids: `[batch, n]` or None; scaling: factor of the logits; clock:
+        int32 `[1]`, the position of the one new token, for a step that will run again at other positions
+        (`sketchkv.graph`), or None.
         """
         total, outputs, start = query.shape[2], [], 0
         rotation = self.slots.rotation
@@ -138,23 +143,24 @@ class SketchLayer(CacheLayerMixin):
             if rotation is not None and self.seen < CENTRE_AFTER:
                 count = min(count, CENTRE_AFTER - self.seen)
             block = slice(start, start + count)
-            queried = self._store(key, value, valid, token_ids, block)
+            queried = self._store(key, value, valid, token_ids, block, clock)
             outputs.append(self._attend_block(query[:, :, block], queried, scaling))
             if rotation is not None and self.seen == CENTRE_AFTER:
                 self.slots.recentre(self.num_sinks)
             if self.slots.used == self.slots.capacity:
-                self._evict()
+                self._evict(clock)
             start += count
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
         return output if rotation is None else output @ rotation.T
 
-    def _store(self, key, value, valid, token_ids, block):
+    def _store(self, key, value, valid, token_ids, block, clock=None):
         """Appends the tokens of `block`; returns which of them are real (`[batch, n]`), None if all are."""
         count = block.stop - block.start
-        positions = torch.arange(self.seen, self.seen + count, dtype=torch.int32, device=key.device)
-        positions = positions.expand(key.shape[0], count)
-        real = None
+        positions, real = clock, None
+        if clock is None:
+            positions = torch.arange(self.seen, self.seen + count, dtype=torch.int32, device=key.device)
         if valid is not None or self.padded:
+            positions = positions.expand(key.shape[0], count)
             real = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid[:, block]
             if not self.padded:
                 self.padded = True
@@ -164,8 +170,6 @@ class SketchLayer(CacheLayerMixin):
             self.first = torch.where(begins, self.seen + real.int().argmax(-1), self.first)
             positions = positions.masked_fill(~real, EMPTY)
         new = self.slots.append(key[:, :, block], value[:, :, block], positions)
-        if self.attend_topk < self.max_cache_size:
-            self.slots.arrays["unattended"][:, :, new] = False
         self.policy.enter(self.slots, new, None if token_ids is None else token_ids[:, block])
         self.seen += count
         return real
@@ -196,7 +200,8 @@ class SketchLayer(CacheLayerMixin):
         attention = logits.softmax(-1)
         output = attention.view(batch, kv_heads, -1, length).to(values.dtype) @ values
         if self.policy.uses_attention:
-            received = attention[..., stored].sum(2)
+            received = attention[..., stored]
+            received = received[:, :, 0] if received.shape[2] == 1 else received.sum(2)
             if real is not None:
                 received = received * real[:, None, :, None]
             self.policy.observe(self.slots, received)
@@ -213,26 +218,24 @@ class SketchLayer(CacheLayerMixin):
             policy.observe(slots, received if real is None else received * real[:, None, :, None])
         return output
 
-    def _evict(self):
+    def _evict(self, clock=None):
         """Back to `max_cache_size` tokens: the lowest scores go, padding first, sinks and the recent window never. Of
         those that stay, all but the `attend_topk` highest are left out of attention until the next eviction. Those that
         go are folded into the summary, if there is one.
 
         Among equal scores (tokens that share a sketch key, say) the older goes: the same choice on every device.
         """
-        positions = self.slots["positions"]
-        scores = self.policy.score(self.slots, self.seen)
+        positions, seen = self.slots["positions"], self.seen if clock is None else clock + 1
+        scores = self.policy.score(self.slots, seen)
         first = 0 if self.first is None else self.first[:, None, None]
-        protected = (positions < first + self.num_sinks) | (positions >= self.seen - self.recent_window)
+        protected = (positions < first + self.num_sinks) | (positions >= seen - self.recent_window)
         scores = scores.clamp(-1e30, 1e30).masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
-        if scores.isnan().any():
-            raise ValueError(
-                f"{type(self.policy).__name__} gave NaN importance after {self.seen} tokens: the model's keys, queries "
-                "or the policy's score are not finite (half precision that overflows? try float32 or bfloat16)"
-            )
-        by_age = positions.argsort(-1)
-        lowest = scores.gather(-1, by_age).argsort(dim=-1, stable=True)[..., : self.slots.capacity - self.attend_topk]
-        lowest = by_age.gather(-1, lowest)
+        nan = scores.isnan().any()
+        self.nan = nan if self.nan is None else self.nan.logical_or_(nan)
+        if nan.device.type == "cpu" or (clock is None and self.evicted // self.evict_every % CHECK_EVERY == 0):
+            self.check()
+        ranks = _order(scores, positions)
+        lowest = ranks.topk(self.slots.capacity - self.attend_topk, largest=False).indices
         if self.attend_topk < self.max_cache_size:
             self.slots["unattended"].zero_().scatter_(-1, lowest, True)
         evicted = lowest[..., : self.evict_every]
@@ -241,6 +244,21 @@ class SketchLayer(CacheLayerMixin):
             self.summary.fold(self.slots.take("keys", evicted), self.slots.take("values", evicted), real)
         self.slots.evict(evicted)
         self.evicted += self.evict_every
+
+    def check(self):
+        """Raises ValueError if an importance was NaN. On CUDA this waits for the device; evictions call it now and then."""
+        if self.nan is not None and self.nan:
+            raise ValueError(
+                f"{type(self.policy).__name__} gave NaN importance, found after {self.seen} tokens: the model's keys, "
+                "queries or the policy's score are not finite (half precision that overflows? try float32 or bfloat16)"
+            )
+
+
+def _order(scores, positions):
+    """Integers in the order of (score, position), so that one selection does and nothing depends on how ties fall."""
+    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: a negative zero equals zero
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # negative floats fall as their bits rise
+    return (bits.long() << 32) + positions
 
 
 class SketchCache(Cache):
@@ -310,6 +328,7 @@ class SketchCache(Cache):
         self.positions_end = getattr(config, "rope_parameters", None) is None
         self.is_open = False
         self.token_ids = None
+        self.clock = None  # set while `sketchkv.graph` records a step
         shape = (max_cache_size, num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits, quantizer)
         layers = [SketchLayer(copy.deepcopy(p), *shape) for p in policies]
         for index, layer in enumerate(layers):
@@ -366,6 +385,11 @@ class SketchCache(Cache):
         rotations = {id(layer.slots.rotation): layer.slots.rotation for layer in self.layers if layer.slots is not None}
         held["kv"] += sum(rotation.nbytes for rotation in rotations.values() if rotation is not None)
         return held | {"total": sum(held.values())}
+
+    def check(self):
+        """Raises ValueError if an importance was NaN: on CUDA the error may otherwise come some evictions late."""
+        for layer in self.layers:
+            layer.check()
 
     # Called by the model through `sketchkv.enable`
 

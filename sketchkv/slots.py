@@ -12,8 +12,9 @@ class Slots:
 
     Every array is `[batch, num_kv_heads, capacity, ...]`: `keys` and `values` (`[..., head_dim]`, the model's dtype),
     `positions` (int32, the token's position in its text, -1 for an empty slot or a padding token) and whatever a policy
-    adds with `add`, which then travels with its token. All heads hold the same number of tokens, which token is up to
-    each head; slots are in no particular order.
+    adds with `add`, which then travels with its token and is zero in a slot that has just been taken. All heads hold the
+    same number of tokens, which token is up to each head. The first `kept` slots hold what survived the last eviction, in
+    no particular order; those after it hold what came since, in the order of the text.
 
     Of keys and values, `summary` (`[batch, num_kv_heads, summary_slots, head_dim]` each) lies in front of the slots in
     the same memory, so that attention reads both in one product (`context`); nothing here writes to it.
@@ -28,7 +29,7 @@ class Slots:
         self, batch, num_kv_heads, capacity, head_dim, dtype, device, summary_slots=0, bits=None, quantizer="normal"
     ):  # fmt: skip
         self.capacity = capacity
-        self.used = 0
+        self.used = self.kept = 0
         self.head_dim, self.dtype, self.device = head_dim, dtype, device
         self.coders, self.rotation, self.centre = {}, None, None
         if bits:
@@ -86,11 +87,12 @@ class Slots:
         return vectors if self.centre is None or name == "values" else vectors.add_(self.centre)
 
     def append(self, keys, values, positions):
-        """Stores n new tokens (`[batch, num_kv_heads, n, head_dim]`, positions `[batch, n]`); returns their slots."""
+        """Stores n new tokens (`[batch, num_kv_heads, n, head_dim]`; positions `[batch, n]`, or `[n]` if all rows have
+        the same); returns their slots."""
         new = slice(self.used, self.used + keys.shape[2])
         for name, vectors in (("keys", keys), ("values", values)):
             self._encode(name, vectors, new)
-        self.positions[:, :, new] = positions[:, None]
+        self.positions[:, :, new] = positions[..., None, :]
         self.used = new.stop
         return new
 
@@ -133,8 +135,9 @@ class Slots:
                 source = source[..., None].expand(*source.shape, array.shape[-1])
                 destination = destination[..., None].expand_as(source)
             array.scatter_(2, destination, array.gather(2, source))
-        self.positions[:, :, kept : self.used] = EMPTY
-        self.used = kept
+        for name in self.arrays.keys() - self.kv:
+            self.arrays[name][:, :, kept : self.used] = EMPTY if name == "positions" else 0
+        self.used = self.kept = kept
 
     def reorder(self, index):
         """Row i becomes what row `index[i]` was, in place (beam search)."""
@@ -145,7 +148,7 @@ class Slots:
 
     def clear(self):
         """Empties every slot and keeps the memory."""
-        self.used = 0
+        self.used = self.kept = 0
         for array in self.arrays.values():
             array.zero_()
         self.positions.fill_(EMPTY)

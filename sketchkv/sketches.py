@@ -50,6 +50,23 @@ class CarterWegmanHash:
         return self.a.nbytes + self.b.nbytes
 
 
+class SignedHash:
+    """`depth` pairs of independent Carter-Wegman functions: place + width * (1 if the sign is minus)."""
+
+    def __init__(self, width, depth, seed=0, device=None):
+        self.width, self.depth, self.seed = 2 * width, depth, seed
+        self.place = CarterWegmanHash(width, depth, seed, device)
+        self.sign = CarterWegmanHash(2, depth, -1 - seed, device)
+
+    def __call__(self, items):
+        """Indices in [0, 2 width), int64 `[..., depth, n]`, of int32 or int64 `items` `[..., n]`."""
+        return self.place(items) + self.place.width * self.sign(items)
+
+    @property
+    def nbytes(self):
+        return self.place.nbytes + self.sign.nbytes
+
+
 class SimHash:
     """Codes of vectors by direction: signs of `bits` random projections (Charikar 2002), as an integer below 2^bits.
 
@@ -402,13 +419,14 @@ class CountSketch(CounterSketch):
     less than Count-Min from many light items, and more from a few heavy ones. Arguments as for `CountMinSketch`; uint8
     stands for signed codes, int8 with a float32 scale per row.
 
-    One hash function below 2 width gives counter and sign, so that `hash(items)` is all that an item needs.
+    `hash(items)` holds counter and sign in one number. Signs come from functions of their own: taken from the function
+    that picks the counter, they would agree for items that collide.
     """
 
     signed = True
 
     def __init__(self, width, depth, batch_shape=(), seed=0, dtype=torch.float32, device=None):
-        super().__init__(CarterWegmanHash(2 * width, depth, seed, device), width, batch_shape, dtype, device)
+        super().__init__(SignedHash(width, depth, seed, device), width, batch_shape, dtype, device)
 
     @property
     def total(self):

@@ -301,6 +301,7 @@ class Sketch(AttentionMass):
     SHARED = (None, "heads", "layers")
     BITS = 24
     own = {"item"}  # arrays of the slots that exist for the sketch's sake
+    flushed = 0  # tokens seen when the sketch last took in what the slots received
 
     def __new__(cls, width=512, depth=4, key="lsh", *args, **settings):
         return super().__new__(QuerySketch if cls is Sketch and key == "query" else cls)
@@ -343,7 +344,7 @@ class Sketch(AttentionMass):
 
     def _allocate_sketches(self, slots, count):
         batch, heads, _ = slots.positions.shape
-        self.flushed = 0  # tokens seen when the sketch last took in the slots' mass
+        self.flushed = 0
         if self.in_step and any(not isinstance(peer, Sketch) or peer.settings != self.settings for peer in self.peers):
             raise ValueError('shared="layers" needs one policy for all layers, not a list of different ones')
         if self.lead is not self:

@@ -137,13 +137,10 @@ def test_shared_counters_are_one_table_and_counted_once(llama, text, shared, tab
     expected = tables * 3 * 32 * 4 + hashes * (1 if shared == "layers" else layers) + layers * heads * slots * 4
     assert cache.nbytes()["sketch"] == expected
     # Nothing of the mass is lost: each query head gives 1 per query, at a decay of 0.99.
-    total = sum(policy.sketches[0].total.sum() for policy in {id(p.lead): p.lead for p in map(policy_of, cache.layers)}.values())
+    leads = {id(layer.policy.lead): layer.policy.lead for layer in cache.layers}
+    total = sum(lead.sketches[0].total.sum() for lead in leads.values())
     seen = cache.layers[0].policy.flushed
     torch.testing.assert_close(total, torch.tensor(layers * 4 * (1 - 0.99**seen) / 0.01), rtol=1e-4, atol=0)
-
-
-def policy_of(layer):
-    return layer.policy
 
 
 @pytest.mark.parametrize("key", ["token", "bigram"])
@@ -203,7 +200,7 @@ def test_queries_are_counted_where_they_point(kind):
     got = policy.score(slots, 30)
     if kind == "race":
         rows = policy.sketches[0].hash.projection.unflatten(1, (5, 4))
-        code = lambda x: torch.stack([(x @ rows[:, r] > 0) @ 2.0 ** torch.arange(4) for r in range(5)])  # noqa: E731
+        code = lambda x: torch.stack([(x @ rows[:, r] > 0).float() @ 2.0 ** torch.arange(4) for r in range(5)])  # noqa: E731
     else:
         code = lambda x: SimHash(8, 4)(x)[None]  # noqa: E731
     for head in range(2):

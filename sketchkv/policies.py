@@ -134,16 +134,19 @@ class AttentionMass(Policy):
     """Exact accumulators: the attention mass a token received since it was stored, one float32 per slot.
 
     `decay` discounts the past per query. `mean=True` divides by the (equally discounted) number of queries that could
-    have attended to the token, since plain sums let old tokens win by age (A2SF, arXiv 2407.20485).
+    have attended to the token, since plain sums let old tokens win by age (A2SF, arXiv 2407.20485). `value_norm=True`
+    weights it by the norm of the token's value: what is lost with a token is its attention times its value (VATP, Guo et
+    al. 2024, arXiv 2406.12335).
     """
 
     uses_attention = True
 
-    def __init__(self, decay=0.99, mean=True):
+    def __init__(self, decay=0.99, mean=True, value_norm=False):
         if not 0 < decay <= 1:
             raise ValueError(f"decay must be in (0, 1], got {decay}; 1 never forgets")
         self.decay = decay
         self.mean = mean
+        self.value_norm = value_norm
 
     def allocate(self, slots):
         slots.add("mass", torch.float32)
@@ -167,7 +170,8 @@ class AttentionMass(Policy):
         return (slots["mass"], self.decay) if type(self).observe is AttentionMass.observe else (None, 1.0)
 
     def score(self, slots, seen):
-        return slots["mass"] / exposure(seen - slots["positions"], self.decay) if self.mean else slots["mass"]
+        score = slots["mass"] / exposure(seen - slots["positions"], self.decay) if self.mean else slots["mass"]
+        return score * slots["values"].float().norm(dim=-1) if self.value_norm else score
 
 
 class H2O(AttentionMass):

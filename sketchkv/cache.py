@@ -176,6 +176,8 @@ class SketchLayer(CacheLayerMixin):
 
     def _attend_block(self, query, real, scaling):
         count, used = query.shape[2], self.slots.used
+        if self.policy.uses_queries:
+            self.policy.query(self.slots, query)
         if count == 1 and kernels.usable(query) and not self.summary and self.attend_topk >= self.max_cache_size:
             return self._attend_fused(query[:, :, 0], real, scaling)[:, :, None]
         keys, values = self.slots.context("keys"), self.slots.context("values")
@@ -333,6 +335,7 @@ class SketchCache(Cache):
         layers = [SketchLayer(copy.deepcopy(p), *shape) for p in policies]
         for index, layer in enumerate(layers):
             layer.policy.layer = index
+            layer.policy.peers = [peer.policy for peer in layers]
         super().__init__(layers=layers)
 
     @classmethod
@@ -347,6 +350,12 @@ class SketchCache(Cache):
     def seen_tokens(self):
         """Tokens that passed through the cache, padding included; the next token's position."""
         return self.layers[0].seen
+
+    @property
+    def max_chunk_size(self):
+        """The most tokens that a forward pass may bring, None for any number: `score` and `generate` keep to it."""
+        layer = self.layers[0]
+        return layer.evict_every if layer.policy.in_step else None
 
     @property
     def evicted_tokens(self):

@@ -18,6 +18,10 @@ def _check(model, input_ids, cache, new_tokens=0):
         raise ValueError(f"{length} tokens are more than the model's {positions} positions: shorten the text")
 
 
+def _chunk_size(cache, chunk_size):
+    return min(chunk_size, getattr(cache, "max_chunk_size", None) or chunk_size)
+
+
 @torch.no_grad()
 def generate(
     model, input_ids, cache=None, max_new_tokens=20, *, attention_mask=None, do_sample=False, temperature=1.0, top_k=None,
@@ -42,6 +46,7 @@ def generate(
     mask = attention_mask if padded else None
     positions = (mask.cumsum(-1) - 1).clamp(min=0) if padded else None
 
+    chunk_size = _chunk_size(cache, chunk_size)
     for start in range(0, input_ids.shape[1], chunk_size):  # prefill
         chunk = slice(start, start + chunk_size)
         logits = model(
@@ -90,6 +95,7 @@ def score(model, input_ids, cache=None, *, chunk_size=512, return_logits=False):
     if input_ids.shape[1] < 2:
         raise ValueError("a text of one token has nothing to predict: give at least two tokens")
     nll, kept = [], []
+    chunk_size = _chunk_size(cache, chunk_size)
     for start in range(0, input_ids.shape[1], chunk_size):
         chunk = input_ids[:, start : start + chunk_size]
         logits = model(chunk, past_key_values=cache, use_cache=True).logits

@@ -56,9 +56,10 @@ class Slots:
     values = property(lambda self: self.arrays["values"])
     positions = property(lambda self: self.arrays["positions"])
 
-    def add(self, name, dtype):
-        """Adds one number per slot under `name`, zero to begin with: `[batch, num_kv_heads, capacity]`."""
-        self.arrays[name] = torch.zeros(self.positions.shape, dtype=dtype, device=self.positions.device)
+    def add(self, name, dtype, *size):
+        """Adds one number per slot, or `size` of them, under `name`, zero to begin with:
+        `[batch, num_kv_heads, capacity, *size]`."""
+        self.arrays[name] = torch.zeros(*self.positions.shape, *size, dtype=dtype, device=self.positions.device)
 
     def __getitem__(self, name):
         """The occupied part of an array: `[batch, num_kv_heads, used, ...]`, a view unless it is quantized."""

@@ -242,7 +242,7 @@ class SketchCache(Cache):
     means that attention sees beside the stored tokens (`sketchkv.summary.Summary`). Policies see no attention that
     falls on them. Their bytes are counted as "kv" (means) and "policy" (counts, projection).
     bits: 8 or 4 holds keys and values quantized from the moment they enter (`sketchkv.quantize.quantize`: per token and
-    KV head, in groups of 32 channels); None, in the model's dtype. Attention turns one layer at a time back into
+    KV head, in groups of 32 channels), 16 in float16; None, in the model's dtype. Attention turns one layer at a time back into
     numbers: that working memory is not part of `nbytes`.
     policy: an eviction policy, or one per layer (list); default `Sketch(**sketch)`, whose parameters (`width`, `depth`,
     `key`, `decay`, ...) may be given directly.
@@ -276,8 +276,8 @@ class SketchCache(Cache):
                 f"attend_topk={attend_topk} leaves nothing to choose beside {num_sinks} sinks and a recent window of "
                 f"{recent_window}, which are always attended to: raise it above {num_sinks + recent_window}"
             )
-        if bits not in (None, 4, 8) or isinstance(bits, float):
-            raise ValueError(f"bits must be 8, 4, or None for the model's dtype; got {bits!r}")
+        if bits not in (None, 4, 8, 16) or isinstance(bits, float):
+            raise ValueError(f"bits must be 16, 8, 4, or None for the model's dtype; got {bits!r}")
         if policy is not None and sketch:
             raise TypeError(f"give either policy= or sketch parameters, not both: {', '.join(sketch)}")
         policy = Sketch(**sketch) if policy is None else policy

@@ -1,4 +1,4 @@
-"""Keys and values in 4 or 8 bits: what `Slots` holds when a cache is given `bits`."""
+"""Keys and values in 16, 8 or 4 bits: what `Slots` holds when a cache is given `bits`."""
 
 import torch
 
@@ -18,13 +18,17 @@ def quantize(x, bits):
     Ranges per token are all that a cache that evicts can have: KIVI (Liu et al. 2024, arXiv 2402.02750) lets
     neighbouring tokens share a range per channel of the keys, and after an eviction neighbours are no longer together.
 
+    With 16 bits the codes are the numbers themselves in float16, without ranges.
+
     Raises ValueError for other `bits`, or an odd `head_dim` with 4. Values beyond float16's 65504 have no finite range
     and come back as NaN.
     """
     head_dim = x.shape[-1]
+    if bits == 16:
+        return x.half(), x.new_empty(*x.shape[:-1], 0, dtype=torch.float16)
     if bits not in (4, 8) or head_dim * bits % 8:
         raise ValueError(
-            f"vectors of {head_dim} channels can't be held in {bits!r} bits: bits=4 (even head_dim) or bits=8"
+            f"vectors of {head_dim} channels can't be held in {bits!r} bits: bits=4 (even head_dim), bits=8 or bits=16"
         )
     grouped = x.float().unflatten(-1, (-1, GROUP if head_dim % GROUP == 0 else head_dim))
     low, high = grouped.aminmax(dim=-1)
@@ -40,6 +44,8 @@ def quantize(x, bits):
 
 def dequantize(codes, ranges, bits, dtype):
     """Vectors `[..., head_dim]` in `dtype`, from what `quantize` returned."""
+    if bits == 16:
+        return codes.to(dtype)
     if bits == 4:
         codes = torch.cat([codes & 15, codes >> 4], -1)
     low, step = ranges.float().unsqueeze(-1).chunk(2, -2)

@@ -280,47 +280,6 @@ def test_finish_removes_what_the_notebook_no_longer_makes(finished):
     assert left == {"facts_01_tiny.json", "run_01_tiny.json", "facts_02_other.json", "run_02_other.json"}
 
 
-# -- grid points ------------------------------------------------------------------------------------------------------
-
-
-def test_point_is_computed_once_per_parameters_source_and_model(tmp_path, monkeypatch):
-    calls = []
-
-    def compute(width):
-        calls.append(width)
-        return {"nll": width / 3}
-
-    def ask(width=64, revision="r"):
-        return results.point("sweep", {"width": width}, compute, folder=tmp_path, revision=revision)
-
-    assert ask() == ask() == {"nll": 64 / 3} and calls == [64]
-    ask(width=128), ask(revision="s")
-    assert calls == [64, 128, 64]
-    monkeypatch.setattr(results, "package_fingerprint", lambda **_: "other")
-    ask()
-    assert calls == [64, 128, 64, 64]
-    assert len(list(tmp_path.rglob("*.json"))) == 4
-    with pytest.raises(ValueError, match="sweep"):
-        results.point("sweep", {"width": 1}, lambda width: {"nll": float("nan")}, folder=tmp_path)
-
-
-@pytest.mark.parametrize(
-    "damage", [lambda t: t[: len(t) // 2], lambda t: t.replace("0.25", "0.75"), lambda t: "", lambda t: "[]"]
-)
-def test_corrupted_point_is_named_and_computed_again(tmp_path, damage):
-    def ask():
-        return results.point("sweep", {"width": 1}, lambda width: {"nll": 0.25}, folder=tmp_path)
-
-    ask()
-    (file,) = tmp_path.rglob("*.json")
-    file.write_text(damage(file.read_text()))
-    with pytest.warns(UserWarning, match=re.escape(file.name)):
-        assert ask() == {"nll": 0.25}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert ask() == {"nll": 0.25}
-
-
 # -- report -----------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,8 @@ from transformers import DynamicCache
 from sketchkv import Random, SketchCache, Window, enable, generate, load, score
 from sketchkv.loading import EMBEDDED
 from sketchkv.oracle import decode_and_watch, full_cache_logits
-from sketchkv.study.integration import paired_interval, quality
+from sketchkv.study.integration import quality
+from sketchkv.study.stats import paired_interval
 from sketchkv.texts import documents
 
 pytestmark = pytest.mark.skipif(

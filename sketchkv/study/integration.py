@@ -61,12 +61,3 @@ def quality(model, input_ids, make_caches, batch=16):
         nll[name] = torch.cat(parts)
         evicted[name] = 0 if isinstance(cache, DynamicCache) else cache.evicted_tokens // len(cache.layers)
     return nll, evicted
-
-
-def paired_interval(difference, seed=0, resamples=2000):
-    """Mean of paired differences per document and its bootstrap 95 % interval, documents resampled: (mean, low, high)."""
-    generator = torch.Generator().manual_seed(seed)
-    difference = torch.as_tensor(difference, dtype=torch.float64)
-    draws = torch.randint(len(difference), (resamples, len(difference)), generator=generator)
-    low, high = torch.quantile(difference[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return difference.mean().item(), low.item(), high.item()

@@ -22,6 +22,7 @@ import platform
 import re
 import shlex
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -44,7 +45,7 @@ HUB_MODELS = tuple(name for name in loading.HUB_REVISIONS if "wikitext" not in n
 MAKE_DEFAULTS = {"model": "embedded", "dataset": "embedded", "device": "auto", "profile": "study"}
 
 GENERATED = ("data/results", "data/model/README.md", "figures", "report/report.html", "report/report.md", "report/report.pdf")
-_PRESENTATION = ("study/figures.py", "study/report.py", "study/run.py")
+_SCORING = ("evaluate.py", "methods.py")
 _VERSIONS = ("torch", "transformers", "tokenizers", "numpy", "pandas", "scipy", "dask", "matplotlib", "seaborn")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 
@@ -143,13 +144,11 @@ def _is_there(path, kind):
     return bool(path) and getattr(Path(path).expanduser(), kind)()
 
 
-def package_fingerprint(presentation=True):
-    """16 digits of a sha256 over `sketchkv/**/*.py`; without `presentation`, less what only draws, renders and runs."""
+def package_fingerprint():
+    """16 digits of a sha256 over `sketchkv/**/*.py`."""
     digest = hashlib.sha256()
     for file in sorted(PACKAGE.rglob("*.py")):
-        name = file.relative_to(PACKAGE).as_posix()
-        if presentation or name not in _PRESENTATION:
-            digest.update(f"{name}\0{sha256(file)}\n".encode())
+        digest.update(f"{file.relative_to(PACKAGE).as_posix()}\0{sha256(file)}\n".encode())
     return digest.hexdigest()[:16]
 
 
@@ -217,35 +216,46 @@ def load_table(name, root=ROOT, timings=True):
 # -- grid points ------------------------------------------------------------------------------------------------------
 
 
-def point_path(kind, params, folder, revision=None):
-    """The file of one grid point: named by a hash over kind, parameters, package source and model revision."""
-    identity = {"kind": kind, "params": params, "package": package_fingerprint(presentation=False), "model": revision}
+def point_fingerprint(function):
+    """16 digits of a sha256 over what a grid point follows from: the package less `study/`, the study's scoring, and the
+    file that `function` is defined in. A change to a figure or the report computes nothing again."""
+    digest = hashlib.sha256()
+    own = sys.modules[function.__module__].__file__
+    files = [*PACKAGE.glob("*.py"), *(PACKAGE / "study" / name for name in _SCORING)]
+    for file in [*sorted(files), *([Path(own)] if own and Path(own) not in files else [])]:
+        digest.update(f"{file.name}\0{sha256(file)}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def point_path(kind, params, folder, revision, function):
+    """(file, identity) of one grid point: named by a hash over kind, parameters, package source and model revision."""
+    identity = {"kind": kind, "params": params, "package": point_fingerprint(function), "model": revision}
     text = json.dumps(identity, sort_keys=True, default=lambda o: o.tolist())
     return Path(folder) / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json", identity
 
 
-def point(kind, params, compute, *, folder=None, revision=None):
-    """The result of one grid point, from its file if it has been computed before, else `compute(**params)`.
-
-    `params` and the result are what JSON can hold; `folder` defaults to the repository's `data/results/points`, and
-    `revision` is the model's (see `model_revision`). A file that cannot be read back is named in a warning and computed
-    again. Safe to call from several processes.
-    """
-    path, identity = point_path(kind, params, folder or Paths(ROOT).points, revision)
-    if path.exists():
-        try:
-            stored = read_json(path)
-            if stored["sha256"] == hashlib.sha256(to_json(stored["result"]).encode()).hexdigest():
-                return stored["result"]
-            reason = "its checksum does not fit"
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-        warnings.warn(f"corrupted result file {path} ({reason}); computing it again", stacklevel=2)
+def read_point(path):
+    """The result in the file of a grid point, None if there is none. A file that cannot be read back is named in a
+    warning and counts as none."""
+    if not path.exists():
+        return None
     try:
-        text = to_json(compute(**params))
+        stored = read_json(path)
+        if stored["sha256"] == hashlib.sha256(to_json(stored["result"]).encode()).hexdigest():
+            return stored["result"]
+        reason = "its checksum does not fit"
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    warnings.warn(f"corrupted result file {path} ({reason}); computing it again", stacklevel=2)
+    return None
+
+
+def write_point(path, identity, result):
+    """Writes the file of a grid point atomically; returns the result as it will be read back."""
+    try:
+        result = json.loads(to_json(result))
     except (ValueError, TypeError, AttributeError) as error:
-        raise type(error)(f"grid point {kind} {params}: {error}") from error
-    result = json.loads(text)
+        raise type(error)(f"grid point {identity['kind']} {identity['params']}: {error}") from error
     checksum = hashlib.sha256(to_json(result).encode()).hexdigest()
     atomic_write(path, to_json({**identity, "result": result, "sha256": checksum}))
     return result
@@ -360,9 +370,16 @@ class Run:
         self._facts[name] = value
         return value
 
-    def point(self, kind, params, compute):
-        """`point` with this run's folder and model revision; the run's seed and dataset belong into `params`."""
-        return point(kind, params, compute, folder=self.paths.points, revision=self.model_revision)
+    def grid(self, kind, function, points, workers=None):
+        """The results of many grid points (`grid.compute`), kept in this run's folder under the model's revision.
+
+        The run's seed, data set and its revision belong into the parameters of `points`.
+        """
+        from sketchkv.study import grid
+
+        return grid.compute(
+            kind, function, points, folder=self.paths.points, revision=self.model_revision, workers=workers
+        )  # fmt: skip
 
     def output(self, path, content):
         """Writes another file (the report, say) under the run's root and counts it among its outputs."""

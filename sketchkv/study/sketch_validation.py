@@ -215,9 +215,3 @@ def _time(functions, repeats, device, at_least=2e-3):
     calls = [max(1, math.ceil(at_least / group(function, 3))) for function in functions]
     turns = [[group(function, n) for function, n in zip(functions, calls)] for _ in range(repeats)]
     return [list(measured) for measured in zip(*turns)]
-
-
-def interval(values):
-    """`(mean, half width)` of the 95 % interval of the mean of independent `values` (Student's t)."""
-    values = np.asarray(values, dtype=np.float64)
-    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))

@@ -1,0 +1,111 @@
+"""Many grid points at once: through `dask.distributed`, each kept in a file of its own.
+
+By default a local cluster, one process of one thread per core (one process on a CUDA device); or the scheduler at
+`DASK_SCHEDULER_ADDRESS`, whose workers need this package and the model, but no folder in common with this process. A
+point computes with one thread wherever it runs, so that the table does not depend on the number of workers.
+"""
+
+import os
+import tempfile
+
+import torch
+from dask.distributed import Client, LocalCluster, as_completed
+from tqdm.auto import tqdm
+
+from sketchkv.study import results
+
+ADDRESS = "DASK_SCHEDULER_ADDRESS"
+TIMEOUT = "10s"  # for a scheduler to answer
+RETRIES = 2  # of a task that failed for reasons of its own; one whose worker was lost is given to another by dask
+
+
+class GridError(RuntimeError):
+    """The grid can't be computed as asked; the message says what to do."""
+
+
+def compute(kind, function, grid, *, folder, revision=None, workers=None):
+    """`[function(**params) for params in grid]`, in the order of the grid, in parallel and kept on disk.
+
+    function: importable by name, its parameters and result what JSON can hold. Points that `folder` has are read, the
+    others computed, and each is written as soon as it is there: an interrupted grid goes on where it stopped. workers:
+    processes of the local cluster (default: one per core).
+
+    Raises GridError for a scheduler that can't be reached or whose workers have another version of the package, and
+    whatever a point raised, with its parameters named.
+    """
+    done, paths = {}, []
+    for index, params in enumerate(grid):
+        path, identity = results.point_path(kind, params, folder, revision, function)
+        paths.append((path, identity))
+        stored = results.read_point(path)
+        if stored is not None:
+            done[index] = stored
+    missing = [index for index in range(len(grid)) if index not in done]
+    if missing:
+        with _client(min(len(missing), workers or _workers(grid[missing[0]])), bool(workers)) as client:
+            fingerprint = results.point_fingerprint(function)
+            futures = {
+                client.submit(
+                    _task, function, grid[index], fingerprint, key=f"{kind}-{paths[index][0].stem}", retries=RETRIES
+                ): index
+                for index in missing
+            }
+            with tqdm(total=len(grid), initial=len(done), desc=kind, disable=None) as bar:
+                for future in as_completed(futures, loop=client.loop):
+                    index = futures[future]
+                    try:
+                        result = future.result()
+                    except GridError:
+                        raise
+                    except Exception as error:
+                        raise GridError(f"grid point {kind} {grid[index]}: {type(error).__name__}: {error}") from error
+                    done[index] = results.write_point(*paths[index], result)
+                    bar.update()
+    return [done[index] for index in range(len(grid))]
+
+
+def _workers(params):
+    return 1 if params.get("device") == "cuda" else os.cpu_count()
+
+
+class _client:
+    """A client of the scheduler in the environment, or of a cluster that lives as long as it does."""
+
+    def __init__(self, workers, own):
+        self.workers, self.address = workers, None if own else os.environ.get(ADDRESS)
+
+    def __enter__(self):
+        self.cluster = None
+        if self.address:
+            try:
+                self.client = Client(self.address, timeout=TIMEOUT, set_as_default=False)
+            except (OSError, ValueError, TypeError) as error:
+                raise GridError(
+                    f"no dask scheduler answers at {ADDRESS}={self.address!r} ({type(error).__name__}): start one with "
+                    "`dask scheduler` and `dask worker`, or unset the variable to compute on this machine"
+                ) from error
+        else:
+            self.scratch = tempfile.TemporaryDirectory(prefix="sketchkv-")
+            self.cluster = LocalCluster(
+                n_workers=self.workers, threads_per_worker=1, processes=True, memory_limit=None,
+                dashboard_address=None, local_directory=self.scratch.name, silence_logs="ERROR",
+            )  # fmt: skip
+            self.client = Client(self.cluster, set_as_default=False)
+        return self.client
+
+    def __exit__(self, *error):
+        self.client.close()
+        if self.cluster:
+            self.cluster.close()
+            self.scratch.cleanup()
+
+
+def _task(function, params, fingerprint):
+    """Runs on a worker."""
+    if (own := results.point_fingerprint(function)) != fingerprint:
+        raise GridError(
+            f"a dask worker has another version of the package ({own}, here {fingerprint}): restart the workers with "
+            "this version"
+        )
+    torch.set_num_threads(1)
+    return function(**params)

@@ -1,0 +1,34 @@
+"""Intervals: how far a mean over documents, or over independent runs, can be trusted."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy import stats
+
+
+def interval(values):
+    """`(mean, half width)` of the 95 % interval of the mean of independent `values` (Student's t)."""
+    values = np.asarray(values, dtype=np.float64)
+    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+
+
+def paired_interval(difference, seed=0, resamples=2000):
+    """Mean of paired differences per document and its bootstrap 95 % interval, documents resampled: (mean, low, high)."""
+    generator = torch.Generator().manual_seed(seed)
+    difference = torch.as_tensor(difference, dtype=torch.float64)
+    draws = torch.randint(len(difference), (resamples, len(difference)), generator=generator)
+    low, high = torch.quantile(difference[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return difference.mean().item(), low.item(), high.item()
+
+
+def intervals(table, by, value, seed=0):
+    """`paired_interval` of the column `value`, one row a document, for each group of the columns `by`: a DataFrame with
+    `by`, "mean", "low", "high" and "n" (documents), groups in the order in which they first appear."""
+    by = [by] if isinstance(by, str) else list(by)
+    rows = [
+        (*group, *paired_interval(part[value].to_numpy(), seed), len(part))
+        for group, part in table.groupby(by, sort=False, dropna=False)
+    ]
+    return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])

@@ -30,7 +30,8 @@ def make_cache(config, method, length=None, **settings):
     """A new cache of one method for a model of this configuration.
 
     method: "full", "kivi", or a name in `POLICIES`; "window" has no sinks, "streaming" is the same with them. length:
-    tokens of the text, which "full" and "kivi" need. Raises ValueError for an unknown method and TypeError for an unknown parameter.
+    tokens of the text, which "full" and "kivi" need. Raises ValueError for an unknown method and TypeError for an unknown
+    parameter.
     """
     if method == "full":
         return SketchCache(config, length, policy=Window(), **settings)

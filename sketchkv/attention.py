@@ -13,6 +13,7 @@ class _Switch:
     """Shared by the attention modules of a model: the `SketchCache` of the forward pass under way, if any."""
 
     cache = None
+    masked = False  # whether the caller gave an attention_mask: transformers may build one that says nothing
     handles = ()
     previous = None
 
@@ -31,7 +32,7 @@ class _Switch:
         token_ids = kwargs.get("input_ids", args[0] if args else None)
         inputs = token_ids if token_ids is not None else kwargs["inputs_embeds"]
         cache.open(inputs.shape[1], token_ids, kwargs.get("position_ids"))
-        self.cache = cache
+        self.cache, self.masked = cache, kwargs.get("attention_mask") is not None
 
     def close(self, *_):
         if self.cache is not None:
@@ -54,9 +55,9 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
             f"{tuple(attention_mask.shape)}: 4-D masks cannot say which evicted tokens they mean"
         )
     # The mask is causal within the new tokens, so its last row is their padding mask.
-    valid = None if attention_mask is None else attention_mask[:, 0, -1]
+    valid = attention_mask[:, 0, -1] if attention_mask is not None and switch.masked else None
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = cache.layers[module.layer_idx].attend(query, key, value, valid, cache.token_ids, scaling)
+    output = cache.layers[module.layer_idx].attend(query, key, value, valid, cache.token_ids, scaling, cache.clock)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -7,12 +7,17 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sketchkv import kernels
-from sketchkv.policies import Policy, Sketch
+from sketchkv.policies import AttentionMass, Policy, Sketch
+from sketchkv.quantize import coder
 from sketchkv.slots import EMPTY, Slots
 from sketchkv.summary import Summary
 
 # Queries of one attention product: bounds the score matrix while a large cache fills.
 MAX_BLOCK = 512
+# Tokens after which quantized keys are centred (`Slots.recentre`): early enough for most of a text, late enough for a mean.
+CENTRE_AFTER = 32
+# Evictions between two looks for NaN on CUDA, where looking makes the host wait for the device.
+CHECK_EVERY = 16
 
 
 class SketchLayer(CacheLayerMixin):
@@ -25,7 +30,8 @@ class SketchLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None, summary_slots=0, bits=None
+        self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None, summary_slots=0, bits=None,
+        quantizer="normal",
     ):  # fmt: skip
         super().__init__()
         self.policy = policy
@@ -36,6 +42,7 @@ class SketchLayer(CacheLayerMixin):
         self.attend_topk = min(attend_topk or max_cache_size, max_cache_size)
         self.summary_slots = summary_slots
         self.bits = bits
+        self.quantizer = quantizer
         self.summary = None
         self.slots = None
         self._forget()
@@ -43,6 +50,7 @@ class SketchLayer(CacheLayerMixin):
     def _forget(self):
         self.seen = 0
         self.evicted = 0
+        self.nan = None  # whether an importance was NaN, a bool tensor on the device
         self.padded = False
         self.first = None  # [batch], position of each row's first real token once `padded`
 
@@ -52,7 +60,8 @@ class SketchLayer(CacheLayerMixin):
         batch, heads, _, head_dim = key_states.shape
         capacity = self.max_cache_size + self.evict_every
         self.slots = Slots(
-            batch, heads, capacity, head_dim, key_states.dtype, key_states.device, self.summary_slots, self.bits
+            batch, heads, capacity, head_dim, key_states.dtype, key_states.device, self.summary_slots, self.bits,
+            self.quantizer,
         )  # fmt: skip
         if self.summary_slots:
             self.summary = Summary(self.slots.summary["keys"], self.slots.summary["values"])
@@ -116,30 +125,42 @@ class SketchLayer(CacheLayerMixin):
 
     # What makes it bounded
 
-    def attend(self, query, key, value, valid, token_ids, scaling):
+    def attend(self, query, key, value, valid, token_ids, scaling, clock=None):
         """Attention of new tokens over stored and new ones, `[batch, num_heads, n, head_dim]` like `query`.
 
         query: `[batch, num_heads, n, head_dim]`; key, value: `[batch, num_kv_heads, n, head_dim]`; valid: bool
-        `[batch, n]`, False for padding, or None; token_ids: `[batch, n]` or None; scaling: factor of the logits.
+        `[batch, n]`, False for padding, or None; token_ids: `[batch, n]` or None; scaling: factor of the logits; clock:
+        int32 `[1]`, the position of the one new token, for a step that will run again at other positions
+        (`sketchkv.graph`), or None.
         """
         total, outputs, start = query.shape[2], [], 0
+        rotation = self.slots.rotation
+        if rotation is not None:  # of queries and keys alike: no product of the two changes
+            rotation = rotation.to(query.dtype)
+            query, key, value = query @ rotation, key @ rotation, value @ rotation
         while start < total:
             count = min(self.slots.capacity - self.slots.used, total - start, MAX_BLOCK)
+            if rotation is not None and self.seen < CENTRE_AFTER:
+                count = min(count, CENTRE_AFTER - self.seen)
             block = slice(start, start + count)
-            queried = self._store(key, value, valid, token_ids, block)
+            queried = self._store(key, value, valid, token_ids, block, clock)
             outputs.append(self._attend_block(query[:, :, block], queried, scaling))
+            if rotation is not None and self.seen == CENTRE_AFTER:
+                self.slots.recentre(self.num_sinks)
             if self.slots.used == self.slots.capacity:
-                self._evict()
+                self._evict(clock)
             start += count
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        return output if rotation is None else output @ rotation.T
 
-    def _store(self, key, value, valid, token_ids, block):
+    def _store(self, key, value, valid, token_ids, block, clock=None):
         """Appends the tokens of `block`; returns which of them are real (`[batch, n]`), None if all are."""
         count = block.stop - block.start
-        positions = torch.arange(self.seen, self.seen + count, dtype=torch.int32, device=key.device)
-        positions = positions.expand(key.shape[0], count)
-        real = None
+        positions, real = clock, None
+        if clock is None:
+            positions = torch.arange(self.seen, self.seen + count, dtype=torch.int32, device=key.device)
         if valid is not None or self.padded:
+            positions = positions.expand(key.shape[0], count)
             real = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid[:, block]
             if not self.padded:
                 self.padded = True
@@ -149,8 +170,6 @@ class SketchLayer(CacheLayerMixin):
             self.first = torch.where(begins, self.seen + real.int().argmax(-1), self.first)
             positions = positions.masked_fill(~real, EMPTY)
         new = self.slots.append(key[:, :, block], value[:, :, block], positions)
-        if self.attend_topk < self.max_cache_size:
-            self.slots.arrays["unattended"][:, :, new] = False
         self.policy.enter(self.slots, new, None if token_ids is None else token_ids[:, block])
         self.seen += count
         return real
@@ -181,7 +200,8 @@ class SketchLayer(CacheLayerMixin):
         attention = logits.softmax(-1)
         output = attention.view(batch, kv_heads, -1, length).to(values.dtype) @ values
         if self.policy.uses_attention:
-            received = attention[..., stored].sum(2)
+            received = attention[..., stored]
+            received = received[:, :, 0] if received.shape[2] == 1 else received.sum(2)
             if real is not None:
                 received = received * real[:, None, :, None]
             self.policy.observe(self.slots, received)
@@ -198,26 +218,24 @@ class SketchLayer(CacheLayerMixin):
             policy.observe(slots, received if real is None else received * real[:, None, :, None])
         return output
 
-    def _evict(self):
+    def _evict(self, clock=None):
         """Back to `max_cache_size` tokens: the lowest scores go, padding first, sinks and the recent window never. Of
         those that stay, all but the `attend_topk` highest are left out of attention until the next eviction. Those that
         go are folded into the summary, if there is one.
 
         Among equal scores (tokens that share a sketch key, say) the older goes: the same choice on every device.
         """
-        positions = self.slots["positions"]
-        scores = self.policy.score(self.slots, self.seen)
+        positions, seen = self.slots["positions"], self.seen if clock is None else clock + 1
+        scores = self.policy.score(self.slots, seen)
         first = 0 if self.first is None else self.first[:, None, None]
-        protected = (positions < first + self.num_sinks) | (positions >= self.seen - self.recent_window)
+        protected = (positions < first + self.num_sinks) | (positions >= seen - self.recent_window)
         scores = scores.clamp(-1e30, 1e30).masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
-        if scores.isnan().any():
-            raise ValueError(
-                f"{type(self.policy).__name__} gave NaN importance after {self.seen} tokens: the model's keys, queries "
-                "or the policy's score are not finite (half precision that overflows? try float32 or bfloat16)"
-            )
-        by_age = positions.argsort(-1)
-        lowest = scores.gather(-1, by_age).argsort(dim=-1, stable=True)[..., : self.slots.capacity - self.attend_topk]
-        lowest = by_age.gather(-1, lowest)
+        nan = scores.isnan().any()
+        self.nan = nan if self.nan is None else self.nan.logical_or_(nan)
+        if nan.device.type == "cpu" or (clock is None and self.evicted // self.evict_every % CHECK_EVERY == 0):
+            self.check()
+        ranks = _order(scores, positions)
+        lowest = ranks.topk(self.slots.capacity - self.attend_topk, largest=False).indices
         if self.attend_topk < self.max_cache_size:
             self.slots["unattended"].zero_().scatter_(-1, lowest, True)
         evicted = lowest[..., : self.evict_every]
@@ -226,6 +244,21 @@ class SketchLayer(CacheLayerMixin):
             self.summary.fold(self.slots.take("keys", evicted), self.slots.take("values", evicted), real)
         self.slots.evict(evicted)
         self.evicted += self.evict_every
+
+    def check(self):
+        """Raises ValueError if an importance was NaN. On CUDA this waits for the device; evictions call it now and then."""
+        if self.nan is not None and self.nan:
+            raise ValueError(
+                f"{type(self.policy).__name__} gave NaN importance, found after {self.seen} tokens: the model's keys, "
+                "queries or the policy's score are not finite (half precision that overflows? try float32 or bfloat16)"
+            )
+
+
+def _order(scores, positions):
+    """Integers in the order of (score, position), so that one selection does and nothing depends on how ties fall."""
+    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0: a negative zero equals zero
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # negative floats fall as their bits rise
+    return (bits.long() << 32) + positions
 
 
 class SketchCache(Cache):
@@ -241,9 +274,10 @@ class SketchCache(Cache):
     summary_slots: 0 drops evicted tokens; otherwise they are folded into this many summary slots per KV head, running
     means that attention sees beside the stored tokens (`sketchkv.summary.Summary`). Policies see no attention that
     falls on them. Their bytes are counted as "kv" (means) and "policy" (counts, projection).
-    bits: 8 or 4 holds keys and values quantized from the moment they enter (`sketchkv.quantize.quantize`: per token and
-    KV head, in groups of 32 channels), 16 in float16; None, in the model's dtype. Attention turns one layer at a time back into
-    numbers: that working memory is not part of `nbytes`.
+    bits: 8, 5, 4, 3 or 2 holds keys and values quantized from the moment they enter, 16 in float16, a pair is for keys and
+    values; None, in the model's dtype. quantizer: "normal" in rotated coordinates, or "range" in groups of 32 channels
+    (`sketchkv.quantize`). Attention turns one layer at a time back into numbers: that working memory is not part of
+    `nbytes`.
     policy: an eviction policy, or one per layer (list); default `Sketch(**sketch)`, whose parameters (`width`, `depth`,
     `key`, `decay`, ...) may be given directly.
 
@@ -253,7 +287,7 @@ class SketchCache(Cache):
 
     def __init__(
         self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, attend_topk=None,
-        summary_slots=0, bits=None, policy=None, **sketch,
+        summary_slots=0, bits=None, quantizer="normal", policy=None, **sketch,
     ):  # fmt: skip
         config = getattr(config, "config", config).get_text_config(decoder=True)
         for name, value, least in (
@@ -276,8 +310,12 @@ class SketchCache(Cache):
                 f"attend_topk={attend_topk} leaves nothing to choose beside {num_sinks} sinks and a recent window of "
                 f"{recent_window}, which are always attended to: raise it above {num_sinks + recent_window}"
             )
-        if bits not in (None, 4, 8, 16) or isinstance(bits, float):
-            raise ValueError(f"bits must be 16, 8, 4, or None for the model's dtype; got {bits!r}")
+        if bits is not None:
+            bits = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
+            if len(bits) != 2:
+                raise ValueError(f"bits must be one number, a pair for keys and values, or None; got {bits!r}")
+            for each in bits:
+                coder(each, 64, quantizer, "cpu")  # refuses what does not exist now instead of at the first token
         if policy is not None and sketch:
             raise TypeError(f"give either policy= or sketch parameters, not both: {', '.join(sketch)}")
         policy = Sketch(**sketch) if policy is None else policy
@@ -290,11 +328,20 @@ class SketchCache(Cache):
         self.positions_end = getattr(config, "rope_parameters", None) is None
         self.is_open = False
         self.token_ids = None
-        shape = (max_cache_size, num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits)
+        self.clock = None  # set while `sketchkv.graph` records a step
+        shape = (max_cache_size, num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits, quantizer)
         layers = [SketchLayer(copy.deepcopy(p), *shape) for p in policies]
         for index, layer in enumerate(layers):
             layer.policy.layer = index
         super().__init__(layers=layers)
+
+    @classmethod
+    def compact(cls, config, max_cache_size, **changes):
+        """The setting with the best quality for its bytes, chosen on the development documents for both embedded models
+        and frozen: 5-bit keys and 4-bit values, exact decayed mean attention weighted by the norm of the value, and one
+        summary slot for all that was evicted. `changes` replace single parameters."""
+        settings = dict(bits=(5, 4), summary_slots=1, policy=AttentionMass(value_norm=True)) | changes
+        return cls(config, max_cache_size, **settings)
 
     @property
     def seen_tokens(self):
@@ -321,7 +368,8 @@ class SketchCache(Cache):
     def nbytes(self):
         """Bytes of the tensors really held: {"kv", "sketch", "policy", "total"}.
 
-        "kv": key and value slots, with the `evict_every` extra ones, the ranges of quantized ones and the summary's means.
+        "kv": key and value slots, with the `evict_every` extra ones, the scales of quantized ones, their centre and rotation
+        (one for all layers), and the summary's means.
         "sketch": counters, hash parameters, projections and the sketch's key per slot. "policy": positions and everything
         else that choosing needs.
         """
@@ -333,7 +381,15 @@ class SketchCache(Cache):
                     for kind, count in part.items():
                         held[kind] += count
                 held["policy"] += 0 if layer.first is None else layer.first.nbytes
+                held["kv"] += 0 if layer.slots.centre is None else layer.slots.centre.nbytes
+        rotations = {id(layer.slots.rotation): layer.slots.rotation for layer in self.layers if layer.slots is not None}
+        held["kv"] += sum(rotation.nbytes for rotation in rotations.values() if rotation is not None)
         return held | {"total": sum(held.values())}
+
+    def check(self):
+        """Raises ValueError if an importance was NaN: on CUDA the error may otherwise come some evictions late."""
+        for layer in self.layers:
+            layer.check()
 
     # Called by the model through `sketchkv.enable`
 

@@ -4,6 +4,7 @@ import torch
 from transformers import DynamicCache
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from sketchkv.cache import SketchCache
 
 
 def _check(model, input_ids, cache, new_tokens=0):
@@ -68,6 +69,8 @@ def generate(
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             positions = positions[:, -1:] + 1
         logits = model(token, past_key_values=cache, use_cache=True, attention_mask=mask, position_ids=positions).logits
+    if isinstance(cache, SketchCache):
+        cache.check()
     return torch.cat(tokens, 1)
 
 
@@ -95,4 +98,6 @@ def score(model, input_ids, cache=None, *, chunk_size=512, return_logits=False):
         targets = input_ids[:, start + 1 : start + 1 + chunk_size]
         predicted = logits[:, : targets.shape[1]].float()
         nll.append(torch.nn.functional.cross_entropy(predicted.transpose(1, 2), targets, reduction="none"))
+    if isinstance(cache, SketchCache):
+        cache.check()
     return (torch.cat(nll, 1), torch.cat(kept, 1)) if return_logits else torch.cat(nll, 1)

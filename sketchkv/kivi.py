@@ -37,8 +37,10 @@ class KiviSlots:
     """What `SketchLayer` asks of its slots, for tokens in the order of the text: first the packed ones, then the newest,
     between `residual` and `residual` + 32 of them, in float16.
 
-    Keys are packed per channel over 32 tokens, values per token over 32 channels.
+    Keys are packed per channel over 32 tokens, values per token over 32 channels, both in the model's own coordinates.
     """
+
+    rotation = centre = None
 
     def __init__(self, batch, num_kv_heads, max_cache_size, head_dim, dtype, device, bits, residual):
         self.dtype, self.device, self.bits, self.head_dim = dtype, device, bits, head_dim
@@ -130,7 +132,7 @@ class KiviLayer(SketchLayer):
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def _evict(self):
+    def _evict(self, clock=None):
         self.slots.fold()
 
 

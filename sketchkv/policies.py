@@ -125,30 +125,30 @@ class AttentionMass(Policy):
     """Exact accumulators: the attention mass a token received since it was stored, one float32 per slot.
 
     `decay` discounts the past per query. `mean=True` divides by the (equally discounted) number of queries that could
-    have attended to the token, since plain sums let old tokens win by age (A2SF, arXiv 2407.20485).
+    have attended to the token, since plain sums let old tokens win by age (A2SF, arXiv 2407.20485). `value_norm=True`
+    weights it by the norm of the token's value: what is lost with a token is its attention times its value (VATP, Guo et
+    al. 2024, arXiv 2406.12335).
     """
 
     uses_attention = True
 
-    def __init__(self, decay=0.99, mean=True):
+    def __init__(self, decay=0.99, mean=True, value_norm=False):
         if not 0 < decay <= 1:
             raise ValueError(f"decay must be in (0, 1], got {decay}; 1 never forgets")
         self.decay = decay
         self.mean = mean
+        self.value_norm = value_norm
 
     def allocate(self, slots):
         slots.add("mass", torch.float32)
 
-    def enter(self, slots, new, token_ids):
-        slots.arrays["mass"][:, :, new] = 0
-
     def observe(self, slots, attention):
         count = attention.shape[2]
         mass = slots["mass"]
-        if self.decay == 1:
+        if count == 1:
+            torch.add(attention[:, :, 0], mass, alpha=self.decay, out=mass)
+        elif self.decay == 1:
             mass += attention.sum(2)
-        elif count == 1:
-            mass.mul_(self.decay).add_(attention[:, :, 0])
         else:
             weights = self.decay ** torch.arange(count - 1, -1, -1, dtype=torch.float32, device=mass.device)
             mass.mul_(self.decay**count).add_(torch.einsum("bhnl,n->bhl", attention, weights))
@@ -158,7 +158,8 @@ class AttentionMass(Policy):
         return (slots["mass"], self.decay) if type(self).observe is AttentionMass.observe else (None, 1.0)
 
     def score(self, slots, seen):
-        return slots["mass"] / exposure(seen - slots["positions"], self.decay) if self.mean else slots["mass"]
+        score = slots["mass"] / exposure(seen - slots["positions"], self.decay) if self.mean else slots["mass"]
+        return score * slots["values"].float().norm(dim=-1) if self.value_norm else score
 
 
 class H2O(AttentionMass):
@@ -233,40 +234,43 @@ class Sketch(AttentionMass):
         self.code = SimHash(slots.head_dim, self.lsh_bits, self.seed, device) if self.key == "lsh" else None
         shape = dict(batch_shape=(batch, heads), seed=self.seed, device=device)
         self.sketches = [CountMinSketch(self.width, self.depth, **shape) for _ in range(1 + self.mean)]
-        self.flushed = 0  # tokens seen when the sketch last took in the slots' mass
 
     def enter(self, slots, new, token_ids):
-        super().enter(slots, new, token_ids)
         if self.key == "token":
             if token_ids is None:
                 raise ValueError('key="token" needs input_ids, the model was called with embeddings: use key="lsh"')
-            items = token_ids[:, None]
-        elif self.key == "lsh":
-            items = self.code(slots.read("keys", new))
-        else:
-            items = slots.positions[:, :, new]
-        slots.arrays["item"][:, :, new] = items
+            slots.arrays["item"][:, :, new] = token_ids[:, None]
 
-    def _flush(self, slots, seen):
-        """Moves the mass received since the last flush from the slots into the sketch."""
-        items, mass, elapsed = slots["item"], slots["mass"], seen - self.flushed
+    def items(self, slots):
+        """The sketch's key of each occupied slot, int32 `[batch, num_kv_heads, used]`. Tokens that came since the last
+        eviction get theirs now, in one operation, not one by one as they enter."""
+        fresh = slice(slots.kept, slots.used)
+        if self.key == "lsh":
+            slots.arrays["item"][:, :, fresh] = self.code(slots.read("keys", fresh))
+        elif self.key == "position":
+            slots.arrays["item"][:, :, fresh] = slots.positions[:, :, fresh]
+        return slots["item"]
+
+    def _flush(self, slots, indices, seen):
+        """Moves the mass received since the last eviction from the slots into the sketch."""
+        mass, elapsed = slots["mass"], slots.used - slots.kept
         for sketch in self.sketches:
             sketch.decay(self.decay**elapsed)
-        self.sketches[0].update(items, mass)
+        self.sketches[0].update(indices=indices, weights=mass)
         if self.mean:
             present = slots["positions"] >= 0
             age = (seen - slots["positions"]).clamp(max=elapsed)
-            self.sketches[1].update(items, exposure(age, self.decay) * present)
+            self.sketches[1].update(indices=indices, weights=exposure(age, self.decay) * present)
         mass.zero_()
-        self.flushed = seen
 
     def score(self, slots, seen):
-        if slots["mass"].isnan().any():  # for the cache to refuse, before it spoils the whole table
+        # For the cache to refuse, before it spoils the whole table; on CUDA looking would stall the device.
+        if slots.positions.device.type == "cpu" and slots["mass"].isnan().any():
             return slots["mass"]
-        self._flush(slots, seen)
-        items = slots["item"]
-        estimate = self.sketches[0].query(items)
-        return estimate / self.sketches[1].query(items).clamp(min=1e-6) if self.mean else estimate
+        indices = self.sketches[0].hash(self.items(slots))  # all sketches share the hash functions
+        self._flush(slots, indices, seen)
+        estimate = self.sketches[0].query(indices=indices)
+        return estimate / self.sketches[1].query(indices=indices).clamp(min=1e-6) if self.mean else estimate
 
     def tensors(self):
         return [sketch.table for sketch in self.sketches]

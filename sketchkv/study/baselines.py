@@ -29,6 +29,7 @@ BOUNDED = {
     "decayed_summary": {"method": "decayed"} | _SUMMARY,
     "decayed_int8": {"method": "decayed", "bits": 8},
     "decayed_int4": {"method": "decayed", "bits": 4},
+    "compact": {"method": "compact", "bits": [5, 4]},
     "window": {"method": "window"},
     "lru": {"method": "lru"},
     "key_norm": {"method": "key_norm"},
@@ -36,7 +37,9 @@ BOUNDED = {
     "streaming_int4": {"method": "streaming", "bits": 4},
     "sketch_int4": _SMALL | {"bits": 4},
 }
-QUARTER_ONLY = ("random", "snapkv", "window", "lru", "key_norm", "h2o_half", "streaming_int4", "sketch_int4")
+QUARTER_ONLY = (
+    "random", "snapkv", "window", "lru", "key_norm", "h2o_half", "sketch_summary", "streaming_int4", "sketch_int4",
+)  # fmt: skip
 
 # Methods that hold the whole text: one size each.
 WHOLE = {
@@ -56,7 +59,7 @@ LABELS = {
     "key_norm": "key norm", "h2o": "H2O", "h2o_half": "H2O half recent", "decayed": "decayed mean", "tova": "TOVA",
     "snapkv": "SnapKV", "sketch": "sketch 512x4", "sketch_small": "sketch 128x2",
     "sketch_summary": "sketch 128x2 + summary", "decayed_summary": "decayed + summary", "decayed_int8": "decayed + int8",
-    "decayed_int4": "decayed + int4", "streaming_int4": "StreamingLLM + int4", "sketch_int4": "sketch 128x2 + int4",
+    "decayed_int4": "decayed + int4", "streaming_int4": "StreamingLLM + int4", "sketch_int4": "sketch 128x2 + int4", "compact": "compact",
     "int8": "int8 whole text", "int4": "int4 whole text", "kivi8": "KIVI 8 bits", "kivi4": "KIVI 4 bits",
     "kivi2": "KIVI 2 bits",
 }  # fmt: skip

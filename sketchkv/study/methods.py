@@ -29,16 +29,18 @@ POLICIES = {
 def make_cache(config, method, length=None, **settings):
     """A new cache of one method for a model of this configuration.
 
-    method: "full", "kivi", or a name in `POLICIES`; "window" has no sinks, "streaming" is the same with them. length:
-    tokens of the text, which "full" and "kivi" need. Raises ValueError for an unknown method and TypeError for an unknown
-    parameter.
+    method: "full", "kivi", "compact" (`SketchCache.compact`), or a name in `POLICIES`; "window" has no sinks, "streaming"
+    is the same with them. length: tokens of the text, which "full" and "kivi" need. Raises ValueError for an unknown
+    method and TypeError for an unknown parameter.
     """
+    if method == "compact":
+        return SketchCache.compact(config, **settings)
     if method == "full":
         return SketchCache(config, length, policy=Window(), **settings)
     if method == "kivi":
         return KiviCache(config, length, **settings)
     if method not in POLICIES:
-        raise ValueError(f"unknown method {method!r}; choose one of full, kivi, {', '.join(POLICIES)}")
+        raise ValueError(f"unknown method {method!r}; choose one of full, kivi, compact, {', '.join(POLICIES)}")
     if method == "window":
         settings = {"num_sinks": 0} | settings
     own = inspect.signature(POLICIES[method]).parameters

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sketchkv import score
-from sketchkv.study import baselines
+from sketchkv.study import baselines, figures
 from sketchkv.study.methods import full_nbytes, make_cache, nbytes
 
 
@@ -34,6 +34,12 @@ def test_points_fill_their_bytes_and_all_else_is_named(config):
     assert reasons == {("sketch", 1 / 16): "does not fit", ("decayed_int4", 1 / 2): "holds the whole text"}
     method = next(method for name, _, method in points if name == "h2o_half")
     assert method["recent_window"] == method["max_cache_size"] // 2
+
+
+def test_every_method_has_a_label_and_a_style_of_its_own():
+    names = {*baselines.BOUNDED, *baselines.WHOLE}
+    assert names == set(baselines.LABELS) and names - {"full"} <= set(figures.METHODS)
+    assert len({tuple(figures.method_style(name).values()) for name in names}) == len(names)
 
 
 def test_a_point_asked_for_twice_is_scored_once(config):

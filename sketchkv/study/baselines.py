@@ -55,7 +55,7 @@ EQUAL_SLOTS = ("random", "streaming", "lru", "key_norm", "h2o", "decayed", "tova
 AT_PREFILL = ("random", "streaming", "key_norm", "h2o", "decayed", "tova", "snapkv", "sketch")
 
 LABELS = {
-    "full": "full cache in float16", "window": "window without sinks", "streaming": "StreamingLLM", "lru": "LRU",
+    "full": "full cache in float16", "random": "random", "window": "window without sinks", "streaming": "StreamingLLM", "lru": "LRU",
     "key_norm": "key norm", "h2o": "H2O", "h2o_half": "H2O half recent", "decayed": "decayed mean", "tova": "TOVA",
     "snapkv": "SnapKV", "sketch": "sketch 512x4", "sketch_small": "sketch 128x2",
     "sketch_summary": "sketch 128x2 + summary", "decayed_summary": "decayed + summary", "decayed_int8": "decayed + int8",

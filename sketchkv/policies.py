@@ -181,15 +181,24 @@ class H2O(AttentionMass):
 class SnapKV(AttentionMass):
     """Keeps what the last queries attended to, smoothed over neighbours in the text (Li et al. 2024, arXiv 2404.14469).
 
-    SnapKV chooses once, at the end of the prompt; here its rule is applied at every eviction, its observation window being
-    the queries since the last one (`evict_every`). `kernel`: width of the mean over neighbouring stored tokens.
+    SnapKV chooses once, at the end of the prompt: with `evict_every = P - max_cache_size` the cache does so, for a prompt of
+    P tokens. Otherwise the rule is applied at every eviction. `observation_window`: queries before an eviction that are
+    listened to. `kernel`: width of the mean over neighbouring stored tokens.
     """
 
-    def __init__(self, kernel=7):
+    def __init__(self, kernel=7, observation_window=16):
         super().__init__(decay=1.0, mean=False)
         if kernel < 1 or kernel % 2 == 0:
             raise ValueError(f"kernel must be odd and positive, got {kernel}")
+        if observation_window < 1:
+            raise ValueError(f"observation_window must be at least 1, got {observation_window}")
         self.kernel = kernel
+        self.observation_window = observation_window
+
+    def observe(self, slots, attention):
+        count = attention.shape[2]
+        before = slots.capacity - self.observation_window - (slots.used - count)  # queries too early to be listened to
+        super().observe(slots, attention[:, :, min(max(before, 0), count) :])
 
     def score(self, slots, seen):
         order = slots["positions"].argsort(-1)  # slots are in no order, neighbours are

@@ -168,7 +168,8 @@ def memory_points(shapes, distinct, cap, head_dim, device="cpu"):
 
 
 def rate_points(width, depth, heads, sizes, repeats, seed, device="cpu"):
-    """Weighted updates per second, counted in items, against the number of items per call; warm-up calls discarded.
+    """Weighted updates per second of one thread, counted in items, against the number of items per call; warm-up calls
+    discarded.
 
     Columns: method, items (per call and head), repeat, seconds, rate (items of all heads per second).
     """
@@ -189,7 +190,10 @@ def rate_points(width, depth, heads, sizes, repeats, seed, device="cpu"):
             f"{heads} heads": (heads, lambda: many.update(items, weights)),
             f"{heads} heads, hashed before": (heads, lambda: many.update(indices=indices, weights=weights)),
         }
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # two would wait for each other where the machine is busy, plain Python has one
         seconds = _time([call for _, call in methods.values()], repeats, device)
+        torch.set_num_threads(threads)
         for (name, (lanes, _)), measured in zip(methods.items(), seconds):
             rows += [(name, n, repeat, s, lanes * n / s) for repeat, s in enumerate(measured)]
     return pd.DataFrame(rows, columns=["method", "items", "repeat", "seconds", "rate"])

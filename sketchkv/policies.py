@@ -7,6 +7,7 @@ protected by the cache alike for all policies, so that comparisons between polic
 
 import torch
 
+from sketchkv import kernels
 from sketchkv.sketches import CountMinSketch, SimHash
 
 
@@ -218,6 +219,10 @@ class Sketch(AttentionMass):
         batch, heads, _ = slots.positions.shape
         device = slots.device
         slots.add("item", torch.int32)
+        if self.tensors() and self.tensors()[0].shape[:2] == (batch, heads) and self.tensors()[0].device == device:
+            for sketch in self.sketches:
+                sketch.reset()
+            return
         self.code = SimHash(slots.head_dim, self.lsh_bits, self.seed, device) if self.key == "lsh" else None
         shape = dict(batch_shape=(batch, heads), seed=self.seed, device=device)
         self.sketches = [CountMinSketch(self.width, self.depth, **shape) for _ in range(1 + self.mean)]
@@ -254,13 +259,16 @@ class Sketch(AttentionMass):
         # For the cache to refuse, before it spoils the whole table; on CUDA looking would stall the device.
         if slots.positions.device.type == "cpu" and slots["mass"].isnan().any():
             return slots["mass"]
+        if isinstance(seen, torch.Tensor) and kernels.usable(slots.positions, recorded=True):
+            mass, elapsed = slots["mass"], slots.used - slots.kept
+            return kernels.remember(self.items(slots), mass, slots["positions"], self.sketches, seen, elapsed, self.decay)
         indices = self.sketches[0].hash(self.items(slots))  # all sketches share the hash functions
         self._flush(slots, indices, seen)
         estimate = self.sketches[0].query(indices=indices)
         return estimate / self.sketches[1].query(indices=indices).clamp(min=1e-6) if self.mean else estimate
 
     def tensors(self):
-        return [sketch.table for sketch in self.sketches]
+        return [sketch.table for sketch in getattr(self, "sketches", [])]
 
     def nbytes(self, slots):
         """"sketch" is all that exists for the sketch's sake: counters, hash parameters, projection, a key per slot."""

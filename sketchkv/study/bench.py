@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
 from sketchkv import H2O, AttentionMass, Sketch, SketchCache, Window, enable, generate, kernels
 from sketchkv.cache import SketchLayer
@@ -212,6 +212,27 @@ def policy_rows(table, batch=64, cap=1024, device="cuda", dtype=torch.bfloat16):
     table.ratio(f"layer, sketch / window, batch {batch}", sketch, window)
 
 
+def recorded_policy_rows(table, batch=64, cap=1024, device="cuda", dtype=torch.bfloat16):
+    """As `policy_rows`, 16 steps with their eviction recorded as one CUDA graph: the device's work alone."""
+    names = {"sketch": Sketch(), "attention mass": AttentionMass(), "H2O": H2O(), "window": Window()}
+    states = torch.randn(16, 3, batch, 12, 1, 64, device=device, dtype=dtype)
+    runs = {}
+    for name, policy in names.items():
+        layer = filled(policy, batch, cap + 16, device=device, dtype=dtype)
+        layer._evict()
+        clock = torch.full((1,), layer.seen, dtype=torch.int32, device=device)
+
+        def step(state, layer=layer, clock=clock):
+            layer.attend(*state, None, None, SCALING, clock)
+            clock.add_(1)
+
+        runs[f"recorded layer, {name}, batch {batch}, cap {cap}"] = captured([lambda s=s, step=step: step(s) for s in states])
+    in_turn(table, runs, per=16, kind="graph")
+    sketch = next(iter(runs))
+    for row, name in list(zip(runs, names))[1:]:
+        table.ratio(f"recorded layer, sketch / {name}, batch {batch}", sketch, row)
+
+
 # Whole models
 
 
@@ -272,6 +293,61 @@ def loop_rows(table, device, dtype, prompt=512, new=512, repetitions=3):
     table.ratio("manual loop, SketchCache / generate, DynamicCache", *reversed(runs))
 
 
+def recorded_rows(table, batch=1, dtype=torch.bfloat16, prompt=512, new=512, cap=256, repetitions=20, compiled=True):
+    """Decoding with recorded steps against `generate` with DynamicCache and against a compiled StaticCache."""
+    torch.manual_seed(0)
+    plain, model = (GPT2LMHeadModel(GPT2Config()).to("cuda", dtype).eval().requires_grad_(False) for _ in range(2))
+    enable(model)
+    plain.generation_config.eos_token_id = None
+    ids = torch.randint(0, 50000, (batch, prompt), device="cuda")
+    name = f"batch {batch}, {prompt} + {new} tokens"
+
+    def bounded(policy):
+        cache = SketchCache(model.config, cap, policy=policy)
+
+        def run():
+            cache.reset()
+            generate(model, ids, cache, new, graph=True)
+
+        return run
+
+    def library():
+        plain.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+        )  # fmt: skip
+
+    runs = {f"recorded steps, {which}, {name}": bounded(policy) for which, policy in (
+        ("sketch", None), ("attention mass", AttentionMass()), ("H2O", H2O()), ("window", Window())
+    )}  # fmt: skip
+    for row, run in runs.items():
+        table.add(f"first text, recording included, {row}", "time per token", "us", [elapsed(run) / new])
+    runs[f"generate, DynamicCache, {name}"] = library
+    if compiled:
+        static = StaticCache(config=plain.config, max_cache_len=prompt + new)
+        step = torch.compile(plain.forward, mode="reduce-overhead", fullgraph=True)
+
+        def run():
+            static.reset()
+            logits = plain(ids, past_key_values=static, logits_to_keep=1).logits
+            position = torch.full((1, 1), prompt, device="cuda")
+            for _ in range(new - 1):
+                token = logits[:, -1].argmax(-1, keepdim=True)
+                logits = step(token, past_key_values=static, position_ids=position, use_cache=True).logits
+                position = position + 1
+
+        try:
+            table.add(f"first text, compiling included, StaticCache, {name}", "time per token", "us", [elapsed(run) / new])
+            runs[f"StaticCache, compiled, {name}"] = run
+        except Exception:
+            traceback.print_exc()
+    in_turn(table, runs, per=new, repetitions=repetitions, warmup=2)
+    sketch = next(iter(runs))
+    for row in list(runs)[1:4]:
+        table.ratio(f"{sketch} / {row.split(', ')[1]}", sketch, row)
+    for row in list(runs)[4:]:
+        table.ratio(f"{row} / recorded steps", row, sketch)
+
+
 def machine(commit=None):
     """What the figures were measured on."""
 
@@ -309,6 +385,10 @@ def main():
         groups = [
             lambda: attention_rows(table, bandwidth, 64),
             lambda: full_cache_rows(table),
+            lambda: recorded_policy_rows(table),
+            lambda: recorded_policy_rows(table, batch=1),
+            lambda: recorded_rows(table, repetitions=5),
+            lambda: recorded_rows(table, batch=64, new=256, repetitions=5, compiled=False),
             lambda: attention_rows(table, bandwidth, 1),
             lambda: policy_rows(table),
             lambda: policy_rows(table, batch=1),

@@ -1,0 +1,40 @@
+"""Recorded steps against the plain loop. Without a GPU the same steps run one by one, with the device's own clock."""
+
+import pytest
+import torch
+
+from sketchkv import LRU, TOVA, H2O, SketchCache, SnapKV, Window, generate
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("settings", [
+    dict(), dict(key="token"), dict(mean=False, decay=1.0), dict(policy=H2O()), dict(policy=Window()), dict(policy=LRU()),
+    dict(policy=TOVA()), dict(policy=SnapKV()), dict(attend_topk=30), dict(summary_slots=2), dict(bits=8), dict(evict_every=1),
+], ids=str)  # fmt: skip
+def test_recorded_steps_give_the_same_tokens(gpt2, ids, settings):
+    model, ids = gpt2.to(DEVICE), ids.to(DEVICE)
+    settings = {"evict_every": 4} | settings
+    caches = [SketchCache(model.config, 40, **settings) for _ in range(2)]
+    # Begins after the first eviction, then before it; the second text finds the recordings of the first.
+    for length, new in ((50, 16), (36, 24)):
+        expected = generate(model, ids[:, :length], caches[0], new)
+        got = generate(model, ids[:, :length], caches[1], new, graph=True)
+        assert torch.equal(got, expected)
+        for layer in range(2):
+            kept = [cache.kept_positions(layer).sort(-1).values for cache in caches]
+            assert torch.equal(*kept) and caches[0].evicted_tokens == caches[1].evicted_tokens > 0
+        # The cache is whole afterwards: it goes on by itself.
+        logits = [model(got[:, -1:], past_key_values=cache).logits for cache in caches]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+        for cache in caches:
+            cache.reset()
+    assert DEVICE == "cpu" or len(caches[1].steps.graphs) == settings["evict_every"]
+
+
+def test_what_cannot_be_recorded_is_refused(gpt2, ids, padded):
+    tokens, mask = padded
+    with pytest.raises(ValueError, match="graph=True"):
+        generate(gpt2, tokens, SketchCache(gpt2.config, 40), 4, attention_mask=mask, graph=True)
+    with pytest.raises(ValueError, match="graph=True"):
+        generate(gpt2, ids, max_new_tokens=4, graph=True)

@@ -8,18 +8,12 @@ from sketchkv import LRU, TOVA, H2O, SketchCache, SnapKV, Window, generate
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(scope="module")
-def on_device(gpt2):
-    yield gpt2.to(DEVICE)
-    gpt2.to("cpu")
-
-
 @pytest.mark.parametrize("settings", [
     dict(), dict(key="token"), dict(mean=False, decay=1.0), dict(policy=H2O()), dict(policy=Window()), dict(policy=LRU()),
     dict(policy=TOVA()), dict(policy=SnapKV()), dict(attend_topk=30), dict(summary_slots=2), dict(bits=8), dict(evict_every=1),
 ], ids=str)  # fmt: skip
-def test_recorded_steps_give_the_same_tokens(on_device, ids, settings):
-    model, ids = on_device, ids.to(DEVICE)
+def test_recorded_steps_give_the_same_tokens(gpt2, ids, settings):
+    model, ids = gpt2.to(DEVICE), ids.to(DEVICE)
     settings = {"evict_every": 4} | settings
     caches = [SketchCache(model.config, 40, **settings) for _ in range(2)]
     # Begins after the first eviction, then before it; the second text finds the recordings of the first.

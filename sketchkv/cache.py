@@ -7,12 +7,15 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sketchkv import kernels
-from sketchkv.policies import Policy, Sketch
+from sketchkv.policies import AttentionMass, Policy, Sketch
+from sketchkv.quantize import coder
 from sketchkv.slots import EMPTY, Slots
 from sketchkv.summary import Summary
 
 # Queries of one attention product: bounds the score matrix while a large cache fills.
 MAX_BLOCK = 512
+# Tokens after which quantized keys are centred (`Slots.recentre`): early enough for most of a text, late enough for a mean.
+CENTRE_AFTER = 32
 # Evictions between two looks for NaN on CUDA, where looking makes the host wait for the device.
 CHECK_EVERY = 16
 
@@ -27,7 +30,8 @@ class SketchLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(
-        self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None, summary_slots=0, bits=None
+        self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None, summary_slots=0, bits=None,
+        quantizer="normal",
     ):  # fmt: skip
         super().__init__()
         self.policy = policy
@@ -38,6 +42,7 @@ class SketchLayer(CacheLayerMixin):
         self.attend_topk = min(attend_topk or max_cache_size, max_cache_size)
         self.summary_slots = summary_slots
         self.bits = bits
+        self.quantizer = quantizer
         self.summary = None
         self.slots = None
         self.nan = None  # whether an importance was NaN, a bool tensor on the device
@@ -55,7 +60,8 @@ class SketchLayer(CacheLayerMixin):
         batch, heads, _, head_dim = key_states.shape
         capacity = self.max_cache_size + self.evict_every
         self.slots = Slots(
-            batch, heads, capacity, head_dim, key_states.dtype, key_states.device, self.summary_slots, self.bits
+            batch, heads, capacity, head_dim, key_states.dtype, key_states.device, self.summary_slots, self.bits,
+            self.quantizer,
         )  # fmt: skip
         if self.summary_slots:
             self.summary = Summary(self.slots.summary["keys"], self.slots.summary["values"])
@@ -101,7 +107,7 @@ class SketchLayer(CacheLayerMixin):
                 self.nan.zero_()
             if self.summary:
                 self.summary.clear()
-            self.policy.allocate(self.slots)
+            self.policy.reset(self.slots)
 
     def reorder_cache(self, beam_idx):
         if self.slots is None:
@@ -130,15 +136,24 @@ class SketchLayer(CacheLayerMixin):
         (`sketchkv.graph`), or None.
         """
         total, outputs, start = query.shape[2], [], 0
+        rotation = self.slots.rotation
+        if rotation is not None:  # of queries and keys alike: no product of the two changes
+            rotation = rotation.to(query.dtype)
+            query, key, value = query @ rotation, key @ rotation, value @ rotation
         while start < total:
             count = min(self.slots.capacity - self.slots.used, total - start, MAX_BLOCK)
+            if rotation is not None and self.seen < CENTRE_AFTER:
+                count = min(count, CENTRE_AFTER - self.seen)
             block = slice(start, start + count)
             queried = self._store(key, value, valid, token_ids, block, clock)
             outputs.append(self._attend_block(query[:, :, block], queried, scaling, clock is not None))
+            if rotation is not None and self.seen == CENTRE_AFTER:
+                self.slots.recentre(self.num_sinks)
             if self.slots.used == self.slots.capacity:
                 self._evict(clock)
             start += count
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+        return output if rotation is None else output @ rotation.T
 
     def _store(self, key, value, valid, token_ids, block, clock=None):
         """Appends the tokens of `block`; returns which of them are real (`[batch, n]`), None if all are."""
@@ -163,6 +178,8 @@ class SketchLayer(CacheLayerMixin):
 
     def _attend_block(self, query, real, scaling, recorded=False):
         count, used = query.shape[2], self.slots.used
+        if self.policy.uses_queries:
+            self.policy.query(self.slots, query)
         if count == 1 and kernels.usable(query, recorded) and not self.summary and self.attend_topk >= self.max_cache_size:
             return self._attend_fused(query[:, :, 0], real, scaling)[:, :, None]
         keys, values = self.slots.context("keys"), self.slots.context("values")
@@ -269,9 +286,10 @@ class SketchCache(Cache):
     summary_slots: 0 drops evicted tokens; otherwise they are folded into this many summary slots per KV head, running
     means that attention sees beside the stored tokens (`sketchkv.summary.Summary`). Policies see no attention that
     falls on them. Their bytes are counted as "kv" (means) and "policy" (counts, projection).
-    bits: 8 or 4 holds keys and values quantized from the moment they enter (`sketchkv.quantize.quantize`: per token and
-    KV head, in groups of 32 channels), 16 in float16; None, in the model's dtype. Attention turns one layer at a time back into
-    numbers: that working memory is not part of `nbytes`.
+    bits: 8, 5, 4, 3 or 2 holds keys and values quantized from the moment they enter, 16 in float16, a pair is for keys and
+    values; None, in the model's dtype. quantizer: "normal" in rotated coordinates, or "range" in groups of 32 channels
+    (`sketchkv.quantize`). Attention turns one layer at a time back into numbers: that working memory is not part of
+    `nbytes`.
     policy: an eviction policy, or one per layer (list); default `Sketch(**sketch)`, whose parameters (`width`, `depth`,
     `key`, `decay`, ...) may be given directly.
 
@@ -281,7 +299,7 @@ class SketchCache(Cache):
 
     def __init__(
         self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, attend_topk=None,
-        summary_slots=0, bits=None, policy=None, **sketch,
+        summary_slots=0, bits=None, quantizer="normal", policy=None, **sketch,
     ):  # fmt: skip
         config = getattr(config, "config", config).get_text_config(decoder=True)
         for name, value, least in (
@@ -304,8 +322,12 @@ class SketchCache(Cache):
                 f"attend_topk={attend_topk} leaves nothing to choose beside {num_sinks} sinks and a recent window of "
                 f"{recent_window}, which are always attended to: raise it above {num_sinks + recent_window}"
             )
-        if bits not in (None, 4, 8, 16) or isinstance(bits, float):
-            raise ValueError(f"bits must be 16, 8, 4, or None for the model's dtype; got {bits!r}")
+        if bits is not None:
+            bits = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
+            if len(bits) != 2:
+                raise ValueError(f"bits must be one number, a pair for keys and values, or None; got {bits!r}")
+            for each in bits:
+                coder(each, 64, quantizer, "cpu")  # refuses what does not exist now instead of at the first token
         if policy is not None and sketch:
             raise TypeError(f"give either policy= or sketch parameters, not both: {', '.join(sketch)}")
         policy = Sketch(**sketch) if policy is None else policy
@@ -320,16 +342,31 @@ class SketchCache(Cache):
         self.token_ids = None
         self.clock = None  # set while `sketchkv.graph` runs a step
         self.steps = None  # its recordings
-        shape = (max_cache_size, num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits)
+        shape = (max_cache_size, num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits, quantizer)
         layers = [SketchLayer(copy.deepcopy(p), *shape) for p in policies]
         for index, layer in enumerate(layers):
             layer.policy.layer = index
+            layer.policy.peers = [peer.policy for peer in layers]
         super().__init__(layers=layers)
+
+    @classmethod
+    def compact(cls, config, max_cache_size, **changes):
+        """The setting with the best quality for its bytes, chosen on the development documents for both embedded models
+        and frozen: 5-bit keys and 4-bit values, exact decayed mean attention weighted by the norm of the value, and one
+        summary slot for all that was evicted. `changes` replace single parameters."""
+        settings = dict(bits=(5, 4), summary_slots=1, policy=AttentionMass(value_norm=True)) | changes
+        return cls(config, max_cache_size, **settings)
 
     @property
     def seen_tokens(self):
         """Tokens that passed through the cache, padding included; the next token's position."""
         return self.layers[0].seen
+
+    @property
+    def max_chunk_size(self):
+        """The most tokens that a forward pass may bring, None for any number: `score` and `generate` keep to it."""
+        layer = self.layers[0]
+        return layer.evict_every if layer.policy.in_step else None
 
     @property
     def evicted_tokens(self):
@@ -351,7 +388,8 @@ class SketchCache(Cache):
     def nbytes(self):
         """Bytes of the tensors really held: {"kv", "sketch", "policy", "total"}.
 
-        "kv": key and value slots, with the `evict_every` extra ones, the ranges of quantized ones and the summary's means.
+        "kv": key and value slots, with the `evict_every` extra ones, the scales of quantized ones, their centre and rotation
+        (one for all layers), and the summary's means.
         "sketch": counters, hash parameters, projections and the sketch's key per slot. "policy": positions and everything
         else that choosing needs.
         """
@@ -363,6 +401,9 @@ class SketchCache(Cache):
                     for kind, count in part.items():
                         held[kind] += count
                 held["policy"] += 0 if layer.first is None else layer.first.nbytes
+                held["kv"] += 0 if layer.slots.centre is None else layer.slots.centre.nbytes
+        rotations = {id(layer.slots.rotation): layer.slots.rotation for layer in self.layers if layer.slots is not None}
+        held["kv"] += sum(rotation.nbytes for rotation in rotations.values() if rotation is not None)
         return held | {"total": sum(held.values())}
 
     def check(self):

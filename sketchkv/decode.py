@@ -19,6 +19,10 @@ def _check(model, input_ids, cache, new_tokens=0):
         raise ValueError(f"{length} tokens are more than the model's {positions} positions: shorten the text")
 
 
+def _chunk_size(cache, chunk_size):
+    return min(chunk_size, getattr(cache, "max_chunk_size", None) or chunk_size)
+
+
 @torch.no_grad()
 def generate(
     model, input_ids, cache=None, max_new_tokens=20, *, attention_mask=None, do_sample=False, temperature=1.0, top_k=None,
@@ -51,6 +55,7 @@ def generate(
         if cache.steps is None or cache.steps.model is not model:
             cache.steps = StepGraphs(model, cache)
 
+    chunk_size = _chunk_size(cache, chunk_size)
     for start in range(0, input_ids.shape[1], chunk_size):  # prefill
         chunk = slice(start, start + chunk_size)
         logits = model(
@@ -102,6 +107,7 @@ def score(model, input_ids, cache=None, *, chunk_size=512, return_logits=False):
     if input_ids.shape[1] < 2:
         raise ValueError("a text of one token has nothing to predict: give at least two tokens")
     nll, kept = [], []
+    chunk_size = _chunk_size(cache, chunk_size)
     for start in range(0, input_ids.shape[1], chunk_size):
         chunk = input_ids[:, start : start + chunk_size]
         logits = model(chunk, past_key_values=cache, use_cache=True).logits

@@ -7,16 +7,24 @@ occupied, so there is one graph for each of the `evict_every` phases between two
 
 import torch
 
+from sketchkv.cache import CENTRE_AFTER
+
 
 class StepGraphs:
     """Decode steps of `model` with `cache`, a `SketchCache`: `graphs(token)` returns the logits.
 
     The first steps run as they are, until the cache has evicted and each phase has run once; a phase is recorded when it
     comes round again, and replayed from then on. Recordings stay valid after `cache.reset()`, for texts without padding.
-    On a CPU nothing is recorded: the same steps run one by one.
+    On a CPU nothing is recorded: the same steps run one by one. Raises ValueError for a policy that is not `recordable`.
     """
 
     def __init__(self, model, cache):
+        refused = [type(layer.policy).__name__ for layer in cache.layers if not layer.policy.recordable]
+        if refused:
+            raise ValueError(
+                f"steps with this {refused[0]} cannot be recorded, since it draws or counts outside the device (random scores, "
+                "8-bit counters, counters shared by layers): decode with graph=False"
+            )
         self.model, self.cache = model, cache
         self.warm, self.graphs = set(), {}
         self.clock = self.expected = None
@@ -35,7 +43,8 @@ class StepGraphs:
         self.expected = seen + 1
         self.token.copy_(token)
         # Layers go in step: all have seen the same tokens.
-        phase = layers[0].slots.used - layers[0].max_cache_size if layers[0].evicted else None
+        settled = layers[0].evicted and seen >= CENTRE_AFTER
+        phase = layers[0].slots.used - layers[0].max_cache_size if settled else None
         if phase is None or phase not in self.warm or not token.is_cuda:
             self.warm.add(phase)
             return self._step()
@@ -54,8 +63,13 @@ class StepGraphs:
         """Python's side of the step runs, and advances; the device's side is recorded."""
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self.graphs.values()))[0].pool() if self.graphs else None
+        # Matrix products write to a workspace that torch keeps per stream. Taken over from an earlier graph, it would lie in
+        # memory that is not ours, to be freed when torch.compile clears workspaces; so there is none when recording begins,
+        # and none of ours is left for others when it ends.
+        torch._C._cuda_clearCublasWorkspaces()
         with torch.cuda.graph(graph, pool=pool):
             logits = self._step()
+        torch._C._cuda_clearCublasWorkspaces()
         return graph, logits
 
     def _step(self):

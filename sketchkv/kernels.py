@@ -240,6 +240,8 @@ def _remember(
         inside = slot < used
         item = tl.load(items + offset + slot, mask=inside, other=0).to(tl.int64)
         item = tl.where(item == 0x7FFFFFFF, 0, item)
+        position = tl.load(positions + offset + slot, mask=inside, other=-1)
+        age = (now - position).to(tl.float32)
         estimate = tl.full([BLOCK], float("inf"), tl.float32)
         exposed = tl.full([BLOCK], float("inf"), tl.float32)
         for i in tl.static_range(DEPTH):
@@ -248,7 +250,10 @@ def _remember(
             if MEAN:
                 exposed = tl.minimum(exposed, tl.load(exposures + index, mask=inside, other=0.0, cache_modifier=".cg"))
         if MEAN:
-            estimate = estimate / tl.maximum(exposed, 1e-6)
+            least = age
+            if decay != 1.0:
+                least = (1.0 - tl.exp2(age * log_decay)) / (1.0 - decay)
+            estimate = estimate / tl.maximum(exposed, least / 2)
         tl.store(scores + row * used + slot, estimate, mask=inside)
 
 

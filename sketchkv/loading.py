@@ -82,13 +82,13 @@ def revision(name_or_path="embedded"):
     return digest({path.name: path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
 
 
-def digest(files):
-    """12 hex digits of a sha256 over the names and raw bytes of `files`: a dict of name to path, in any order."""
+def digest(files, digits=12):
+    """`digits` hex digits of a sha256 over the names and raw bytes of `files`: a dict of name to path, in any order."""
     total = hashlib.sha256()
     for name in sorted(files):
         with open(files[name], "rb") as file:
             total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()[:12]
+    return total.hexdigest()[:digits]
 
 
 def resolve_device(device="auto"):

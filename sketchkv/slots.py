@@ -2,7 +2,7 @@
 
 import torch
 
-from sketchkv.quantize import dequantize, quantize
+from sketchkv.quantize import coder, rotation
 
 EMPTY = -1
 
@@ -19,24 +19,34 @@ class Slots:
     Of keys and values, `summary` (`[batch, num_kv_heads, summary_slots, head_dim]` each) lies in front of the slots in
     the same memory, so that attention reads both in one product (`context`); nothing here writes to it.
 
-    With `bits`, `keys` and `values` hold codes, `keys_range` and `values_range` what they mean (`sketchkv.quantize`);
-    every token is quantized when it is stored, the newest too. Reading by name gives numbers again, in `dtype`; the
-    summary is not quantized.
+    With `bits` (of keys and of values), `keys` and `values` hold codes, `keys_scale` and `values_scale` what they mean
+    (`sketchkv.quantize`); every token is quantized when it is stored, the newest too. Reading by name gives numbers again,
+    in `dtype`; the summary is not quantized. With the quantizer "normal", all vectors that come and go are in the
+    coordinates of `rotation` (None: the model's own), and what is coded of a key is its distance from `centre`.
     """
 
-    def __init__(self, batch, num_kv_heads, capacity, head_dim, dtype, device, summary_slots=0, bits=None):
+    def __init__(
+        self, batch, num_kv_heads, capacity, head_dim, dtype, device, summary_slots=0, bits=None, quantizer="normal"
+    ):  # fmt: skip
         self.capacity = capacity
         self.used = self.kept = 0
-        self.head_dim, self.dtype, self.device, self.bits = head_dim, dtype, device, bits
+        self.head_dim, self.dtype, self.device = head_dim, dtype, device
+        self.coders, self.rotation, self.centre = {}, None, None
+        if bits:
+            self.coders = {n: coder(b, head_dim, quantizer, device) for n, b in zip(("keys", "values"), bits)}
+        if bits and quantizer == "normal" and min(bits) < 16:
+            self.rotation = rotation(head_dim, torch.device(device))
+            self.centre = torch.zeros(batch, num_kv_heads, 1, head_dim, dtype=torch.float16, device=device)
         shape = (batch, num_kv_heads, capacity)
         self.arrays = {"positions": torch.full(shape, EMPTY, dtype=torch.int32, device=device)}
         self.summary, self.whole = {}, {}
         for name in ("keys", "values"):
-            rows = summary_slots + (0 if bits else capacity)
+            rows = summary_slots + (0 if self.coders else capacity)
             whole = torch.zeros(batch, num_kv_heads, rows, head_dim, dtype=dtype, device=device)
             self.whole[name], self.summary[name] = whole, whole[:, :, :summary_slots]
-            if bits:
-                for part, like in zip((name, f"{name}_range"), quantize(torch.zeros(head_dim), bits)):
+            if self.coders:
+                example = self.coders[name].encode(torch.zeros(head_dim, device=device))
+                for part, like in zip((name, f"{name}_scale"), example):
                     self.arrays[part] = torch.zeros(*shape, len(like), dtype=like.dtype, device=device)
             else:
                 self.arrays[name] = whole[:, :, summary_slots:]
@@ -46,12 +56,13 @@ class Slots:
     values = property(lambda self: self.arrays["values"])
     positions = property(lambda self: self.arrays["positions"])
 
-    def add(self, name, dtype):
-        """Adds one number per slot under `name`, zero to begin with: `[batch, num_kv_heads, capacity]`."""
+    def add(self, name, dtype, *size):
+        """Adds one number per slot, or `size` of them, under `name`, zero to begin with:
+        `[batch, num_kv_heads, capacity, *size]`."""
         if name in self.arrays:  # after a reset: the same memory, where recorded steps expect it
             self.arrays[name].zero_()
         else:
-            self.arrays[name] = torch.zeros(self.positions.shape, dtype=dtype, device=self.positions.device)
+            self.arrays[name] = torch.zeros(*self.positions.shape, *size, dtype=dtype, device=self.positions.device)
 
     def __getitem__(self, name):
         """The occupied part of an array: `[batch, num_kv_heads, used, ...]`, a view unless it is quantized."""
@@ -68,27 +79,43 @@ class Slots:
 
     def context(self, name):
         """Summary and occupied slots of keys or values: `[batch, num_kv_heads, summary_slots + used, head_dim]`."""
-        if self.bits:
+        if self.coders:
             return torch.cat([self.summary[name], self[name]], 2)
         return self.whole[name][:, :, : self.summary[name].shape[2] + self.used]
 
     def _decoded(self, name, pick):
         array = pick(self.arrays[name])
-        if self.bits is None or name not in self.kv:
+        if name not in self.coders:
             return array
-        return dequantize(array, pick(self.arrays[f"{name}_range"]), self.bits, self.dtype)
+        vectors = self.coders[name].decode(array, pick(self.arrays[f"{name}_scale"]), self.dtype)
+        return vectors if self.centre is None or name == "values" else vectors.add_(self.centre)
 
     def append(self, keys, values, positions):
         """Stores n new tokens (`[batch, num_kv_heads, n, head_dim]`; positions `[batch, n]`, or `[n]` if all rows have
         the same); returns their slots."""
         new = slice(self.used, self.used + keys.shape[2])
         for name, vectors in (("keys", keys), ("values", values)):
-            if self.bits:
-                vectors, self.arrays[f"{name}_range"][:, :, new] = quantize(vectors, self.bits)
-            self.arrays[name][:, :, new] = vectors
+            self._encode(name, vectors, new)
         self.positions[:, :, new] = positions[..., None, :]
         self.used = new.stop
         return new
+
+    def _encode(self, name, vectors, part):
+        if self.coders:
+            vectors = vectors if self.centre is None or name == "values" else vectors - self.centre
+            vectors, self.arrays[f"{name}_scale"][:, :, part] = self.coders[name].encode(vectors)
+        self.arrays[name][:, :, part] = vectors
+
+    def recentre(self, first):
+        """Codes all stored keys anew, as distances from the mean key of the tokens at position `first` and later.
+
+        Keys of a head lie around a common point that says nothing of the token, and far from zero: without it their
+        distances are coarser than they need be. The same in every slot, it could change no attention.
+        """
+        keys = self["keys"]
+        member = (self["positions"] >= first)[..., None]
+        self.centre.copy_((keys * member).sum(2, keepdim=True) / member.sum(2, keepdim=True).clamp(min=1))
+        self._encode("keys", keys, slice(self.used))
 
     def evict(self, evicted):
         """Frees the slots `evicted` (`[batch, num_kv_heads, n]`, distinct indices below `used`).
@@ -120,6 +147,8 @@ class Slots:
         """Row i becomes what row `index[i]` was, in place (beam search)."""
         for array in self.arrays.values():
             array.copy_(array.index_select(0, index.to(array.device)))
+        if self.centre is not None:
+            self.centre.copy_(self.centre.index_select(0, index.to(self.device)))
 
     def clear(self):
         """Empties every slot and keeps the memory."""
@@ -127,6 +156,8 @@ class Slots:
         for array in self.arrays.values():
             array.zero_()
         self.positions.fill_(EMPTY)
+        if self.centre is not None:
+            self.centre.zero_()
 
     def nbytes(self, *names):
         """Bytes held by the named arrays."""

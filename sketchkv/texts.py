@@ -67,7 +67,8 @@ def documents(dataset, tokenizer, split="test", count=None, length=1024):
     if not rows or len(rows) < (count or 0):
         raise CorpusError(
             f'"{dataset}" ({split}) has {len(rows)} documents of {length} tokens, and {count or "at least 1"} were '
-            f"asked for: lower the length or the count. It holds {texts} texts, the longest of {longest} tokens."
+            f"asked for: lower the length or the count, or take more text (DATASET=embedded has enough). "
+            f"It holds {texts} texts, the longest of {longest} tokens."
         )
     return Documents(torch.tensor(rows[:count], dtype=torch.long), names[:count])
 
@@ -138,7 +139,7 @@ def _decode(file, alone):
             f"{file} is not UTF-8 text (byte {error.start}): convert it, or take it out of the data set."
         ) from error
     if alone and not text.strip():
-        raise CorpusError(f"{file} is empty.")
+        raise CorpusError(f"{file} is empty: take another text, such as DATASET=embedded.")
     return text
 
 

@@ -16,10 +16,14 @@ import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
+import torch
+import typst
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jupyter_client.kernelspec import KernelSpecManager
 from packaging.requirements import Requirement
 
-from sketchkv.study import figures, report, results, run
+from sketchkv.study import evaluate, figures, grid, pdf, report, results, run
 
 ROOT = results.ROOT
 PARAMETERS = 'model = "embedded"\ndataset = "embedded"\ndevice = "auto"\nprofile = "smoke"\nseed = 0\noutput = ""'
@@ -150,6 +154,17 @@ def test_study_runs_resumes_and_stops_at_a_failing_cell(tmp_path, capsys, monkey
     assert not run.is_done(first, parameters, tmp_path)
 
 
+def test_bad_input_is_told_without_a_traceback(tmp_path, capsys):
+    source = "from types import SimpleNamespace\nfrom sketchkv import texts\n"
+    write_notebook(tmp_path, "01_tiny", source + "texts.documents(dataset, SimpleNamespace(bos_token_id=None))")
+    empty = tmp_path / "empty.txt"
+    empty.touch()
+    assert run.main(["--dataset", str(empty)], root=tmp_path) == 1
+    printed = capsys.readouterr().err
+    assert f"{empty} is empty" in printed and "DATASET=embedded" in printed and "Traceback" not in printed
+    assert "Traceback" in (tmp_path / "build" / "executed" / "01_tiny.failed.ipynb").read_text()
+
+
 def test_a_changed_source_table_makes_its_reader_run_again(finished, tmp_path, monkeypatch):
     reader = write_notebook(tmp_path, "02_reader", "")
 
@@ -229,6 +244,31 @@ def test_same_inputs_give_the_same_bytes(tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
+def test_two_runs_give_identical_quality_tables(tmp_path):
+    methods = [
+        {"method": "sketch", "max_cache_size": 32, "recent_window": 8, "seed": 1},
+        {"method": "random", "max_cache_size": 32, "recent_window": 8, "seed": 1},
+        {"method": "h2o", "max_cache_size": 32, "recent_window": 8, "summary_slots": 4},
+    ]
+    grid_points = [{"method": method, "documents": 2, "length": 160} for method in methods]
+
+    def write(root, parts):
+        opened = results.start("03_tiny", output=str(root))
+        table = pd.concat([pd.DataFrame(part).assign(method=i) for i, part in enumerate(parts)], ignore_index=True)
+        opened.table("quality", table, evaluate.COLUMNS | {"method": "index"}, timings=evaluate.TIMINGS)
+        return results.load_table("quality", root, timings=False)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a worker does
+    try:
+        here = write(tmp_path / "a", [evaluate.evaluate(**params) for params in grid_points])
+    finally:
+        torch.set_num_threads(threads)
+    elsewhere = grid.compute("quality", evaluate.evaluate, grid_points, folder=tmp_path / "points", workers=1)
+    pd.testing.assert_frame_equal(here, write(tmp_path / "b", elsewhere), check_exact=True)
+    assert (here.evicted > 0).all() and here.groupby("method").nll.mean().is_unique
+
+
 def test_sidecars_say_where_a_result_comes_from(finished, tmp_path):
     sidecar = results.read_json(tmp_path / "figures" / "error.json")
     assert sidecar["notebook"] == "01_tiny" and sidecar["inputs"]["profile"] == "smoke" and sidecar["commit"]
@@ -292,7 +332,7 @@ def test_prose_follows_the_results(finished, tmp_path):
         path = tmp_path / "data" / "results" / name
         path.write_text(path.read_text().replace(old, new))
     after = report.compose(tmp_path, tmp_path / "report", template)
-    for old, new in zip(before, after):  # Markdown, HTML
+    for old, new in zip(before, after):  # Markdown, HTML, Typst
         assert "12.3%" in old and "12.3%" not in new and "90.0%" in new
         assert "0.875" not in old and "0.875" in new
         assert "make figures/error.png PROFILE=smoke" in new and "01_tiny.ipynb" in new
@@ -304,6 +344,35 @@ def test_prose_follows_the_results(finished, tmp_path):
     (tmp_path / "figures" / "error.png").unlink()
     written[1].write_text(after[1] + '<img src="https://example.org/x.png"> {{ fact }}')
     assert len(report.problems(*written)) == 4
+    written[1].write_text(after[1] + " " * report.LARGEST)
+    assert len(report.problems(*written)) == 2
+
+
+def test_pdf_has_everything_and_is_the_same_every_time(finished, tmp_path):
+    template = tmp_path / "template.md.j2"
+    pieces = ["# All of it", "## One", "[there](#two), *a* **b `c`** <https://example.org>", '{{ figure("error") }}']
+    pieces += ["- x\n- y", "> q", "```\ncode\n```", '{{ table("error") }}\n\n' * 20, "## Two"]
+    template.write_text("\n\n".join(pieces))
+    opened = results.start("08_report", output=str(tmp_path))
+    written = report.render(opened, template)[2].read_bytes()
+    again = report.compose(tmp_path, tmp_path / "report", template)[2]
+    assert written == pdf.compile(again, tmp_path) and written.startswith(b"%PDF")
+    assert b"All of it" in written and len(re.findall(rb"/Type\s*/Page\b", written)) > 1
+    drawn = json.loads(typst.query(again.encode(), "image", root=str(tmp_path)))
+    assert [image["alt"] for image in drawn] == ["The error falls with the width."]
+    for broken, named in ("[gone](#gone)", "gone"), ("<b>bold</b>", "<b>"):
+        template.write_text(broken)
+        with pytest.raises((RuntimeError, ValueError), match=named):
+            pdf.compile(report.compose(tmp_path, tmp_path / "report", template)[2], tmp_path)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"])))
+def test_pdf_reads_no_text_as_markup(text):
+    for markup in (f"#{pdf.quote(text)}", f"#{pdf.quote(pdf.breakable(text))}"):
+        shown = json.loads(typst.query(f"#metadata({markup[1:]})<it>".encode(), "<it>", field="value", one=True))
+        assert shown.replace("\u200b", "") == text.replace("\u200b", "")
+    pdf.compile(pdf.inline(text), ROOT)
 
 
 def test_missing_result_names_the_notebook_to_run(finished, tmp_path, monkeypatch):
@@ -327,20 +396,23 @@ def committed(tmp_path):
 
 
 def test_report_renders_from_the_committed_results(committed):
-    markdown, page = report.compose(committed, committed / "report")
+    markdown, page, paper = report.compose(committed, committed / "report")
     results.atomic_write(committed / "report" / "report.md", markdown)
     results.atomic_write(committed / "report" / "report.html", page)
     assert report.problems(committed / "report" / "report.md", committed / "report" / "report.html") == []
+    drawn = [image["source"] for image in json.loads(typst.query(paper.encode(), "image", root=str(committed)))]
+    assert sorted(Path(source).stem for source in drawn) == sorted(p.stem for p in (committed / "figures").glob("*.png"))
+    assert len(re.findall(rb"/Type\s*/Page\b", pdf.compile(paper, committed))) > 5
     assert markdown == (ROOT / "report" / "report.md").read_text(encoding="utf-8"), "run `make reproduce`"
 
 
 def test_changed_results_change_claims_and_verdicts(committed):
-    before, _ = report.compose(committed, committed / "report")
+    before, *_ = report.compose(committed, committed / "report")
     path = committed / "data" / "results" / "facts_02_integration.json"
     stored = results.read_json(path)
     stored["facts"] |= {"loss_sketch_mean": 7.777, "sketch_against_exact": "better than"}
     path.write_text(results.to_json(stored))
-    after, _ = report.compose(committed, committed / "report")
+    after, *_ = report.compose(committed, committed / "report")
     assert "7.777" in after and "7.777" not in before
     assert "The sketch beats exact accumulators" in after and "The sketch beats exact accumulators" not in before
 

@@ -53,15 +53,18 @@ def _reference(model, dataset, device, split, documents, length):
 
 
 @torch.no_grad()
-def evaluate(method, *, model="embedded", dataset="embedded", device="cpu", split="test", documents=16, length=1024):
+def evaluate(
+    method, *, model="embedded", dataset="embedded", device="cpu", split="test", documents=16, length=1024, prompt=0
+):  # fmt: skip
     """Rows (list of dict, `COLUMNS`) for one method, a dict that `methods.make_cache` understands.
 
-    Every token is predicted from the cache as decoding would find it. Bytes are of a cache that holds one sequence.
+    Every token is predicted from the cache as decoding would find it. Bytes are of a cache that holds one sequence. Of a
+    `prompt` of that many tokens nothing is scored: only what is predicted after all of it has passed counts.
     """
     lm, _ = _model(model, device)
     ids, names, batches = _reference(model, dataset, device, split, documents, length)
     held = nbytes(lm.config, length, lm.dtype, **method)
-    rows, half = [], length // 2
+    rows, half = [], (prompt + length) // 2
     for part, (full, nll_full) in zip(ids.split(BATCH), batches):
         cache = make_cache(lm.config, length=length, **method)
         _synchronize(lm.device)
@@ -69,12 +72,12 @@ def evaluate(method, *, model="embedded", dataset="embedded", device="cpu", spli
         nll, logits = score(lm, part.to(lm.device), cache, return_logits=True)
         _synchronize(lm.device)
         seconds = (time.perf_counter() - began) / len(part)
-        kl, top1 = _compare(full, logits)
+        kl, top1 = _compare(full[:, prompt:], logits[:, prompt:])
         stored = sum(cache.stored_tokens()) / len(cache.layers)
         for i in range(len(part)):
             rows.append({
                 "document": names[len(rows)], "tokens": length,
-                "nll": nll[i].mean().item(), "nll_full": nll_full[i].mean().item(),
+                "nll": nll[i, prompt:].mean().item(), "nll_full": nll_full[i, prompt:].mean().item(),
                 "nll_late": nll[i, half:].mean().item(), "nll_late_full": nll_full[i, half:].mean().item(),
                 "kl": kl[i].item(), "top1": top1[i].item(),
                 "evicted": cache.evicted_tokens / len(cache.layers), "stored": stored,

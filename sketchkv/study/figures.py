@@ -20,6 +20,8 @@ ERRORBAR = {"errorbar": ("ci", 95), "n_boot": 2000, "seed": 0}
 METHODS = (
     "sketch", "h2o", "window", "streaming", "random", "lru", "key_norm", "tova", "decayed", "snapkv",
     "position", "oracle", "int8", "int4", "aggregate", "topk", "lsh", "token",
+    "decayed_int4", "sketch_small", "sketch_int4", "h2o_half", "sketch_summary", "streaming_int4", "decayed_summary",
+    "decayed_int8", "kivi4", "kivi2", "kivi8", "compact",
 )  # fmt: skip
 FULL_CACHE = {"color": "#333333", "marker": "o"}  # the reference, in no competitor's colour
 

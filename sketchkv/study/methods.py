@@ -1,7 +1,7 @@
 """Every method of the study by name: a dict that JSON can hold -> a cache.
 
 `{"method": "h2o", "max_cache_size": 128, "bits": 16}`; all further entries are parameters of `SketchCache`, or of the
-policy where it has them. "full" keeps every token of the text, in `bits` if given.
+policy where it has them. "full" keeps every token of the text, in `bits` if given, "kivi" in 8, 4 or 2 bits (`KiviCache`).
 """
 
 import inspect
@@ -9,6 +9,7 @@ import inspect
 import torch
 
 from sketchkv.cache import SketchCache
+from sketchkv.kivi import KiviCache
 from sketchkv.policies import H2O, LRU, TOVA, AttentionMass, KeyNorm, Random, Sketch, SnapKV, Window
 
 POLICIES = {
@@ -28,13 +29,18 @@ POLICIES = {
 def make_cache(config, method, length=None, **settings):
     """A new cache of one method for a model of this configuration.
 
-    method: "full", or a name in `POLICIES`; "window" has no sinks, "streaming" is the same with them. length: tokens of
-    the text, which "full" needs. Raises ValueError for an unknown method and TypeError for an unknown parameter.
+    method: "full", "kivi", "compact" (`SketchCache.compact`), or a name in `POLICIES`; "window" has no sinks, "streaming"
+    is the same with them. length: tokens of the text, which "full" and "kivi" need. Raises ValueError for an unknown
+    method and TypeError for an unknown parameter.
     """
+    if method == "compact":
+        return SketchCache.compact(config, **settings)
     if method == "full":
         return SketchCache(config, length, policy=Window(), **settings)
+    if method == "kivi":
+        return KiviCache(config, length, **settings)
     if method not in POLICIES:
-        raise ValueError(f"unknown method {method!r}; choose one of full, {', '.join(POLICIES)}")
+        raise ValueError(f"unknown method {method!r}; choose one of full, kivi, compact, {', '.join(POLICIES)}")
     if method == "window":
         settings = {"num_sinks": 0} | settings
     own = inspect.signature(POLICIES[method]).parameters

@@ -1,10 +1,11 @@
-"""Renders the report from `report/template.md.j2` and the results: `report.md` with links, `report.html` in one piece.
+"""Renders the report from `report/template.md.j2` and the results: `report.md` with links, `report.html` in one piece,
+and `report.pdf`.
 
 The template's prose holds no number of its own. It asks for them:
 
     {{ fact("name", ".2f") }}          one number
     {{ figure("name") }}               picture, caption, and where it comes from
-    {{ table("name", rows=10) }}       rows and columns of a result table
+    {{ table("name", rows=10) }}       a result table; `rows` and `columns` show less of it, and long ones are cut anyway
 
 What is missing stops the rendering with the name of the notebook that makes it.
 """
@@ -20,10 +21,11 @@ import nbformat
 import pandas as pd
 from markdown_it import MarkdownIt
 
-from sketchkv.study import results
+from sketchkv.study import pdf, results
 from sketchkv.study.run import find_notebooks
 
 TEMPLATE = results.ROOT / "report" / "template.md.j2"
+LARGEST = 15_000_000  # bytes of report.html, all in one file
 
 
 class ReportError(RuntimeError):
@@ -63,6 +65,8 @@ class Results:
 class Renderer:
     """The functions that the template calls, for Markdown; `link` leads from the report to the results' root."""
 
+    most_rows, most_columns = 12, None  # of a table; the rest of it is in its file
+
     def __init__(self, found, link):
         self.found, self.link = found, link
 
@@ -87,12 +91,12 @@ class Renderer:
         )
 
     def table(self, name, rows=None, columns=None):
-        frame, descriptions, note = self._frame(name, rows, columns)
-        cells = frame.map(lambda value: str(value).replace("|", "\\|"))
-        lines = ["| " + " | ".join(frame.columns) + " |", "|" + " --- |" * len(frame.columns)]
+        frame, numeric, legend = self._frame(name, rows, columns)
+        cells = frame.map(lambda value: value.replace("|", "\\|").replace("\n", " "))
+        rules = [" ---: |" if column in numeric else " --- |" for column in frame.columns]
+        lines = ["| " + " | ".join(frame.columns) + " |", "|" + "".join(rules)]
         lines += ["| " + " | ".join(row) + " |" for row in cells.itertuples(index=False)]
-        described = "; ".join(f"`{column}`: {text}" for column, text in descriptions.items())
-        return "\n".join(lines) + f"\n\n{note} {described}.\n"
+        return "\n".join([legend, "", *lines, ""])
 
     def functions(self):
         return {name: getattr(self, name) for name in ("fact", "has_fact", "finding", "figure", "table")}
@@ -114,59 +118,97 @@ class Renderer:
         )
 
     def _frame(self, name, rows, columns):
+        """(the part of a table that is shown, as text; its numeric columns; what the columns mean, in Markdown)."""
         sidecar = self._sidecar("table", name)
         frame = pd.read_csv(self.found.paths.results / f"{name}.csv")
         unknown = set(columns or ()) - set(frame.columns)
         if unknown:
             has = ", ".join(frame.columns)
             raise ReportError(f"table {name!r} has no column {', '.join(sorted(unknown))}; it has: {has}")
-        shown = frame[list(columns)] if columns else frame
-        shown = shown.head(rows) if rows else shown
-        shown = shown.map(lambda v: "" if pd.isna(v) else f"{v:.4g}" if isinstance(v, float) else str(v))
+        asked = frame[list(columns)] if columns else frame
+        shown = asked.iloc[: rows or self.most_rows, : self.most_columns]
         extent = f"{len(frame)} rows" if len(shown) == len(frame) else f"The first {len(shown)} of {len(frame)} rows"
-        note = f"{extent}, from `data/results/{name}.csv`. Columns:"
-        return shown, {column: sidecar["columns"][column] for column in shown.columns}, note
+        if left_out := len(asked.columns) - len(shown.columns):
+            extent += f", without {left_out} columns"
+        meanings = "; ".join(f"`{column}`: {sidecar['columns'][column]}" for column in shown.columns)
+        legend = f"**{name}.** {extent}, from `data/results/{name}.csv`. Columns: {meanings}."
+        return shown.map(_shown), set(shown.select_dtypes("number").columns), legend
+
+    def _picture(self, name):
+        """The smaller of a figure's two files: thousands of points make an SVG larger and slower than its PNG."""
+        return min((self.found.paths.figures / f"{name}.{kind}" for kind in ("svg", "png")), key=lambda p: p.stat().st_size)
 
 
 class HtmlRenderer(Renderer):
     """The same functions for HTML: pictures inside the file, tables that sort."""
+
+    most_rows = 100
 
     def __init__(self, found):
         super().__init__(found, "")
         self.inline = MarkdownIt("commonmark", {"html": False}).renderInline
 
     def figure(self, name):
-        sidecar = self._sidecar("figure", name)
-        alt = html.escape(self.finding(name))
-        picture = f'<img alt="{alt}" src="{self._data(name)}">'
+        sidecar, path = self._sidecar("figure", name), self._picture(name)
+        kind = {".svg": "svg+xml", ".png": "png"}[path.suffix]
+        data = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
         # One line: a blank one would end the block of HTML.
         return (
-            f'<figure id="figure-{name}">{picture}<figcaption>{self.inline(f"**{name}.** " + sidecar["caption"])}'
+            f'<figure id="figure-{name}"><img alt="{html.escape(self.finding(name))}" src="{data}">'
+            f'<figcaption>{self.inline(f"**{name}.** " + sidecar["caption"])}'
             f'<p class="source">{self.inline(self._source(sidecar))}</p></figcaption></figure>\n'
         )
 
     def table(self, name, rows=None, columns=None):
-        frame, descriptions, note = self._frame(name, rows, columns)
+        frame, numeric, legend = self._frame(name, rows, columns)
+        meanings, number = self._sidecar("table", name)["columns"], dict.fromkeys(numeric, ' class="number"')
         head = "".join(
-            f'<th scope="col" title="{html.escape(descriptions[c])}">{html.escape(c)}</th>'
+            f'<th scope="col" title="{html.escape(meanings[c])}"{number.get(c, "")}>{html.escape(c)}</th>'
             for c in frame.columns
         )
+        classes = [number.get(c, "") for c in frame.columns]
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in row) + "</tr>"
+            "<tr>" + "".join(f"<td{kind}>{html.escape(value)}</td>" for kind, value in zip(classes, row)) + "</tr>"
             for row in frame.itertuples(index=False)
         )
-        described = "; ".join(f"`{column}`: {text}" for column, text in descriptions.items())
         return (
-            f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table></div>"
-            f'<p class="source">{self.inline(f"{note} {described}.")}</p>\n'
+            f'<p class="legend">{self.inline(legend)}</p>'
+            f'<div class="scroll results" tabindex="0" role="region" aria-label="Table {name}"><table class="sortable"><thead>'
+            f"<tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n"
         )
 
-    def _data(self, name):
-        svg, png = (self.found.paths.figures / f"{name}.{kind}" for kind in ("svg", "png"))
-        # Thousands of points make an SVG larger and slower than its picture.
-        path, kind = (svg, "svg+xml") if svg.stat().st_size <= max(400_000, png.stat().st_size) else (png, "png")
-        return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+class TypstRenderer(Renderer):
+    """The same functions for the PDF: blocks of Typst markup, whose pictures are found from the results' root."""
+
+    most_rows, most_columns = 8, 12
+
+    def figure(self, name):
+        sidecar = self._sidecar("figure", name)
+        path = "/" + self._picture(name).relative_to(self.found.root).as_posix()
+        quoted = ", ".join(pdf.quote(text) for text in (path, name, self.finding(name)))
+        caption, source = (pdf.inline(text) for text in (f"**{name}.** {sidecar['caption']}", self._source(sidecar)))
+        return f"```{{=typst}}\n#picture({quoted}, [{caption}], [{source}])\n```\n"
+
+    def table(self, name, rows=None, columns=None):
+        frame, numeric, legend = self._frame(name, rows, columns)
+        size = 8.5 if len(frame.columns) <= 6 else 7 if len(frame.columns) <= 9 else 6
+        # Left to itself Typst would narrow numbers and text alike, and break the numbers.
+        needed = [min(max(map(len, [*c.split("_"), *frame[c]])), 20) + 1 for c in frame.columns]
+        widths = "".join("auto, " if size > 7 else f"{n}fr, " for n in needed)
+        aligned = "".join("right, " if c in numeric else "left, " for c in frame.columns)
+        head = "".join(f"{pdf.quote(pdf.breakable(c))}, " for c in frame.columns)
+        text = frame.apply(lambda column: column if column.name in numeric else column.map(pdf.breakable))
+        body = "".join(f"{pdf.quote(value)}, " for value in text.to_numpy().ravel())
+        cells = f"({widths}), ({aligned}), ({head}), {body}"
+        return f"```{{=typst}}\n#results({size}pt, [{pdf.inline(legend)}], {cells})\n```\n"
+
+
+def _shown(value):
+    """A cell of a table as text."""
+    if not isinstance(value, float):
+        return str(value)
+    return "" if pd.isna(value) else f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def _notebooks(found):
@@ -181,7 +223,7 @@ def _notebooks(found):
         listed.append({
             "name": name,
             "title": title.lstrip("# ") or name,
-            "introduction": rest.strip().split("\n\n")[0],
+            "introduction": rest.strip(),
             "figures": [p.stem for p in made if p.suffix == ".png" and p.parent.name == "figures"],
             "tables": [p.stem for p in made if p.suffix == ".csv"],
             "run": run,
@@ -190,7 +232,7 @@ def _notebooks(found):
 
 
 def compose(source, report_folder, template=TEMPLATE):
-    """(markdown, html) of the report over the results under `source`, to be written into `report_folder`."""
+    """(Markdown, HTML, Typst markup) of the report over the results under `source`, to be written into `report_folder`."""
     found = Results(source)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = Path(template).read_text(encoding="utf-8")
@@ -198,23 +240,24 @@ def compose(source, report_folder, template=TEMPLATE):
     if not context["notebooks"]:
         raise ReportError(f"there are no results under {found.root}; run `make reproduce`")
     link = Path(os.path.relpath(found.root, report_folder)).as_posix()
-    markdown, page = (
+    markdown, page, paper = (
         environment.from_string(text).render(**context, **renderer.functions())
-        for renderer in (Renderer(found, link), HtmlRenderer(found))
+        for renderer in (Renderer(found, link), HtmlRenderer(found), TypstRenderer(found, link))
     )
-    return re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n", _page(page)
+    return re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n", _page(page), pdf.typeset(_parse(paper)[1])
 
 
-def render(run):
-    """Writes `report/report.md` and `report/report.html` under the run's root and returns their paths.
+def render(run, template=TEMPLATE):
+    """Writes `report/report.md`, `.html` and `.pdf` under the run's root and returns their paths.
 
     A notebook opened by hand renders the committed results.
     """
     source = results.ROOT if run.paths.root == results.INTERACTIVE else run.paths.root
-    for path in [TEMPLATE, *Results(source).files]:
+    for path in [template, *Results(source).files]:
         run.read(path)
-    markdown, page = compose(source, run.paths.report)
-    return run.output("report/report.md", markdown), run.output("report/report.html", page)
+    markdown, page, paper = compose(source, run.paths.report, template)
+    contents = {"md": markdown, "html": page, "pdf": pdf.compile(paper, source)}
+    return [run.output(f"report/report.{kind}", content) for kind, content in contents.items()]
 
 
 def problems(markdown_path, html_path):
@@ -229,32 +272,53 @@ def problems(markdown_path, html_path):
     found += [f"no picture at {image}" for image in images if not (Path(markdown_path).parent / image).exists()]
     identifiers = set(re.findall(r'id="([^"]+)"', page))
     found += [f"no target for #{link}" for link in re.findall(r'href="#([^"]+)"', visible) if link not in identifiers]
+    if len(page) > LARGEST:
+        found.append(f"{Path(html_path).name} is {len(page) / 1e6:.0f} MB large: draw fewer points, or save figures smaller")
     return found
+
+
+def _parse(markdown):
+    """(parser, tokens) of Markdown, with an `id` for each heading."""
+    parser = MarkdownIt("commonmark", {"html": True, "typographer": False}).enable("table")
+    tokens, used = parser.parse(markdown), set()
+    for heading, inline in zip(tokens, tokens[1:]):
+        if heading.type == "heading_open":
+            slug = re.sub(r"[^a-z0-9]+", "-", _plain(inline).lower()).strip("-")
+            while slug in used:
+                slug += "-"
+            used.add(slug)
+            heading.attrSet("id", slug)
+    return parser, tokens
+
+
+def _plain(inline):
+    return "".join(child.content for child in inline.children)
 
 
 def _page(markdown):
     """One HTML file from Markdown: contents list, styles and script inside."""
-    parser = MarkdownIt("commonmark", {"html": True, "typographer": False}).enable("table")
-    tokens = parser.parse(markdown)
-    title, contents, used = "Report", [], set()
+    parser, tokens = _parse(markdown)
+    title, sections = "Report", []  # of the contents list: (link, [links of subsections])
     for heading, inline in zip(tokens, tokens[1:]):
         if heading.type != "heading_open":
             continue
-        plain = "".join(child.content for child in inline.children)
-        slug = re.sub(r"[^a-z0-9]+", "-", plain.lower()).strip("-")
-        while slug in used:
-            slug += "-"
-        used.add(slug)
-        heading.attrSet("id", slug)
+        text = html.escape(_plain(inline))
+        link = f'<a href="#{heading.attrs["id"]}">{text}</a>'
         if heading.tag == "h1":
-            title = plain
-        elif heading.tag in ("h2", "h3"):
-            contents.append(f'<li class="{heading.tag}"><a href="#{slug}">{html.escape(plain)}</a></li>')
+            title = text
+        elif heading.tag == "h2":
+            sections.append((link, []))
+        elif heading.tag == "h3" and sections:
+            sections[-1][1].append(f"<li>{link}</li>")
+    contents = "".join(
+        f"<li><details open><summary>{link}</summary><ul>{''.join(inner)}</ul></details></li>" if inner else f"<li>{link}</li>"
+        for link, inner in sections
+    )
     body = parser.renderer.render(tokens, parser.options, {})
     body = body.replace("<table>", '<div class="scroll"><table class="sortable">').replace(
         "</table>\n", "</table></div>\n"
     )
-    return _HTML.replace("%TITLE%", html.escape(title)).replace("%CONTENTS%", "".join(contents)).replace("%BODY%", body)
+    return _HTML.replace("%TITLE%", title).replace("%CONTENTS%", contents).replace("%BODY%", body)
 
 
 _HTML = """<!doctype html>
@@ -266,7 +330,7 @@ _HTML = """<!doctype html>
 <title>%TITLE%</title>
 <style>
 :root { --ink: #1b1f24; --soft: #59636e; --paper: #fff; --line: #d5dae0; --tint: #f3f5f7; --accent: #0b62b0; }
-@media (prefers-color-scheme: dark) {
+@media screen and (prefers-color-scheme: dark) {
   :root { --ink: #e4e8ec; --soft: #9aa5b1; --paper: #14181c; --line: #39414a; --tint: #1e242a; --accent: #7db8f2; }
 }
 * { box-sizing: border-box; }
@@ -275,9 +339,11 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 1rem/1.6 sy
   padding: 2rem 1.25rem 6rem; }
 nav { position: sticky; top: 2rem; align-self: start; max-height: calc(100vh - 4rem); overflow-y: auto;
   font-size: .9rem; }
+nav > details > summary { font-weight: 600; }
 nav ul { list-style: none; margin: 0; padding: 0; }
+nav ul ul { padding-left: 1.1rem; }
 nav li { margin: .35rem 0; line-height: 1.35; }
-nav .h3 { padding-left: 1rem; }
+nav summary { cursor: pointer; }
 nav a { color: var(--soft); text-decoration: none; }
 nav a:hover { color: var(--accent); }
 a { color: var(--accent); }
@@ -292,11 +358,14 @@ figure { margin: 2rem 0; }
 figure img { display: block; max-width: 100%; height: auto; margin: 0 auto; background: #fff; padding: .6rem;
   border: 1px solid var(--line); border-radius: 6px; }
 figcaption { margin-top: .6rem; }
-.source { color: var(--soft); font-size: .82rem; line-height: 1.45; margin: .4rem 0 0; }
-.scroll { overflow-x: auto; margin: 1.2rem 0 .4rem; }
+.source, .legend { color: var(--soft); font-size: .82rem; line-height: 1.45; margin: .4rem 0 0; }
+.legend { margin-top: 2rem; }
+.scroll { overflow-x: auto; margin: .6rem 0; }
+.results { overflow: auto; max-height: 26rem; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; min-width: 60%; }
 th, td { text-align: left; padding: .35rem .7rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { background: var(--tint); }
+th { background: var(--tint); position: sticky; top: 0; }
+.number { text-align: right; }
 th, td code { white-space: nowrap; }
 th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
@@ -306,12 +375,17 @@ th[aria-sort=descending] button::after { content: " \\2193"; }
   .layout { grid-template-columns: minmax(0, 1fr); gap: 1rem; padding-top: 1rem; }
   nav { position: static; max-height: none; border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; }
 }
-@media print { nav { display: none; } .layout { display: block; } figure { break-inside: avoid; } }
+@media print {
+  nav { display: none; }
+  .layout { display: block; }
+  figure { break-inside: avoid; }
+  .results { max-height: none; }
+}
 </style>
 </head>
 <body>
 <div class="layout">
-<nav aria-label="Contents"><ul>%CONTENTS%</ul></nav>
+<nav aria-label="Contents"><details open><summary>Contents</summary><ul>%CONTENTS%</ul></details></nav>
 <main>
 %BODY%
 </main>
@@ -326,9 +400,9 @@ for (const table of document.querySelectorAll("table.sortable")) {
       table.querySelectorAll("th").forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
       const value = (row) => row.cells[column].textContent.trim();
-      const compare = (a, b) => (a !== "" && b !== "" && !isNaN(a) && !isNaN(b) ? a - b : a.localeCompare(b));
-      const rows = [...body.rows].sort((a, b) => compare(value(a), value(b)));
-      body.append(...(down ? rows.reverse() : rows));
+      const compare = (a, b) => (isNaN(a) || isNaN(b) ? a.localeCompare(b, "en", { numeric: true }) : a - b);
+      const ordered = (a, b) => (a && b ? (down ? compare(b, a) : compare(a, b)) : (a === "") - (b === ""));
+      body.append(...[...body.rows].sort((p, q) => ordered(value(p), value(q))));
     });
   });
 }

@@ -95,17 +95,14 @@ def read_json(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def sha256(path, short=False):
-    """Hex digest of one file, or of every file under a folder (names and contents, in a fixed order)."""
+def sha256(path):
+    """Hex digest of one file, or of every file under a folder that is not hidden."""
     path = Path(path)
-    digest = hashlib.sha256()
     if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")):
-            digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
-    else:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256")
-    return digest.hexdigest()[:16] if short else digest.hexdigest()
+        files = [file for file in path.rglob("*") if file.is_file() and not file.name.startswith(".")]
+        return loading.digest({file.relative_to(path).as_posix(): file for file in files}, digits=64)
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Paths:
@@ -146,10 +143,7 @@ def _is_there(path, kind):
 
 def package_fingerprint():
     """16 digits of a sha256 over `sketchkv/**/*.py`."""
-    digest = hashlib.sha256()
-    for file in sorted(PACKAGE.rglob("*.py")):
-        digest.update(f"{file.relative_to(PACKAGE).as_posix()}\0{sha256(file)}\n".encode())
-    return digest.hexdigest()[:16]
+    return loading.digest({file.relative_to(PACKAGE).as_posix(): file for file in PACKAGE.rglob("*.py")}, digits=16)
 
 
 def model_revision(model):

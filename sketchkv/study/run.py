@@ -25,6 +25,10 @@ from sketchkv.loading import LoadError
 from sketchkv.study import results
 
 
+# Errors whose messages name the way out: the traceback stays in the notebook.
+_SAYS_ALL = ("CorpusError", "GridError", "KnobError", "LoadError", "ReportError")
+
+
 class RunError(RuntimeError):
     """The study stopped; the message says where and why."""
 
@@ -139,14 +143,14 @@ def execute(notebook, parameters, root):
 
 
 def _describe(error, notebook, failed):
+    ending = f"partial output: {failed}\nfinished notebooks are kept; run the same command again to go on from here"
+    if error.ename in _SAYS_ALL:
+        return f"{notebook.name}: {error.evalue}\n\n{ending}"
     trace = "\n".join(error.traceback) or f"{error.ename}: {error.evalue}"
     if not sys.stderr.isatty():
         trace = re.sub(r"\x1b\[[0-9;]*m", "", trace)
     source = "\n".join(f"    {line}" for line in error.source.splitlines())
-    return (
-        f"{notebook.name} failed in cell [{error.exec_count}]:\n\n{source}\n\n{trace}\n\n"
-        f"partial output: {failed}\nfinished notebooks are kept; run the same command again to go on from here"
-    )
+    return f"{notebook.name} failed in cell [{error.exec_count}]:\n\n{source}\n\n{trace}\n\n{ending}"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,104 @@
+"""The study of the baselines: what fits into the bytes, the front and the verdicts against arithmetic done the slow way."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sketchkv import score
+from sketchkv.study import baselines, figures
+from sketchkv.study.methods import full_nbytes, make_cache, nbytes
+
+
+@pytest.fixture
+def config(gpt2):
+    gpt2.config.n_embd = 4 * 64  # heads as in the study; no model is run with it
+    return gpt2.config
+
+
+def test_points_fill_their_bytes_and_all_else_is_named(config):
+    names, budgets = ("streaming", "sketch", "decayed_summary", "decayed_int4", "h2o_half"), (1 / 2, 1 / 4, 1 / 16)
+    points, left_out = baselines.equal_bytes(config, budgets, 1024, torch.float32, names)
+    full = full_nbytes(config, 1024)
+    for name, budget, method in points:
+        held = nbytes(config, 1024, **method)["total"]
+        if budget:
+            assert budget * full * 0.98 < held <= budget * full, (name, budget)
+            assert method["max_cache_size"] + 16 <= 1024
+    assert {name for name, budget, _ in points if budget is None} == set(baselines.WHOLE)
+    asked = {(name, budget) for name in names for budget in budgets if name != "h2o_half" or budget == 1 / 4}
+    reasons = {(entry["name"], entry["budget"]): entry["reason"] for entry in left_out}
+    assert {(name, budget) for name, budget, _ in points if budget} | reasons.keys() == asked
+    assert reasons == {("sketch", 1 / 16): "does not fit", ("decayed_int4", 1 / 2): "holds the whole text"}
+    method = next(method for name, _, method in points if name == "h2o_half")
+    assert method["recent_window"] == method["max_cache_size"] // 2
+
+
+def test_every_method_has_a_label_and_a_style_of_its_own():
+    names = {*baselines.BOUNDED, *baselines.WHOLE}
+    assert names == set(baselines.LABELS) and names - {"full"} <= set(figures.METHODS)
+    assert len({tuple(figures.method_style(name).values()) for name in names}) == len(names)
+
+
+def test_a_point_asked_for_twice_is_scored_once(config):
+    """Groups share points; each gets its own rows back."""
+    calls = []
+
+    class Run:
+        def grid(self, kind, function, points):
+            calls.extend(points)
+            return [
+                [{"nll": i + 1.0, "nll_full": 1.0, "nll_late": i, "nll_late_full": 0, "bytes_total": 100}]
+                for i, _ in enumerate(points)
+            ]  # fmt: skip
+
+    a, b, c = baselines.equal_slots(("lru", "h2o", "tova"), 64)
+    tables = baselines.compute(Run(), {"one": ([a, b], 0), "two": ([b, c], 0), "three": ([b], 32)}, config, 256, seed=1)
+    assert len(calls) == 4 and all(point["length"] == 256 and point["seed"] == 1 for point in calls)
+    assert {name: frame.loss.tolist() for name, frame in tables.items()} == {"one": [0, 1], "two": [1, 2], "three": [3]}
+    assert tables["two"].method.tolist() == ["h2o", "tova"] and calls[3]["prompt"] == 32
+
+
+@pytest.mark.parametrize("method", [{"method": "kivi", "bits": 2}, {"method": "snapkv", "bits": 16, "max_cache_size": 40}])
+def test_bytes_said_are_bytes_held(gpt2, ids, method):
+    cache = make_cache(gpt2.config, length=100, **method)
+    score(gpt2, ids[:1], cache)
+    assert cache.nbytes() == nbytes(gpt2.config, 100, **method)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(-2, 6)), min_size=1, max_size=12))
+def test_the_front_is_what_no_other_point_beats(points):
+    def beats(a, b):
+        return a[0] <= b[0] and a[1] <= b[1] and a != b
+
+    expected = [not any(beats(other, point) for other in points) for point in points]
+    assert baselines.pareto(*zip(*points)).tolist() == expected
+
+
+def test_verdicts_follow_the_interval():
+    losses = {
+        "better": np.linspace(0.010, 0.012, 8), "worse": np.linspace(0.03, 0.05, 8), "unclear": np.linspace(-0.06, 0.1, 8),
+        "large": np.zeros(8),
+    }  # fmt: skip
+    frame = pd.concat(
+        pd.DataFrame({
+            "method": name, "budget": np.nan if name == "large" else 0.25, "share": 0.5 if name == "large" else 0.24,
+            "loss": loss, "loss_late": 2 * loss, "document": range(8),
+        })
+        for name, loss in losses.items()
+    )  # fmt: skip
+    half = frame[frame.method == "worse"].assign(budget=0.5, loss=0.0)
+    verdicts = baselines.hypothesis(pd.concat([frame, half]))
+    assert verdicts.increase.is_monotonic_increasing and set(verdicts.columns) == set(baselines.HYPOTHESIS_COLUMNS)
+    verdicts = verdicts.set_index(["method", "budget"])
+    expected = {"better": "holds", "worse": "fails", "unclear": "open", "large": "holds"}
+    assert {name: verdict for (name, budget), verdict in verdicts.verdict.items() if budget != 0.5} == expected
+    assert verdicts.verdict["worse", 0.5] == "holds" and verdicts.verdict_late["better", 0.25] == "fails"
+    assert verdicts.increase["worse", 0.25] == pytest.approx(np.exp(0.04) - 1)
+    gain = baselines.compare(frame, "better", "worse")
+    assert gain[0] == pytest.approx(0.029) and baselines.against(gain) == "better than"
+    assert baselines.against(baselines.compare(frame, "unclear", "better")) == "not distinguishable from"
+    assert baselines.words([]) == "none" and baselines.words(["lru", "h2o", "tova"]) == "LRU, H2O and TOVA"

@@ -1,0 +1,99 @@
+"""Long texts and recall: facts stand where they should, a full cache loses nothing, and one pass gives what decoding gives."""
+
+import pytest
+import torch
+from conftest import VOCABULARY
+from transformers import AutoTokenizer, DynamicCache
+
+from sketchkv import loading
+from sketchkv.decode import generate, score
+from sketchkv.study import long_text, recall
+from sketchkv.study.methods import make_cache
+from sketchkv.texts import Documents
+
+FULL = {"method": "full"}
+SMALL = {"method": "streaming", "max_cache_size": 32, "bits": 16}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(loading.EMBEDDED)
+
+
+@pytest.fixture
+def stub(gpt2, monkeypatch):
+    """A small random model in the place of a loaded one, and random documents for it."""
+    generator = torch.Generator().manual_seed(0)
+    for module in (long_text, recall):
+        monkeypatch.setattr(module, "_model", lambda name, device: (gpt2, None))
+        monkeypatch.setattr(module, "read_documents", lambda dataset, tokenizer, split, count, length: Documents(
+            torch.randint(1, VOCABULARY, (count, length), generator=generator.manual_seed(0)), [f"d{i}" for i in range(count)]
+        ))  # fmt: skip
+    return gpt2
+
+
+@pytest.mark.parametrize("task", recall.TASKS)
+@pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
+def test_facts_stand_at_their_depth_and_the_answer_at_the_end(tokenizer, task, depth):
+    filler = tokenizer("\n".join(f"x{i} = {i}" for i in range(400)), add_special_tokens=False)["input_ids"][:300]
+    fillers = torch.tensor([filler] * 6)
+    ids, starts, answers = recall.make_instances(task, tokenizer, fillers, depth, seed=3)
+    again = recall.make_instances(task, tokenizer, fillers, depth, seed=3)
+    assert ids.shape == (6, 300) and torch.equal(ids, again[0]) and starts == again[1]
+    assert not torch.equal(ids, recall.make_instances(task, tokenizer, fillers, depth, seed=4)[0])
+    for row, start, count in zip(ids, starts, answers):
+        answer = tokenizer.decode(row[-count:])
+        fact = tokenizer.decode(row[start:])
+        assert fact.startswith("\n") and abs(start - depth * 280) < 40
+        # The answer is in the fact, once more at the end, and nowhere else.
+        assert tokenizer.decode(row).count(answer.strip()) == 2 and fact.index(answer.strip()) < 80
+
+
+def test_bad_recall_tasks_are_refused(tokenizer):
+    fillers = torch.zeros(1, 300, dtype=torch.long)
+    with pytest.raises(ValueError, match="choose one of needle"):
+        recall.make_instances("riddle", tokenizer, fillers, 0.5)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        recall.make_instances("needle", tokenizer, fillers, 2)
+    with pytest.raises(ValueError, match="longer one"):
+        recall.make_instances("needle", tokenizer, fillers[:, :30], 0.5)
+
+
+def test_one_pass_says_what_greedy_decoding_gives(gpt2):
+    prompt = torch.randint(1, VOCABULARY, (2, 90), generator=torch.Generator().manual_seed(2))
+    greedy = generate(gpt2, prompt, make_cache(gpt2.config, **SMALL), max_new_tokens=5)
+    wrong = greedy.clone()
+    wrong[1, -2] = (wrong[1, -2] + 1) % VOCABULARY
+    for ids, expected in ((greedy, [1, 1]), (wrong, [1, 0])):
+        found = recall._answer(gpt2, ids, [5, 3], make_cache(gpt2.config, **SMALL))
+        nll = score(gpt2, ids, make_cache(gpt2.config, **SMALL))
+        assert [exact for exact, _ in found] == expected
+        assert [loglik for _, loglik in found] == pytest.approx([-nll[0, -5:].mean().item(), -nll[1, -3:].mean().item()], rel=1e-4)
+
+
+def test_recall_with_a_full_cache_is_the_reference(stub, monkeypatch):
+    ids = torch.randint(1, VOCABULARY, (3, 120), generator=torch.Generator().manual_seed(5))
+    full = recall._answer(stub, ids, [2, 3, 2], DynamicCache(config=stub.config))
+    monkeypatch.setattr(recall, "_instances", lambda *a: (ids, [10, 20, 30], [2, 3, 2], ["a", "b", "c"], full))
+    same = recall.recall(FULL, task="needle", depth=0.1, length=120)
+    assert [r["loglik"] for r in same] == pytest.approx([r["loglik_full"] for r in same], abs=1e-5)
+    rows = recall.recall(SMALL, task="needle", depth=0.1, length=120)
+    assert set(rows[0]) == set(recall.COLUMNS) and [r["distance"] for r in rows] == [108, 97, 88]
+    assert all(r["evicted"] > 0 and r["loglik"] != r["loglik_full"] for r in rows)
+
+
+def test_stretches_of_a_text_are_its_score(stub):
+    rows = long_text.along(SMALL, documents=2, length=150, stretch=64)
+    ids = long_text.read_documents(None, None, None, 2, 150).input_ids
+    nll = score(stub, ids, make_cache(stub.config, **SMALL))
+    assert [(r["tokens"], r["predicted"]) for r in rows[::2]] == [(64, 64), (128, 64), (150, 21)]
+    expected = [nll[i, a:b].mean().item() for a, b in ((0, 64), (64, 128), (128, 149)) for i in range(2)]
+    assert [r["nll"] for r in rows] == pytest.approx(expected, rel=1e-4)
+    assert set(rows[0]) == set(long_text.COLUMNS) and rows[-1]["evicted"] > 0 and rows[-1]["stored"] < 48
+    assert [r["stored"] for r in long_text.along(FULL, documents=1, length=150, stretch=64)] == [64, 128, 150]
+
+
+def test_bytes_are_flat_for_a_bounded_cache_and_grow_for_a_full_one(stub):
+    flat, full = (long_text.latency(m, lengths=[64, 128]) for m in (SMALL, FULL))
+    assert flat[0]["bytes"] == flat[1]["bytes"] < full[1]["bytes"] == 2 * full[0]["bytes"]
+    assert all(row["seconds"] > 0 and set(row) == set(long_text.LATENCY) for row in flat + full)

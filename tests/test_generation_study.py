@@ -40,7 +40,7 @@ def test_repetition():
 
 
 def test_both_ways_of_generating_agree(model, ids):
-    prompts, new = ids[:, :40], 30
+    prompts, new = ids[:, :40], 16
     for make in (lambda: DynamicCache(config=model.config), lambda: SketchCache(model.config, 32, evict_every=8, policy=H2O())):
         hand = generation.continuation(model, prompts, make(), new)
         theirs = generation.continuation(model, prompts, make(), new, by_hand=False)

@@ -46,6 +46,7 @@ def test_a_point_is_computed_once_per_parameters_source_and_model(tmp_path, quic
 
     assert ask([64, 128]) == ask([64, 128]) == [{"nll": 64 / 3}, {"nll": 128 / 3}]
     assert sorted(log.read_text().split()) == ["128", "64"]
+    assert ask([64, 64]) == [{"nll": 64 / 3}] * 2
     ask([64, 32])
     assert log.read_text().split()[2:] == ["32"]
     ask([64], revision="another model")

@@ -54,7 +54,7 @@ def test_output_equals_attention_recomputed_from_the_record(model, ids, padding,
     checked, records = [], {}
     attend = SketchLayer.attend
 
-    def watched(layer, query, key, value, valid, token_ids, scaling):
+    def watched(layer, query, key, value, valid, token_ids, scaling, clock=None):
         kept = layer.slots.positions.clone()
         kept[:, :, layer.slots.used :] = -1
         now = [key, value, mask[:, layer.seen : layer.seen + 1] == 1]

@@ -14,6 +14,7 @@ MEMORY = 1 / 4  # ... at a quarter of the memory
 _LARGE = {"method": "sketch", "width": 512, "depth": 4}
 _SMALL = {"method": "sketch", "width": 128, "depth": 2}
 _SUMMARY = {"summary_slots": 4}
+_INT8, _INT4 = ({"bits": bits, "quantizer": "range"} for bits in (8, 4))  # rounding as the peers do it
 
 # Methods with a cap. In half precision where nothing else is said: bytes are counted as of a half-precision cache.
 BOUNDED = {
@@ -27,15 +28,15 @@ BOUNDED = {
     "sketch_small": _SMALL,
     "sketch_summary": _SMALL | _SUMMARY,
     "decayed_summary": {"method": "decayed"} | _SUMMARY,
-    "decayed_int8": {"method": "decayed", "bits": 8},
-    "decayed_int4": {"method": "decayed", "bits": 4},
+    "decayed_int8": {"method": "decayed"} | _INT8,
+    "decayed_int4": {"method": "decayed"} | _INT4,
     "compact": {"method": "compact", "bits": [5, 4]},
     "window": {"method": "window"},
     "lru": {"method": "lru"},
     "key_norm": {"method": "key_norm"},
     "h2o_half": {"method": "h2o"},  # half the cap is recent window, as published
-    "streaming_int4": {"method": "streaming", "bits": 4},
-    "sketch_int4": _SMALL | {"bits": 4},
+    "streaming_int4": {"method": "streaming"} | _INT4,
+    "sketch_int4": _SMALL | _INT4,
 }
 QUARTER_ONLY = (
     "random", "snapkv", "window", "lru", "key_norm", "h2o_half", "sketch_summary", "streaming_int4", "sketch_int4",
@@ -44,8 +45,8 @@ QUARTER_ONLY = (
 # Methods that hold the whole text: one size each.
 WHOLE = {
     "full": {"method": "full", "bits": 16, "evict_every": 1},
-    "int8": {"method": "full", "bits": 8, "evict_every": 1},
-    "int4": {"method": "full", "bits": 4, "evict_every": 1},
+    "int8": {"method": "full", "evict_every": 1} | _INT8,
+    "int4": {"method": "full", "evict_every": 1} | _INT4,
     "kivi8": {"method": "kivi", "bits": 8},
     "kivi4": {"method": "kivi", "bits": 4},
     "kivi2": {"method": "kivi", "bits": 2},
@@ -179,6 +180,43 @@ HYPOTHESIS_COLUMNS = {
 def equal_slots(names, max_cache_size, **more):
     """Methods of `BOUNDED` in half precision with the same cap, whatever their bytes: points without a budget."""
     return [(name, None, {"bits": 16} | BOUNDED[name] | {"max_cache_size": max_cache_size} | more) for name in names]
+
+
+def against_best(table, name, others, seed):
+    """Method `name` beside the best of `others` at each budget: a DataFrame, one row a budget (`BEST_COLUMNS`). The best
+    is the one with the least mean loss among those that fit, a whole text that is small enough included."""
+    rows = []
+    for budget in sorted(table.budget.dropna().unique(), reverse=True):
+        at = table[(table.budget == budget) | (table.budget.isna() & (table.share <= budget))]
+        fitting = at[at.method.isin(others)].groupby("method").loss.mean()
+        if fitting.empty or name not in set(at.method):
+            continue
+        best, own = fitting.idxmin(), at[at.method == name]
+        growth = np.expm1(stats.paired_interval(own.loss.to_numpy(copy=True), seed))
+        rows.append((
+            budget, own.share.iloc[0], own.max_cache_size.iloc[0], *growth, own.kl.mean(), best, np.expm1(fitting[best]),
+            at[at.method == best].kl.mean(), *compare(at, name, best, seed), 1 - own.loss.mean() / fitting[best], len(own),
+        ))  # fmt: skip
+    return pd.DataFrame(rows, columns=list(BEST_COLUMNS))
+
+
+BEST_COLUMNS = {
+    "budget": "bytes allowed / bytes of a full cache in half precision",
+    "share": "bytes held / bytes of a full cache in half precision",
+    "max_cache_size": "tokens kept per layer and KV head",
+    "increase": "growth of perplexity over the full cache",
+    "low": "its 95 % interval, low",
+    "high": "its 95 % interval, high",
+    "kl": "KL divergence from the full cache, nats per token",
+    "peer": "best other method that fits",
+    "peer_increase": "its growth of perplexity",
+    "peer_kl": "its KL divergence",
+    "gain": "nats per token that it loses more, mean of paired differences",
+    "gain_low": "95 % interval of the gain, low",
+    "gain_high": "95 % interval of the gain, high",
+    "less": "share of the peer's mean loss that is avoided",
+    "n": "documents",
+}
 
 
 def compare(frame, method, other, seed=0, value="loss"):

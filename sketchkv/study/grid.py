@@ -33,35 +33,38 @@ def compute(kind, function, grid, *, folder, revision=None, workers=None):
     Raises GridError for a scheduler that can't be reached or whose workers have another version of the package, and
     whatever a point raised, with its parameters named.
     """
-    done, paths = {}, []
-    for index, params in enumerate(grid):
+    done, missing, order = {}, {}, []
+    for params in grid:
         path, identity = results.point_path(kind, params, folder, revision, function)
-        paths.append((path, identity))
+        order.append(path)
+        if path in done or path in missing:
+            continue  # the same point twice is computed once
         stored = results.read_point(path)
-        if stored is not None:
-            done[index] = stored
-    missing = [index for index in range(len(grid)) if index not in done]
+        if stored is None:
+            missing[path] = params, identity
+        else:
+            done[path] = stored
     if missing:
-        with _client(min(len(missing), workers or _workers(grid[missing[0]])), bool(workers)) as client:
+        first, _ = next(iter(missing.values()))
+        with _client(min(len(missing), workers or _workers(first)), bool(workers)) as client:
             fingerprint = results.point_fingerprint(function)
             futures = {
-                client.submit(
-                    _task, function, grid[index], fingerprint, key=f"{kind}-{paths[index][0].stem}", retries=RETRIES
-                ): index
-                for index in missing
+                client.submit(_task, function, params, fingerprint, key=f"{kind}-{path.stem}", retries=RETRIES): path
+                for path, (params, _) in missing.items()
             }
-            with tqdm(total=len(grid), initial=len(done), desc=kind, disable=None) as bar:
+            with tqdm(total=len(set(order)), initial=len(done), desc=kind, disable=None) as bar:
                 for future in as_completed(futures, loop=client.loop):
-                    index = futures[future]
+                    path = futures[future]
+                    params, identity = missing[path]
                     try:
                         result = future.result()
                     except GridError:
                         raise
                     except Exception as error:
-                        raise GridError(f"grid point {kind} {grid[index]}: {type(error).__name__}: {error}") from error
-                    done[index] = results.write_point(*paths[index], result)
+                        raise GridError(f"grid point {kind} {params}: {type(error).__name__}: {error}") from error
+                    done[path] = results.write_point(path, identity, result)
                     bar.update()
-    return [done[index] for index in range(len(grid))]
+    return [done[path] for path in order]
 
 
 def _workers(params):

@@ -43,7 +43,7 @@ def make_cache(config, method, length=None, **settings):
         raise ValueError(f"unknown method {method!r}; choose one of full, kivi, compact, {', '.join(POLICIES)}")
     if method == "window":
         settings = {"num_sinks": 0} | settings
-    own = inspect.signature(POLICIES[method]).parameters
+    own = inspect.signature(POLICIES[method].__init__).parameters
     policy = POLICIES[method](**{name: settings.pop(name) for name in list(settings) if name in own})
     return SketchCache(config, policy=policy, **settings)
 

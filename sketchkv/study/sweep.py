@@ -48,7 +48,7 @@ def method(configuration, seed=0):
     return {
         "method": "sketch", "bits": 16, "width": c["width"], "depth": c["depth"], "seed": seed,
         "max_cache_size": c["max_cache_size"] - c["summary_slots"],
-        **({"summary_slots": c["summary_slots"]} if c["use"] == "aggregate" else {"attend_topk": c["attend_topk"]}),
+        **({"summary_slots": c["summary_slots"]} if c["use"] == "aggregate" else {"attend_topk": min(c["attend_topk"], c["max_cache_size"])}),
     }  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def test_lsh_key_depends_on_direction_only():
     vector = torch.randn(8, generator=torch.Generator().manual_seed(0))
     keys = torch.stack([vector, 3 * vector, -vector, torch.randn(8, generator=torch.Generator().manual_seed(1))])
     policy.enter(slots, slots.append(keys[None, None], keys[None, None], torch.arange(4)[None].int()), None)
-    same, longer, opposite, other = policy.items(slots)[0, 0].tolist()
+    same, longer, opposite, other = policy._hashed(slots)[0, 0].tolist()
     assert same == longer and opposite == 2**16 - 1 - same and other not in (same, opposite)
 
 

@@ -65,6 +65,23 @@ def test_a_second_text_finds_every_tensor_where_the_first_left_it(gpt2, ids, set
     assert moved == []
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_recordings_outlive_matrix_workspaces_of_others(gpt2, ids):
+    """A graph that is gone and `torch.compile`, which clears workspaces, take no memory away from the recordings."""
+    model, ids = gpt2.to(DEVICE), ids.to(DEVICE)
+    other, matrix = torch.cuda.CUDAGraph(), torch.eye(512, device=DEVICE)
+    matrix = matrix @ matrix  # makes the handle, which recording could not
+    with torch.cuda.graph(other):
+        matrix = matrix @ matrix
+    del other, matrix
+    cache = SketchCache(model.config, 40, evict_every=4)
+    first = generate(model, ids[:, :50], cache, 16, graph=True)
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+    cache.reset()
+    assert torch.equal(generate(model, ids[:, :50], cache, 16, graph=True), first)
+
+
 def test_what_cannot_be_recorded_is_refused(gpt2, ids, padding):
     tokens, mask = padding
     with pytest.raises(ValueError, match="graph=True"):

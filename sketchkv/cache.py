@@ -45,12 +45,12 @@ class SketchLayer(CacheLayerMixin):
         self.quantizer = quantizer
         self.summary = None
         self.slots = None
+        self.nan = None  # whether an importance was NaN, a bool tensor on the device
         self._forget()
 
     def _forget(self):
         self.seen = 0
         self.evicted = 0
-        self.nan = None  # whether an importance was NaN, a bool tensor on the device
         self.padded = False
         self.first = None  # [batch], position of each row's first real token once `padded`
 
@@ -103,9 +103,11 @@ class SketchLayer(CacheLayerMixin):
         self._forget()
         if self.slots is not None:
             self.slots.clear()
+            if self.nan is not None:
+                self.nan.zero_()
             if self.summary:
                 self.summary.clear()
-            self.policy.allocate(self.slots)
+            self.policy.reset(self.slots)
 
     def reorder_cache(self, beam_idx):
         if self.slots is None:
@@ -144,7 +146,7 @@ class SketchLayer(CacheLayerMixin):
                 count = min(count, CENTRE_AFTER - self.seen)
             block = slice(start, start + count)
             queried = self._store(key, value, valid, token_ids, block, clock)
-            outputs.append(self._attend_block(query[:, :, block], queried, scaling))
+            outputs.append(self._attend_block(query[:, :, block], queried, scaling, clock is not None))
             if rotation is not None and self.seen == CENTRE_AFTER:
                 self.slots.recentre(self.num_sinks)
             if self.slots.used == self.slots.capacity:
@@ -174,11 +176,11 @@ class SketchLayer(CacheLayerMixin):
         self.seen += count
         return real
 
-    def _attend_block(self, query, real, scaling):
+    def _attend_block(self, query, real, scaling, recorded=False):
         count, used = query.shape[2], self.slots.used
         if self.policy.uses_queries:
             self.policy.query(self.slots, query)
-        if count == 1 and kernels.usable(query) and not self.summary and self.attend_topk >= self.max_cache_size:
+        if count == 1 and kernels.usable(query, recorded) and not self.summary and self.attend_topk >= self.max_cache_size:
             return self._attend_fused(query[:, :, 0], real, scaling)[:, :, None]
         keys, values = self.slots.context("keys"), self.slots.context("values")
         batch, kv_heads, length, head_dim = keys.shape  # summary slots, then stored tokens
@@ -233,7 +235,7 @@ class SketchLayer(CacheLayerMixin):
         protected = (positions < first + self.num_sinks) | (positions >= seen - self.recent_window)
         scores = scores.clamp(-1e30, 1e30).masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
         nan = scores.isnan().any()
-        self.nan = nan if self.nan is None else self.nan.logical_or_(nan)
+        self.nan = nan if self.nan is None else self.nan.logical_or_(nan)  # in place, where a recorded step finds it
         if nan.device.type == "cpu" or (clock is None and self.evicted // self.evict_every % CHECK_EVERY == 0):
             self.check()
         ranks = _order(scores, positions)
@@ -246,6 +248,14 @@ class SketchLayer(CacheLayerMixin):
             self.summary.fold(self.slots.take("keys", evicted), self.slots.take("values", evicted), real)
         self.slots.evict(evicted)
         self.evicted += self.evict_every
+
+    def skip(self):
+        """What one step changes on Python's side: for a step that runs on the device alone (`sketchkv.graph`)."""
+        self.seen += 1
+        self.slots.used += 1
+        if self.slots.used == self.slots.capacity:
+            self.slots.used = self.slots.kept
+            self.evicted += self.evict_every
 
     def check(self):
         """Raises ValueError if an importance was NaN. On CUDA this waits for the device; evictions call it now and then."""
@@ -330,7 +340,8 @@ class SketchCache(Cache):
         self.positions_end = getattr(config, "rope_parameters", None) is None
         self.is_open = False
         self.token_ids = None
-        self.clock = None  # set while `sketchkv.graph` records a step
+        self.clock = None  # set while `sketchkv.graph` runs a step
+        self.steps = None  # its recordings
         shape = (max_cache_size, num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits, quantizer)
         layers = [SketchLayer(copy.deepcopy(p), *shape) for p in policies]
         for index, layer in enumerate(layers):
@@ -407,7 +418,7 @@ class SketchCache(Cache):
         end = self.seen_tokens + count
         if self.max_positions is not None and end > self.max_positions:
             # Left padding makes positions smaller than the number of tokens; looking at them is dear, so only here.
-            last = end - 1 if position_ids is None else int(position_ids.max())
+            last = end - 1 if position_ids is None or self.clock is not None else int(position_ids.max())
             if last >= self.max_positions and self.positions_end:
                 raise ValueError(
                     f"the text reaches position {last}, but the model has only {self.max_positions} (0 to "

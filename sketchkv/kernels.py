@@ -5,6 +5,7 @@ would not fill the chip. Beyond it, the kernel gives what eviction needs: the at
 final normaliser, so logits (1/64 of the bytes of keys and values at head_dim 64 in 16 bits) wait in a scratch buffer.
 """
 
+import math
 import os
 
 import torch
@@ -24,8 +25,8 @@ except ImportError:  # the CPU builds of torch come without: importing works, on
         return function or jit
 
 
-# Off: called one step at a time, a launch costs more than the kernel saves (`data/benchmarks`); inside a captured CUDA
-# graph it does not.
+# Off: called one step at a time, a launch costs more than the kernel saves (`data/benchmarks`); in a recorded step
+# (`sketchkv.graph`), where launches cost nothing, the kernel is used all the same.
 ENABLED = False
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, slowly, to check their arithmetic
 LOG2E = 1.4426950408889634
@@ -33,9 +34,9 @@ MASKED = tl.constexpr(-3e38)  # finite, so that a row with every slot masked att
 PROGRAMS = 512  # enough to fill the chip: about 4 per multiprocessor
 
 
-def usable(tensor):
-    """Whether `attend` can serve `tensor` (its device, and triton there) and is switched on."""
-    return ENABLED and triton is not None and (tensor.is_cuda or INTERPRETED)
+def usable(tensor, recorded=False):
+    """Whether the kernels can serve `tensor` (its device, and triton there) and are switched on, or pay (`recorded`)."""
+    return (ENABLED or recorded) and triton is not None and (tensor.is_cuda or INTERPRETED)
 
 
 @jit
@@ -184,6 +185,98 @@ def _combine(
             sums += share[:, None] * tl.load(address, mask=written, other=0.0)
         target = output + (row * GROUP + group[:, None]) * HEAD_DIM + column[None, :]
         tl.store(target, (sums / total[:, None]).to(output.dtype.element_ty), mask=written)
+
+
+@jit
+def _index(a, b, item, row, WIDTH: tl.constexpr):
+    """`CarterWegmanHash` of `item`: (a x + b) mod p mod width, p = 2^31 - 1 by folding the high bits onto the low ones."""
+    value = tl.load(a + row) * item + tl.load(b + row)
+    value = (value & 0x7FFFFFFF) + (value >> 31)
+    value = (value & 0x7FFFFFFF) + (value >> 31)
+    value = tl.where(value >= 0x7FFFFFFF, value - 0x7FFFFFFF, value)
+    return value.to(tl.int32) % WIDTH
+
+
+@jit(do_not_specialize=["elapsed"])
+def _remember(
+    items, mass, positions, tables, exposures, scores, a, b, seen,
+    s_batch, s_head, kv_heads, used, elapsed, fade, decay, log_decay,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
+):  # fmt: skip
+    """One program: the sketches of one KV head of one sequence. Decay, add, then ask."""
+    row = tl.program_id(0).to(tl.int64)
+    offset = row // kv_heads * s_batch + row % kv_heads * s_head
+    tables += row * DEPTH * WIDTH
+    exposures += row * DEPTH * WIDTH
+    for begin in range(0, DEPTH * WIDTH, CELLS):
+        cell = begin + tl.arange(0, CELLS)
+        inside = cell < DEPTH * WIDTH
+        tl.store(tables + cell, tl.load(tables + cell, mask=inside, cache_modifier=".cg") * fade, mask=inside)
+        if MEAN:
+            tl.store(exposures + cell, tl.load(exposures + cell, mask=inside, cache_modifier=".cg") * fade, mask=inside)
+    tl.debug_barrier()  # what follows was stored by other threads
+    now = tl.load(seen)
+    for begin in range(0, used, BLOCK):
+        slot = begin + tl.arange(0, BLOCK)
+        inside = slot < used
+        item = tl.load(items + offset + slot, mask=inside, other=0).to(tl.int64)
+        item = tl.where(item == 0x7FFFFFFF, 0, item)
+        received = tl.load(mass + offset + slot, mask=inside, other=0.0)
+        tl.store(mass + offset + slot, tl.zeros([BLOCK], tl.float32), mask=inside)
+        position = tl.load(positions + offset + slot, mask=inside, other=-1)
+        age = tl.minimum(now - position, elapsed).to(tl.float32)
+        if MEAN:
+            exposed = age
+            if decay != 1.0:
+                exposed = (1.0 - tl.exp2(age * log_decay)) / (1.0 - decay)
+        for i in tl.static_range(DEPTH):
+            index = i * WIDTH + _index(a, b, item, i, WIDTH)
+            tl.atomic_add(tables + index, received, mask=inside & (received != 0.0), sem="relaxed")
+            if MEAN:
+                tl.atomic_add(exposures + index, exposed, mask=inside & (position >= 0), sem="relaxed")
+    tl.debug_barrier()
+    for begin in range(0, used, BLOCK):
+        slot = begin + tl.arange(0, BLOCK)
+        inside = slot < used
+        item = tl.load(items + offset + slot, mask=inside, other=0).to(tl.int64)
+        item = tl.where(item == 0x7FFFFFFF, 0, item)
+        position = tl.load(positions + offset + slot, mask=inside, other=-1)
+        age = (now - position).to(tl.float32)
+        estimate = tl.full([BLOCK], float("inf"), tl.float32)
+        exposed = tl.full([BLOCK], float("inf"), tl.float32)
+        for i in tl.static_range(DEPTH):
+            index = i * WIDTH + _index(a, b, item, i, WIDTH)
+            estimate = tl.minimum(estimate, tl.load(tables + index, mask=inside, other=0.0, cache_modifier=".cg"))
+            if MEAN:
+                exposed = tl.minimum(exposed, tl.load(exposures + index, mask=inside, other=0.0, cache_modifier=".cg"))
+        if MEAN:
+            least = age
+            if decay != 1.0:
+                least = (1.0 - tl.exp2(age * log_decay)) / (1.0 - decay)
+            estimate = estimate / tl.maximum(exposed, least / 2)
+        tl.store(scores + row * used + slot, estimate, mask=inside)
+
+
+def remember(items, mass, positions, sketches, seen, elapsed, decay):
+    """What `policies.Sketch` does at an eviction, in one kernel: the sketches fade by decay^elapsed, take in `mass` (and, in
+    the second sketch if there is one, exposure), and are asked; returns importance, float32 `[batch, num_kv_heads, used]`.
+
+    items, positions: int32, mass: float32 `[batch, num_kv_heads, used]`, views of like strides, contiguous in the slots;
+    mass is set to zero. sketches: one or two `CountMinSketch` with float32 counters and the same hash functions. seen: a
+    number, or int32 `[1]` on the device. NaN in `mass` gives NaN.
+    """
+    batch, kv_heads, used = items.shape
+    first = sketches[0]
+    depth, width = first.table.shape[-2:]
+    if not isinstance(seen, torch.Tensor):
+        seen = torch.full((1,), seen, dtype=torch.int32, device=items.device)
+    scores = torch.empty(batch, kv_heads, used, dtype=torch.float32, device=items.device)
+    _remember[(batch * kv_heads,)](
+        items, mass, positions, first.table, sketches[-1].table, scores, first.hash.a, first.hash.b, seen,
+        *items.stride()[:2], kv_heads, used, elapsed, decay**elapsed, decay, math.log2(decay),
+        DEPTH=depth, WIDTH=width, MEAN=len(sketches) > 1, BLOCK=min(256, triton.next_power_of_2(used)), CELLS=1024,
+    )  # fmt: skip
+    return scores
 
 
 def attend(query, keys, values, scaling, positions=None, received=None, decay=1.0, **tuning):

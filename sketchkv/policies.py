@@ -7,6 +7,7 @@ protected by the cache alike for all policies, so that comparisons between polic
 
 import torch
 
+from sketchkv import kernels
 from sketchkv.sketches import PRIME, RACE, ConservativeSketch, CountMinSketch, CountSketch, SimHash
 
 
@@ -15,17 +16,23 @@ class Policy:
 
     `uses_attention` says whether `observe` wants attention probabilities: without them a layer may use a fused kernel.
     `uses_queries` says whether `query` wants the queries. `in_step` says that layers exchange what they saw, so that a
-    forward pass may bring no more tokens than lie between two evictions.
+    forward pass may bring no more tokens than lie between two evictions. `recordable` says that the same operations on the
+    device serve every cycle of evictions, with nothing that Python counts or draws (`sketchkv.graph`).
     """
 
     uses_attention = False
     uses_queries = False
     in_step = False
+    recordable = True
     layer = 0  # index of the layer it serves, set by the cache
     peers = ()  # the policies of all layers, set by the cache
 
     def allocate(self, slots):
-        """Called once per layer when its slots (`Slots`) are allocated, and again after a reset."""
+        """Called once per layer when its slots (`Slots`) are allocated."""
+
+    def reset(self, slots):
+        """The slots were emptied for another text. Tensors must stay where they are: recorded steps expect them there."""
+        self.allocate(slots)
 
     def enter(self, slots, new, token_ids):
         """Tokens entered the slots `new` (slice); `token_ids` is `[batch, n]`, or None if the model saw embeddings."""
@@ -70,6 +77,8 @@ class Random(Policy):
 
     def __init__(self, seed=0):
         self.seed = seed
+
+    recordable = False
 
     def allocate(self, slots):
         self.generator = torch.Generator().manual_seed(1000 * self.seed + self.layer)
@@ -375,18 +384,30 @@ class Sketch(AttentionMass):
         names = ("width", "depth", "key", "decay", "mean", "lsh_bits", "seed", "kind", "counters", "shared")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def recordable(self):
+        # 8-bit counters are rounded by a sequence that Python counts; layers in step compare how far each has come.
+        return self.counters != "uint8" and not self.in_step
+
+    def reset(self, slots):
+        self.flushed = 0
+        for sketch in self.sketches:
+            sketch.reset()
+        for tensor in self.items.tensors():
+            tensor.zero_()
+
     def enter(self, slots, new, token_ids):
         super().enter(slots, new, token_ids)
         if self.kind != "race" and self.items.reads_text:
             slots.arrays["item"][:, :, new] = self.items(slots, new, token_ids)
 
-    def _indices(self, slots):
-        """Counters of the stored tokens, int64 `[*batch_shape, depth, n]` of the sketches."""
+    def _hashed(self, slots):
+        """What the sketch hashes of the stored tokens: their items, int32 `[batch, num_kv_heads, used]`, or keys."""
         if self.kind != "race" and not self.items.reads_text:
             # Tokens that came since the last eviction get their items now, in one operation, not as they enter.
             fresh = slice(slots.kept, slots.used)
             slots.arrays["item"][:, :, fresh] = self.items(slots, fresh, None)
-        return self._pool(self.sketches[0].hash(slots["keys" if self.kind == "race" else "item"]))
+        return slots["keys" if self.kind == "race" else "item"]
 
     def _pool(self, indices):
         """`[batch, num_kv_heads, depth, n]` as the sketches want it: if heads share one, one after the other."""
@@ -398,9 +419,9 @@ class Sketch(AttentionMass):
     def _ask(self, sketch, indices, slots):
         return sketch.query(indices=indices).float().view(slots["positions"].shape)
 
-    def _decay(self, seen):
+    def _decay(self, slots, seen):
         """Discounts what the counters hold by the time since the last flush, which is returned in tokens."""
-        elapsed = seen - self.flushed
+        elapsed = slots.used - slots.kept
         if self.in_step:
             # The first layer begins when all have taken in the last eviction, the others follow it.
             first = self.lead is self
@@ -410,15 +431,15 @@ class Sketch(AttentionMass):
                     'shared="layers" needs all layers at the same token, but one forward pass brought several evictions: '
                     "give at most evict_every tokens at a time (model.generate(..., prefill_chunk_size=evict_every))"
                 )
+            self.flushed = seen
         if self.lead is self:
             for sketch in self.sketches:
                 sketch.decay(max(self.decay**elapsed, 1e-30))
-        self.flushed = seen
         return elapsed
 
     def _flush(self, slots, seen, indices):
         """Moves the mass received since the last flush from the slots into the sketch."""
-        elapsed, mass = self._decay(seen), slots["mass"]
+        elapsed, mass = self._decay(slots, seen), slots["mass"]
         self._add(self.sketches[0], indices, mass)
         if self.mean:
             present = slots["positions"] >= 0
@@ -430,7 +451,12 @@ class Sketch(AttentionMass):
         # For the cache to refuse, before it spoils the whole table; on CUDA looking would stall the device.
         if slots.positions.device.type == "cpu" and slots["mass"].isnan().any():
             return slots["mass"]
-        indices = self._indices(slots)
+        hashed = self._hashed(slots)
+        plain = (self.kind, self.counters, self.shared) == ("count_min", "float32", None)
+        if plain and isinstance(seen, torch.Tensor) and kernels.usable(slots.positions, recorded=True):
+            mass, elapsed = slots["mass"], slots.used - slots.kept
+            return kernels.remember(hashed, mass, slots["positions"], self.sketches, seen, elapsed, self.decay)
+        indices = self._pool(self.sketches[0].hash(hashed))  # all sketches share the hash functions
         self._flush(slots, seen, indices)
         estimate = self._ask(self.sketches[0], indices, slots)
         if not self.mean:
@@ -492,7 +518,7 @@ class QuerySketch(Sketch):
         slots["cells"][:, :, -count:] = cells.transpose(2, 3)
 
     def score(self, slots, seen):
-        elapsed = self._decay(seen)  # the tokens that came since are the last slots
+        elapsed = self._decay(slots, seen)  # the tokens that came since are the last slots
         cells = slots["cells"][:, :, -elapsed:].unflatten(-1, (-1, self.depth)).permute(0, 1, 4, 3, 2)
         positions = slots["positions"][:, :, -elapsed:]
         weights = self.decay ** (seen - 1 - positions).float() * (positions >= 0)

@@ -59,7 +59,10 @@ class Slots:
     def add(self, name, dtype, *size):
         """Adds one number per slot, or `size` of them, under `name`, zero to begin with:
         `[batch, num_kv_heads, capacity, *size]`."""
-        self.arrays[name] = torch.zeros(*self.positions.shape, *size, dtype=dtype, device=self.positions.device)
+        if name in self.arrays:  # after a reset: the same memory, where recorded steps expect it
+            self.arrays[name].zero_()
+        else:
+            self.arrays[name] = torch.zeros(*self.positions.shape, *size, dtype=dtype, device=self.positions.device)
 
     def __getitem__(self, name):
         """The occupied part of an array: `[batch, num_kv_heads, used, ...]`, a view unless it is quantized."""

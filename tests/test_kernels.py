@@ -246,3 +246,31 @@ def test_without_triton_use_is_refused_with_the_way_out(monkeypatch):
     assert not kernels.usable(query)
     with pytest.raises(RuntimeError, match="package triton"):
         kernels.attend(query, torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), 1.0)
+
+
+@runs
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("decay", [0.9, 1.0])
+@pytest.mark.parametrize("fresh", [4, 40])
+def test_remembering_equals_the_torch_path(mean, decay, fresh):
+    """Fading, adding and asking in one kernel, twice in a row, against what `Sketch.score` does on any device."""
+    policies = [Sketch(width=48, depth=3, key="token", decay=decay, mean=mean) for _ in range(2)]
+    slots = [sketchkv.slots.Slots(2, 3, 40, 16, torch.float32, DEVICE) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    for policy, own in zip(policies, slots):
+        policy.allocate(own)
+        own.used, own.kept = 40, 40 - fresh
+    for seen in (60, 60 + fresh):
+        item, mass = torch.randint(2**30, (2, 3, 40), generator=generator), torch.rand(2, 3, 40, generator=generator)
+        positions = torch.randint(-1, 60, (2, 3, 40), generator=generator)
+        for own in slots:
+            for name, new in (("item", item), ("mass", mass), ("positions", positions)):
+                own.arrays[name].copy_(new)
+        slots[0].arrays["item"][:, :, 0] = slots[1].arrays["item"][:, :, 0] = 2**31 - 1  # p itself counts as 0
+        expected = policies[0].score(slots[0], seen)
+        with mock.patch.object(kernels, "ENABLED", True):
+            got = policies[1].score(slots[1], torch.tensor([seen], dtype=torch.int32, device=DEVICE))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        for one, other in zip(*(policy.tensors() for policy in policies)):
+            torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+        assert not slots[1].arrays["mass"].any()

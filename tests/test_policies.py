@@ -64,7 +64,7 @@ def test_exposure():
 def test_wide_sketch_equals_exact_sums_per_key(key):
     policy = Sketch(width=2**16, depth=4, key=key, decay=0.9, mean=False)
     slots, _ = drive(policy, [24])
-    items, mass = policy.items(slots).clone(), slots["mass"].clone()
+    items, mass = policy._hashed(slots).clone(), slots["mass"].clone()
     expected = ((items[..., None] == items[..., None, :]) * mass[..., None, :]).sum(-1)
     torch.testing.assert_close(policy.score(slots, 24), expected)
     assert not slots["mass"].any()  # moved, not copied: nothing is counted twice
@@ -93,7 +93,7 @@ def test_lsh_key_depends_on_direction_only():
     vector = torch.randn(8, generator=torch.Generator().manual_seed(0))
     keys = torch.stack([vector, 3 * vector, -vector, torch.randn(8, generator=torch.Generator().manual_seed(1))])
     policy.enter(slots, slots.append(keys[None, None], keys[None, None], torch.arange(4)[None].int()), None)
-    same, longer, opposite, other = policy.items(slots)[0, 0].tolist()
+    same, longer, opposite, other = policy._hashed(slots)[0, 0].tolist()
     assert same == longer and opposite == 2**16 - 1 - same and other not in (same, opposite)
 
 

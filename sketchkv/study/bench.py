@@ -9,6 +9,7 @@ what it ran.
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -20,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 import transformers
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
 
 from sketchkv import H2O, AttentionMass, Sketch, SketchCache, Window, enable, generate, kernels
 from sketchkv.cache import SketchLayer
@@ -90,10 +91,12 @@ def captured(steps):
     return graph.replay
 
 
-def in_turn(table, candidates, per=1, repetitions=30, warmup=3, kind="called"):
-    """Times the functions of `candidates` {row: run} alternately; `per`: steps that one run holds."""
-    samples = {row: [] for row in candidates}
+def in_turn(table, candidates, per=1, repetitions=30, warmup=3, kind="called", seconds=math.inf):
+    """Times the functions of `candidates` {row: run} alternately, at most for `seconds`; `per`: steps that one run holds."""
+    samples, begin = {row: [] for row in candidates}, time.monotonic()
     for repetition in range(warmup + repetitions):
+        if repetition > warmup and time.monotonic() - begin > seconds:
+            break
         for row, run in candidates.items():
             took = elapsed(run) / per
             if repetition >= warmup:
@@ -143,8 +146,7 @@ def attention_rows(table, bandwidth, batch, used=1024, heads=12, head_dim=64):
     variants = [{}]
     if batch > 8:
         variants += [dict(block=b, splits=s, num_warps=w, num_stages=g) for b, s, w, g in (
-            (64, 1, 4, 1), (64, 1, 4, 2), (64, 1, 4, 3), (32, 1, 4, 1), (32, 1, 4, 2), (32, 1, 4, 4), (64, 1, 8, 2),
-            (128, 1, 8, 2), (32, 1, 2, 2), (16, 1, 2, 4), (64, 2, 4, 2), (64, 4, 4, 1), (32, 2, 4, 3),
+            (64, 1, 4, 3), (32, 1, 4, 4), (16, 1, 2, 4), (32, 2, 4, 3),
         )]  # fmt: skip
     else:
         variants += [dict(splits=s) for s in (4, 8, 16, 32)]
@@ -212,6 +214,27 @@ def policy_rows(table, batch=64, cap=1024, device="cuda", dtype=torch.bfloat16):
     table.ratio(f"layer, sketch / window, batch {batch}", sketch, window)
 
 
+def recorded_policy_rows(table, batch=64, cap=1024, device="cuda", dtype=torch.bfloat16):
+    """As `policy_rows`, 16 steps with their eviction recorded as one CUDA graph: the device's work alone."""
+    names = {"sketch": Sketch(), "attention mass": AttentionMass(), "H2O": H2O(), "window": Window()}
+    states = torch.randn(16, 3, batch, 12, 1, 64, device=device, dtype=dtype)
+    runs = {}
+    for name, policy in names.items():
+        layer = filled(policy, batch, cap + 16, device=device, dtype=dtype)
+        layer._evict()
+        clock = torch.full((1,), layer.seen, dtype=torch.int32, device=device)
+
+        def step(state, layer=layer, clock=clock):
+            layer.attend(*state, None, None, SCALING, clock)
+            clock.add_(1)
+
+        runs[f"recorded layer, {name}, batch {batch}, cap {cap}"] = captured([lambda s=s, step=step: step(s) for s in states])
+    in_turn(table, runs, per=16, kind="graph")
+    sketch = next(iter(runs))
+    for row, name in list(zip(runs, names))[1:]:
+        table.ratio(f"recorded layer, sketch / {name}, batch {batch}", sketch, row)
+
+
 # Whole models
 
 
@@ -272,6 +295,74 @@ def loop_rows(table, device, dtype, prompt=512, new=512, repetitions=3):
     table.ratio("manual loop, SketchCache / generate, DynamicCache", *reversed(runs))
 
 
+def recorded_rows(
+    table, batch=1, dtype=torch.bfloat16, prompt=512, new=256, cap=256, repetitions=20, compiled=True, seconds=90
+):  # fmt: skip
+    """Decoding with recorded steps against `generate` with DynamicCache and against a compiled StaticCache.
+
+    Rows "decoding" are what new - 1 further steps cost: the prompt's time, measured beside, is taken off.
+    """
+    torch.manual_seed(0)
+    plain, model = (GPT2LMHeadModel(GPT2Config()).to("cuda", dtype).eval().requires_grad_(False) for _ in range(2))
+    enable(model)
+    plain.generation_config.eos_token_id = None
+    ids = torch.randint(0, 50000, (batch, prompt), device="cuda")
+    name = f"batch {batch}, {prompt} + {new} tokens"
+
+    def bounded(policy):
+        cache = SketchCache(model.config, cap, policy=policy)
+
+        def run(new=new):
+            cache.reset()
+            generate(model, ids, cache, new, graph=True)
+
+        return run
+
+    def library(new=new):
+        plain.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+        )  # fmt: skip
+
+    runs = {f"recorded steps, {which}, {name}": bounded(policy) for which, policy in (
+        ("sketch", None), ("attention mass", AttentionMass()), ("window", Window())
+    )}  # fmt: skip
+    for row, run in runs.items():
+        table.add(f"first text, recording included, {row}", "time per token", "us", [elapsed(run) / new])
+    bounded_rows = list(runs)
+    runs[f"generate, DynamicCache, {name}"] = library
+    if compiled:
+        static = StaticCache(config=plain.config, max_cache_len=prompt + new)
+        step = torch.compile(plain.forward, mode="reduce-overhead", fullgraph=True)
+
+        def run(new=new):
+            static.reset()
+            logits = plain(ids, past_key_values=static, logits_to_keep=1).logits
+            position = torch.full((1, 1), prompt, device="cuda")
+            for _ in range(new - 1):
+                token = logits[:, -1].argmax(-1, keepdim=True)
+                logits = step(token, past_key_values=static, position_ids=position, use_cache=True).logits
+                position = position + 1
+
+        try:
+            table.add(f"first text, compiling included, StaticCache, {name}", "time per token", "us", [elapsed(run) / new])
+            runs[f"StaticCache, compiled, {name}"] = run
+        except Exception:
+            traceback.print_exc()
+    both = {}
+    for row, run in runs.items():
+        both |= {row: run, f"prompt alone, {row}": lambda run=run: run(1)}
+    in_turn(table, both, per=new, repetitions=repetitions, warmup=1, seconds=seconds)
+    for row in runs:
+        steps = (table.samples[row] - table.samples[f"prompt alone, {row}"]) * new / (new - 1)
+        table.add(f"decoding, {row}", "time per step", "us", steps)
+    sketch = bounded_rows[0]
+    for kind in ("", "decoding, "):
+        for row in bounded_rows[1:]:
+            table.ratio(f"{kind}{sketch} / {row.split(', ')[1]}", kind + sketch, kind + row)
+        for row in list(runs)[len(bounded_rows) :]:
+            table.ratio(f"{kind}{row} / recorded steps", kind + row, kind + sketch)
+
+
 def machine(commit=None):
     """What the figures were measured on."""
 
@@ -299,33 +390,44 @@ def main():
     parser.add_argument("--output", help="CSV to write; its JSON goes beside it")
     parser.add_argument("--commit", help="commit of the code, where git cannot tell")
     parser.add_argument("--seconds", type=float, default=240, help="no new group of rows is begun after this long")
+    parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups of rows to measure, by name")
     options = parser.parse_args()
-    if options.device == "cuda" and (not torch.cuda.is_available() or kernels.triton is None):
+    cuda = options.device == "cuda"
+    if cuda and (not torch.cuda.is_available() or kernels.triton is None):
         parser.error("--device cuda needs a GPU and triton; --device cpu runs here")
     kernels.ENABLED = True  # rows that want it off say so
     table, begin = Table(), time.monotonic()
-    if options.device == "cuda":
+    if cuda:
         bandwidth = copy_bandwidth(table)
-        groups = [
-            lambda: attention_rows(table, bandwidth, 64),
-            lambda: full_cache_rows(table),
-            lambda: attention_rows(table, bandwidth, 1),
-            lambda: policy_rows(table),
-            lambda: policy_rows(table, batch=1),
-            lambda: model_rows(table, 1, "cuda", torch.bfloat16),
-            lambda: model_rows(table, 64, "cuda", torch.bfloat16),
-            lambda: loop_rows(table, "cuda", torch.bfloat16),
-        ]
+        groups = {
+            "recorded-layer": lambda: recorded_policy_rows(table),
+            "recorded-layer-1": lambda: recorded_policy_rows(table, batch=1),
+            "attention": lambda: attention_rows(table, bandwidth, 64),
+            "full-cache": lambda: full_cache_rows(table),
+            "recorded": lambda: recorded_rows(table),
+            "attention-1": lambda: attention_rows(table, bandwidth, 1),
+            "layer": lambda: policy_rows(table),
+            "layer-1": lambda: policy_rows(table, batch=1),
+            "model-1": lambda: model_rows(table, 1, "cuda", torch.bfloat16),
+            "model": lambda: model_rows(table, 64, "cuda", torch.bfloat16),
+            "loop": lambda: loop_rows(table, "cuda", torch.bfloat16),
+            "recorded-64": lambda: recorded_rows(table, batch=64, repetitions=5, compiled=False),
+        }
     else:
-        groups = [
-            lambda: model_rows(table, 1, "cpu", torch.float32),
-            lambda: model_rows(table, 8, "cpu", torch.float32),
-            lambda: loop_rows(table, "cpu", torch.float32),
-        ]
-    facts, skipped, failed = machine(options.commit), 0, 0
-    for group in groups:
+        groups = {
+            "model-1": lambda: model_rows(table, 1, "cpu", torch.float32),
+            "model-8": lambda: model_rows(table, 8, "cpu", torch.float32),
+            "loop": lambda: loop_rows(table, "cpu", torch.float32),
+        }
+    unknown = set(options.only or ()) - groups.keys()
+    if unknown:
+        parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
+    facts, skipped, failed = machine(options.commit), [], 0
+    for name, group in groups.items():
+        if options.only and name not in options.only:
+            continue
         if time.monotonic() - begin > options.seconds:
-            skipped += 1
+            skipped.append(name)
             continue
         try:
             with torch.inference_mode():
@@ -333,7 +435,7 @@ def main():
         except Exception:  # the other groups' figures are worth having
             traceback.print_exc()
             failed += 1
-        if options.device == "cuda":
+        if cuda:
             torch.cuda.empty_cache()
         if options.output:  # after each group: what was measured is kept
             os.makedirs(os.path.dirname(os.path.abspath(options.output)), exist_ok=True)
@@ -343,7 +445,7 @@ def main():
     frame = table.frame()
     print(json.dumps(facts))
     if skipped:
-        print(f"{skipped} groups of rows were not begun within {options.seconds:g} s")
+        print(f"not begun within {options.seconds:g} s: {', '.join(skipped)}")
     if failed:
         print(f"{failed} groups of rows failed, see above")
     ratios = frame[(frame.quantity == "ratio") & ~frame.row.str.contains("block=")]

@@ -5,8 +5,11 @@ By default a local cluster, one process of one thread per core (one process on a
 point computes with one thread wherever it runs, so that the table does not depend on the number of workers.
 """
 
+import atexit
 import os
 import tempfile
+from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
 from dask.distributed import Client, LocalCluster, as_completed
@@ -46,7 +49,7 @@ def compute(kind, function, grid, *, folder, revision=None, workers=None):
             done[path] = stored
     if missing:
         first, _ = next(iter(missing.values()))
-        with _client(min(len(missing), workers or _workers(first)), bool(workers)) as client:
+        with _client(workers or _workers(first), bool(workers)) as client:
             fingerprint = results.point_fingerprint(function)
             futures = {
                 client.submit(_task, function, params, fingerprint, key=f"{kind}-{path.stem}", retries=RETRIES): path
@@ -71,36 +74,34 @@ def _workers(params):
     return 1 if params.get("device") == "cuda" else os.cpu_count()
 
 
-class _client:
-    """A client of the scheduler in the environment, or of a cluster that lives as long as it does."""
+@contextmanager
+def _client(workers, own):
+    """A client of the scheduler in the environment, or of a cluster on this machine."""
+    address = None if own else os.environ.get(ADDRESS)
+    try:
+        client = Client(address or _cluster(workers), timeout=TIMEOUT, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:
+        if not address:
+            raise
+        raise GridError(
+            f"no dask scheduler answers at {ADDRESS}={address!r} ({type(error).__name__}): start one with `dask scheduler` "
+            "and `dask worker`, or unset the variable to compute on this machine"
+        ) from error
+    with client:
+        yield client
 
-    def __init__(self, workers, own):
-        self.workers, self.address = workers, None if own else os.environ.get(ADDRESS)
 
-    def __enter__(self):
-        self.cluster = None
-        if self.address:
-            try:
-                self.client = Client(self.address, timeout=TIMEOUT, set_as_default=False)
-            except (OSError, ValueError, TypeError) as error:
-                raise GridError(
-                    f"no dask scheduler answers at {ADDRESS}={self.address!r} ({type(error).__name__}): start one with "
-                    "`dask scheduler` and `dask worker`, or unset the variable to compute on this machine"
-                ) from error
-        else:
-            self.scratch = tempfile.TemporaryDirectory(prefix="sketchkv-")
-            self.cluster = LocalCluster(
-                n_workers=self.workers, threads_per_worker=1, processes=True, memory_limit=None,
-                dashboard_address=None, local_directory=self.scratch.name, silence_logs="ERROR",
-            )  # fmt: skip
-            self.client = Client(self.cluster, set_as_default=False)
-        return self.client
-
-    def __exit__(self, *error):
-        self.client.close()
-        if self.cluster:
-            self.cluster.close()
-            self.scratch.cleanup()
+@lru_cache(maxsize=1)
+def _cluster(workers):
+    """A local cluster that stays until this process ends: a second grid finds its workers with the model loaded."""
+    scratch = tempfile.TemporaryDirectory(prefix="sketchkv-")
+    cluster = LocalCluster(
+        n_workers=workers, threads_per_worker=1, processes=True, memory_limit=None, dashboard_address=None,
+        local_directory=scratch.name, silence_logs="ERROR",
+    )  # fmt: skip
+    atexit.register(scratch.cleanup)
+    atexit.register(cluster.close)
+    return cluster
 
 
 def _task(function, params, fingerprint):

@@ -92,6 +92,22 @@ def generate(
 
 
 @torch.no_grad()
+def stream(model, input_ids, cache=None, chunk_size=512):
+    """What the model predicts along a text, chunk by chunk: yields (start, logits), logits `[batch, n, vocabulary]` of the
+    tokens from `start` on, each predicted from the cache as decoding would find it. Parameters and errors as of `score`."""
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    _check(model, input_ids, cache)
+    if input_ids.shape[1] < 2:
+        raise ValueError("a text of one token has nothing to predict: give at least two tokens")
+    chunk_size = _chunk_size(cache, chunk_size)
+    for start in range(0, input_ids.shape[1], chunk_size):
+        chunk = input_ids[:, start : start + chunk_size]
+        yield start, model(chunk, past_key_values=cache, use_cache=True).logits
+    if isinstance(cache, SketchCache):
+        cache.check()
+
+
+@torch.no_grad()
 def score(model, input_ids, cache=None, *, chunk_size=512, return_logits=False):
     """Negative log-likelihood of a text, each token predicted from the cache as decoding would find it.
 
@@ -102,20 +118,12 @@ def score(model, input_ids, cache=None, *, chunk_size=512, return_logits=False):
 
     Raises ValueError for a text of fewer than two tokens, a used cache, or one longer than the model's positions.
     """
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    _check(model, input_ids, cache)
-    if input_ids.shape[1] < 2:
-        raise ValueError("a text of one token has nothing to predict: give at least two tokens")
     nll, kept = [], []
-    chunk_size = _chunk_size(cache, chunk_size)
-    for start in range(0, input_ids.shape[1], chunk_size):
-        chunk = input_ids[:, start : start + chunk_size]
-        logits = model(chunk, past_key_values=cache, use_cache=True).logits
+    for start, logits in stream(model, input_ids, cache, chunk_size):
         if return_logits:
             kept.append(logits)
-        targets = input_ids[:, start + 1 : start + 1 + chunk_size]
-        predicted = logits[:, : targets.shape[1]].float()
-        nll.append(torch.nn.functional.cross_entropy(predicted.transpose(1, 2), targets, reduction="none"))
-    if isinstance(cache, SketchCache):
-        cache.check()
+        targets = input_ids[:, start + 1 : start + 1 + logits.shape[1]]
+        predicted = logits[:, : targets.shape[1]].float().flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(predicted, targets.flatten(), reduction="none")
+        nll.append(loss.view(targets.shape))
     return (torch.cat(nll, 1), torch.cat(kept, 1)) if return_logits else torch.cat(nll, 1)

@@ -29,6 +29,6 @@ def test_documented_defaults_are_the_defaults():
 
     from sketchkv import Sketch
 
-    cache, sketch = (inspect.signature(thing).parameters for thing in (SketchCache, Sketch))
+    cache, sketch = (inspect.signature(thing.__init__).parameters for thing in (SketchCache, Sketch))
     assert (cache["num_sinks"].default, cache["recent_window"].default, cache["evict_every"].default) == (4, 16, 16)
     assert [sketch[p].default for p in ("width", "depth", "key", "decay", "mean")] == [512, 4, "lsh", 0.99, True]

@@ -6,11 +6,12 @@ from functools import lru_cache
 import torch
 
 from sketchkv import enable, load
-from sketchkv.decode import score
+from sketchkv.decode import stream
 from sketchkv.study.methods import make_cache, nbytes
 from sketchkv.texts import documents as read_documents
 
 BATCH = 16  # documents scored together
+TOKENS = 1024  # of a forward pass: more fall out of a processor's cache, fewer are too many passes
 
 COLUMNS = {
     "document": "held-out file",
@@ -42,13 +43,13 @@ def _model(name, device):
 @lru_cache(maxsize=2)
 def _reference(model, dataset, device, split, documents, length):
     """Documents, and what the full cache says of them: ids `[documents, length]`, names, then per batch of documents the
-    log-probabilities `[batch, length, vocabulary]` and nll `[batch, length - 1]`, on the device."""
+    log-probabilities `[batch, length, vocabulary]`, on the device."""
     lm, tokenizer = _model(model, device)
     texts = read_documents(dataset, tokenizer, split, documents, length)
-    batches = []
-    for ids in texts.input_ids.split(BATCH):
-        nll, logits = score(lm, ids.to(lm.device), return_logits=True)
-        batches.append((logits.float().log_softmax(-1), nll))
+    batches = [
+        torch.cat([logits.float().log_softmax(-1) for _, logits in stream(lm, ids.to(lm.device))], 1)
+        for ids in texts.input_ids.split(BATCH)
+    ]
     return texts.input_ids, texts.names, batches
 
 
@@ -65,21 +66,28 @@ def evaluate(
     ids, names, batches = _reference(model, dataset, device, split, documents, length)
     held = nbytes(lm.config, length, lm.dtype, **method)
     rows, half = [], (prompt + length) // 2
-    for part, (full, nll_full) in zip(ids.split(BATCH), batches):
+    for part, full in zip(ids.split(BATCH), batches):
         cache = make_cache(lm.config, length=length, **method)
-        _synchronize(lm.device)
-        began = time.perf_counter()
-        nll, logits = score(lm, part.to(lm.device), cache, return_logits=True)
-        _synchronize(lm.device)
-        seconds = (time.perf_counter() - began) / len(part)
-        kl, top1 = _compare(full[:, prompt:], logits[:, prompt:])
+        part, scores, seconds = part.to(lm.device), [], 0.0
+        chunks = stream(lm, part, cache, max(1, TOKENS // len(part)))
+        while True:
+            _synchronize(lm.device)
+            began = time.perf_counter()
+            start, logits = next(chunks, (None, None))
+            _synchronize(lm.device)
+            seconds += (time.perf_counter() - began) / len(part)
+            if logits is None:
+                break
+            stop = start + logits.shape[1]
+            scores.append(_compare(full[:, start:stop], logits.float().log_softmax(-1), part[:, start + 1 : stop + 1]))
+        nll, nll_full, kl, top1 = (torch.cat(each, 1) for each in zip(*scores))
         stored = sum(cache.stored_tokens()) / len(cache.layers)
         for i in range(len(part)):
             rows.append({
                 "document": names[len(rows)], "tokens": length,
                 "nll": nll[i, prompt:].mean().item(), "nll_full": nll_full[i, prompt:].mean().item(),
                 "nll_late": nll[i, half:].mean().item(), "nll_late_full": nll_full[i, half:].mean().item(),
-                "kl": kl[i].item(), "top1": top1[i].item(),
+                "kl": kl[i, prompt:].mean().item(), "top1": top1[i, prompt:].mean().item(),
                 "evicted": cache.evicted_tokens / len(cache.layers), "stored": stored,
                 **{f"bytes_{kind}": count for kind, count in held.items()},
                 "seconds": seconds,
@@ -87,14 +95,13 @@ def evaluate(
     return rows
 
 
-def _compare(full, logits):
-    """KL divergence of each document from the full cache's log-probabilities, and how often both agree: `[documents]`."""
-    kl, top1 = [], []
-    for expected, found in zip(full, logits):  # one document at a time bounds the memory
-        found = found.float().log_softmax(-1)
-        kl.append((expected.exp() * (expected - found)).sum(-1).mean())
-        top1.append((expected.argmax(-1) == found.argmax(-1)).float().mean())
-    return torch.stack(kl), torch.stack(top1)
+def _compare(full, found, targets):
+    """Of log-probabilities `[batch, n, vocabulary]` and the tokens that followed: nll and the full cache's nll, for as many
+    tokens as there are, KL divergence from the full cache and whether both have the same first choice, `[batch, n]`."""
+    following = targets[..., None]
+    nll = [-p[:, : targets.shape[1]].gather(-1, following).squeeze(-1) for p in (found, full)]
+    kl = torch.nn.functional.kl_div(found, full, log_target=True, reduction="none").sum(-1)
+    return *nll, kl, (found.argmax(-1) == full.argmax(-1)).float()
 
 
 def _synchronize(device):

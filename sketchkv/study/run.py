@@ -8,6 +8,7 @@ import argparse
 import ast
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -33,9 +34,18 @@ class RunError(RuntimeError):
     """The study stopped; the message says where and why."""
 
 
+LAST = "08_report"  # reads what all others wrote, whatever their number
+
+
 def find_notebooks(root):
-    """The notebooks `NN_name.ipynb` of `root`, in the order in which they run."""
-    return sorted((Path(root) / "notebooks").glob("[0-9]*.ipynb"))
+    """The notebooks `NN_name.ipynb` of `root`, in the order in which they run: by number, the report last."""
+    return sorted((Path(root) / "notebooks").glob("[0-9]*.ipynb"), key=lambda n: (n.stem == LAST, n.name))
+
+
+def _before(notebook):
+    """Names of the notebooks that run before `notebook`."""
+    names = (n.name for n in find_notebooks(notebook.parent.parent))
+    return list(itertools.takewhile(lambda name: name != notebook.name, names))
 
 
 def declared_parameters(notebook):
@@ -68,7 +78,7 @@ def key(notebook, parameters):
         "data": results.data_revision(parameters.get("dataset", "embedded")),
         "versions": results.versions(),
         # A notebook added ahead of this one may be among its sources.
-        "before": [n.name for n in find_notebooks(notebook.parent.parent) if n.name < notebook.name],
+        "before": _before(notebook),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 

@@ -42,8 +42,8 @@ class StepGraphs:
             self.clock.fill_(seen)
         self.expected = seen + 1
         self.token.copy_(token)
-        # Layers go in step: all have seen the same tokens.
-        settled = layers[0].evicted and seen >= CENTRE_AFTER
+        # Layers go in step: all have seen the same tokens and, each at its own cap, evict equally often.
+        settled = all(layer.evicted for layer in layers) and seen >= CENTRE_AFTER
         phase = layers[0].slots.used - layers[0].max_cache_size if settled else None
         if phase is None or phase not in self.warm or not token.is_cuda:
             self.warm.add(phase)

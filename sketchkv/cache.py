@@ -246,8 +246,13 @@ class SketchLayer(CacheLayerMixin):
         if self.summary:
             real = positions.gather(-1, evicted) >= 0
             self.summary.fold(self.slots.take("keys", evicted), self.slots.take("values", evicted), real)
+        self._part(scores, evicted)
         self.slots.evict(evicted)
         self.evicted += evicted.shape[-1]
+
+    def _part(self, scores, evicted):
+        """The slots `evicted` are about to be freed, the lowest of `scores` (inf for protected, -inf for padding): for layers
+        that keep an account of what they lose."""
 
     def skip(self):
         """What one step changes on Python's side: for a step that runs on the device alone (`sketchkv.graph`)."""
@@ -296,6 +301,9 @@ class SketchCache(Cache):
     Raises ValueError for a cap or `attend_topk` that leaves no room beside sinks and recent window, or a parameter out
     of range, and TypeError for an unknown parameter.
     """
+
+    layer_type = SketchLayer
+    recordable = True  # whether `sketchkv.graph` may record its steps
 
     def __init__(
         self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, attend_topk=None,
@@ -348,7 +356,7 @@ class SketchCache(Cache):
         self.clock = None  # set while `sketchkv.graph` runs a step
         self.steps = None  # its recordings
         shape = (num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits, quantizer)
-        layers = [SketchLayer(copy.deepcopy(p), cap, *shape) for p, cap in zip(policies, caps)]
+        layers = [self.layer_type(copy.deepcopy(p), cap, *shape) for p, cap in zip(policies, caps)]
         for index, layer in enumerate(layers):
             layer.policy.layer = index
             layer.policy.peers = [peer.policy for peer in layers]

@@ -282,7 +282,8 @@ class SketchCache(Cache):
     """A bounded KV cache for `model.generate(..., past_key_values=cache)` on a model switched by `sketchkv.enable`.
 
     config: the model's configuration (or the model). max_cache_size: tokens kept per sequence, layer and KV head after
-    an eviction; or a list, one cap per layer (`sketchkv.controller.pyramid`). evict_every: tokens between evictions; as many slots are held beyond the cap, and count as memory.
+    an eviction; or a list, one cap per layer (`sketchkv.controller.pyramid`). evict_every: tokens between evictions; as
+    many slots are held beyond the cap, and count as memory.
     num_sinks: first tokens of a text that are never evicted; recent_window: newest tokens that are never evicted.
     attend_topk: attention runs over this many stored tokens alone, those that the policy ranked highest at the last
     eviction (sinks and recent window first), and over all that arrived since, which have no rank yet; before the first

@@ -4,7 +4,7 @@ lose while decoding (`AdaptiveCache`), heads by competition (`HeadPoolCache`). T
 import torch
 
 from sketchkv.cache import SketchCache, SketchLayer
-from sketchkv.policies import H2O, AttentionMass
+from sketchkv.policies import AttentionMass
 from sketchkv.slots import EMPTY
 
 
@@ -244,3 +244,95 @@ class AdaptiveCache(SketchCache):
         if lender != taker and worth[taker] > self.margin * cost[lender]:
             self.layers[lender].resize(self.layers[lender].max_cache_size - self.block)
             self.promised = lender, taker
+
+
+class AdaKV(AttentionMass):
+    """`AttentionMass` for heads that compete for one pool of slots: each is sure of the share `floor` of an equal split, the
+    rest goes to the highest scores of all (Ada-KV, Feng et al. 2024, arXiv 2407.11550)."""
+
+    def __init__(self, decay=0.99, mean=True, value_norm=False, floor=0.5):
+        super().__init__(decay, mean, value_norm)
+        if not 0 <= floor < 1:
+            raise ValueError(f"floor must be in [0, 1), got {floor}")
+        self.floor = floor
+
+    def score(self, slots, seen):
+        score, owner = super().score(slots, seen), slots["head"]
+        heads = torch.arange(slots.heads, device=score.device)[:, None]
+        sure = int(self.floor * (slots.capacity // slots.heads))
+        own = score.masked_fill(owner != heads, -torch.inf).topk(sure).indices  # [batch, heads, sure]
+        return score.scatter(-1, own.flatten(1)[:, None], 1e30)
+
+
+class PooledLayer(SketchLayer):
+    """A layer whose KV heads share one pool of slots, `[batch, 1, heads * capacity]`, each slot with the head that owns it.
+
+    Attention is computed of every query with every slot, and masked: as many times the arithmetic as there are KV heads.
+    Bytes are those of an equal split and one more per slot.
+    """
+
+    heads = None
+
+    def lazy_initialization(self, key_states, value_states):
+        batch, self.heads, _, head_dim = key_states.shape
+        self.max_cache_size, self.evict_every = self.max_cache_size * self.heads, self.evict_every * self.heads
+        self.attend_topk = self.max_cache_size
+        one = key_states.new_empty(batch, 1, 0, head_dim)
+        super().lazy_initialization(one, one)
+        self.slots.add("head", torch.uint8)
+        self.slots.heads = self.heads
+
+    def attend(self, query, key, value, valid, token_ids, scaling, clock=None):
+        if valid is not None and not bool(valid.all()):
+            raise ValueError("a HeadPoolCache takes texts without padding")
+        total, outputs, start, slots = query.shape[2], [], 0, self.slots
+        group = query.shape[1] // self.heads
+        owners = torch.arange(query.shape[1], device=query.device)[:, None, None] // group
+        while start < total:
+            count = min((slots.capacity - slots.used) // self.heads, total - start)
+            block = slice(start, start + count)
+            now = torch.arange(self.seen, self.seen + count, dtype=torch.int32, device=query.device)
+            pooled = (x[:, :, block].transpose(1, 2).flatten(1, 2)[:, None] for x in (key, value))
+            new = slots.append(*pooled, now.repeat_interleave(self.heads))
+            slots.arrays["head"][:, :, new] = torch.arange(self.heads, device=query.device, dtype=torch.uint8).repeat(count)
+            self.seen += count
+            hidden = (slots["head"][:, :, None] != owners) | (slots["positions"][:, :, None] > now[:, None])
+            logits = (query[:, :, block] @ slots["keys"].transpose(-1, -2)).float().mul_(scaling)
+            attention = logits.masked_fill_(hidden, torch.finfo(torch.float32).min).softmax(-1)
+            outputs.append(attention.to(value.dtype) @ slots["values"])
+            self.policy.observe(slots, attention.sum(1, keepdim=True))
+            if slots.used == slots.capacity:
+                self._evict()
+            start += count
+        return torch.cat(outputs, 2)
+
+
+class HeadPoolCache(SketchCache):
+    """A `SketchCache` whose KV heads keep different numbers of tokens: those of a layer share `max_cache_size` slots each in
+    one pool, and the lowest scores of all go (`AdaKV`). For texts without padding, in the model's dtype or 16 bits.
+
+    Parameters as of `SketchCache` and `AdaKV`. Raises ValueError for what a pool can't do: summaries, fewer bits.
+    """
+
+    layer_type = PooledLayer
+    recordable = False
+
+    def __init__(self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, bits=None, **policy):
+        if bits not in (None, 16):
+            raise ValueError(f"a HeadPoolCache holds 16 bits or the model's dtype, got bits={bits}")
+        protection = dict(num_sinks=num_sinks, recent_window=recent_window, evict_every=evict_every)
+        super().__init__(config, max_cache_size, bits=bits, policy=AdaKV(**policy), **protection)
+
+    @property
+    def evicted_tokens(self):
+        return sum(layer.evicted // (layer.heads or 1) for layer in self.layers)
+
+    def stored_tokens(self):
+        """Occupied slots per layer and KV head, mean over the heads of a layer."""
+        return [0 if layer.slots is None else layer.slots.used // layer.heads for layer in self.layers]
+
+    def kept_positions(self, layer):
+        """As of `SketchCache`, `[batch, num_kv_heads, slots of the layer]`: -1 in the slots of other heads."""
+        positions, slots = super().kept_positions(layer), self.layers[layer].slots
+        owners = torch.arange(slots.heads, device=positions.device)[:, None]
+        return positions.where(slots.arrays["head"] == owners, EMPTY)

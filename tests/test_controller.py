@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
+import sketchkv
 from sketchkv import AttentionMass, Sketch, SketchCache, Window, generate, score
 from sketchkv.controller import AdaptiveCache, HeadPoolCache, pyramid
 from sketchkv.oracle import decode_and_watch, full_cache_logits
@@ -94,7 +97,8 @@ KINDS = {
 
 
 def adaptive(model, **settings):
-    return AdaptiveCache(model.config, 32, **({"recent_window": 4, "evict_every": 4, "margin": 1.0} | copy.deepcopy(settings)))
+    settings = {"recent_window": 4, "evict_every": 4, "margin": 1.0} | copy.deepcopy(settings)
+    return AdaptiveCache(model.config, 32, **settings)
 
 
 def wandering(model, **settings):
@@ -122,12 +126,17 @@ def test_adaptive_equals_masked_full_cache(model, ids, kind):
         assert streamed.history == cache.history
 
 
-def deep(layers):
-    import sketchkv
-    from transformers import GPT2Config, GPT2LMHeadModel
+def plain(model, kind):
+    """The same cache with a fixed uniform split."""
+    settings = {"policy": AttentionMass()} | copy.deepcopy(KINDS[kind])
+    return SketchCache(model.config, 32, recent_window=4, evict_every=4, **settings)
 
+
+def deep(layers):
+    """A model with room for slots to wander."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=512, n_embd=32, n_layer=layers, n_head=2, bos_token_id=0, eos_token_id=0))
+    shape = dict(vocab_size=97, n_positions=512, n_embd=32, n_layer=layers, n_head=2)
+    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
@@ -150,10 +159,10 @@ def test_a_layer_does_not_see_that_its_slots_moved(ids, kind):
     model = deep(3)
     text = torch.cat([ids, ids.flip(1)], 1)
     cache = adaptive(model, **KINDS[kind])
-    plain = SketchCache(model.config, 32, recent_window=4, evict_every=4, **{"policy": AttentionMass()} | copy.deepcopy(KINDS[kind]))
+    still = plain(model, kind)
     cache._move = lambda: None
     score(model, text[:, :150], cache, chunk_size=4)
-    score(model, text[:, :150], plain, chunk_size=4)
+    score(model, text[:, :150], still, chunk_size=4)
     for way in ((0, 2), (2, 0), (1, 0), (0, 1)):
         lender = cache.layers[way[0]].slots
         spare = lender.capacity - lender.used  # lent and taken back: the free end of each stretch
@@ -163,22 +172,23 @@ def test_a_layer_does_not_see_that_its_slots_moved(ids, kind):
         taker.capacity -= spare
         cache.arena.lend(*way[::-1], spare)
     now = slice(150, None)
-    torch.testing.assert_close(model(text[:, now], past_key_values=cache).logits, model(text[:, now], past_key_values=plain).logits)
-    assert all(map(torch.equal, kept(cache), kept(plain)))
+    logits = [model(text[:, now], past_key_values=each).logits for each in (cache, still)]
+    torch.testing.assert_close(*logits)
+    assert all(map(torch.equal, kept(cache), kept(still)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_is_constant_and_the_uniform_splits(ids, kind):
     model = deep(4)
-    plain = SketchCache(model.config, 32, recent_window=4, evict_every=4, **{"policy": AttentionMass()} | copy.deepcopy(KINDS[kind]))
-    score(model, ids, plain)
+    still = plain(model, kind)
+    score(model, ids, still)
     cache = wandering(model, **KINDS[kind])
     model(ids[:, :1], past_key_values=cache)
     memory = {name: rows.data_ptr() for name, rows in cache.arena.rows.items()}
     for chunk in ids[:, 1:].split(4, 1):
         model(chunk, past_key_values=cache)
     own = sum(layer.prices.nbytes for layer in cache.layers)
-    assert cache.nbytes()["total"] == plain.nbytes()["total"] + own and cache.nbytes()["kv"] == plain.nbytes()["kv"]
+    assert cache.nbytes()["total"] == still.nbytes()["total"] + own and cache.nbytes()["kv"] == still.nbytes()["kv"]
     assert {name: rows.data_ptr() for name, rows in cache.arena.rows.items()} == memory
     # Every row belongs to exactly one layer.
     positions = [layer.slots.positions for layer in cache.layers]

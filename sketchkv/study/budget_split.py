@@ -1,5 +1,7 @@
 """One total of slots, split over layers and heads in different ways: what each way loses."""
 
+from functools import lru_cache
+
 import torch
 
 from sketchkv.controller import AdaptiveCache, HeadPoolCache, pyramid
@@ -40,23 +42,33 @@ def make(config, split, max_cache_size):
     return make_cache(config, "decayed", max_cache_size=pyramid(max_cache_size, layers, steepness))
 
 
-@torch.no_grad()
-def losses(split, max_cache_size, *, model="embedded", dataset="embedded", device="cpu", documents=16, length=1024, text=None, part="test"):
-    """Rows (list of dict, `COLUMNS`), one per document. A split that moves is one for all rows of a batch: it gets each
-    document alone. text: revision of the text, among what names a grid point; part: of the held-out text."""
+@lru_cache(maxsize=2)
+def _reference(model, dataset, device, part, documents, length):
+    """Ids `[documents, length]`, names, and what the full cache loses: nats per token, one number per document."""
     lm, tokenizer = _model(model, device)
     texts = read_documents(dataset, tokenizer, part, documents, length)
+    full = [score(lm, ids.to(lm.device)).mean(1) for ids in texts.input_ids.split(BATCH)]
+    return texts.input_ids, texts.names, torch.cat(full).tolist()
+
+
+@torch.no_grad()
+def losses(
+    split, max_cache_size, *, model="embedded", dataset="embedded", device="cpu", documents=16, length=1024, text=None, part="test"
+):  # fmt: skip
+    """Rows (list of dict, `COLUMNS`), one per document. A split that moves is one for all rows of a batch: it gets each
+    document alone. text: revision of the text, among what names a grid point; part: of the held-out text."""
+    lm, _ = _model(model, device)
+    texts, names, full = _reference(model, dataset, device, part, documents, length)
     rows = []
-    for ids in texts.input_ids.split(1 if split == "adaptive" else BATCH):
-        ids = ids.to(lm.device)
+    for ids in texts.split(1 if split == "adaptive" else BATCH):
         cache = make(lm.config, split, max_cache_size)
-        nll, full = score(lm, ids, cache, chunk_size=64), score(lm, ids)
+        nll = score(lm, ids.to(lm.device), cache, chunk_size=64).mean(1).tolist()
         assert cache.evicted_tokens > 0
+        caps = getattr(cache, "caps", None) or [layer.max_cache_size // (getattr(layer, "heads", 1)) for layer in cache.layers]
         for row in range(len(ids)):
             rows.append({
-                "document": texts.names[len(rows)], "nll": nll[row].mean().item(), "nll_full": full[row].mean().item(),
-                "bytes_total": cache.nbytes()["total"] // len(ids),
-                "caps": cache.caps if split == "adaptive" else [layer.max_cache_size // (getattr(layer, "heads", None) or 1) for layer in cache.layers],
+                "document": names[len(rows)], "nll": nll[row], "nll_full": full[len(rows)],
+                "bytes_total": cache.nbytes()["total"] // len(ids), "caps": caps,
                 "history": [[seen, caps] for seen, caps in getattr(cache, "history", [])],
                 "heads": _heads(cache, row) if split == "ada_kv" else [],
             })  # fmt: skip

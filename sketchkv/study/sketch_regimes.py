@@ -11,16 +11,18 @@ from sketchkv.study.methods import fit, make_cache, nbytes
 from sketchkv.texts import documents as read_documents
 
 EXACT = {"method": "decayed"}
-_LSH = {"method": "sketch", "width": 64, "depth": 1}
 
 # Sketches in all regimes, so small that they cost little beside the keys and values. Strength and key of the prior were
 # chosen on the development documents.
 SKETCHES = {
-    "sketch of key directions": _LSH | {"counters": "float16"},
-    "sketch of tokens for all layers": {"method": "sketch", "width": 1024, "depth": 1, "key": "token", "shared": "layers",
-                                        "counters": "uint8"},
+    "sketch of key directions": {
+        "method": "sketch", "width": 64, "depth": 1, "lsh_bits": 8, "counters": "float16",
+    },
+    "sketch of tokens for all layers": {
+        "method": "sketch", "width": 1024, "depth": 1, "key": "token", "shared": "layers", "counters": "uint8",
+    },
     "exact with a sketched prior": {"method": "prior", "width": 512, "depth": 2, "key": "token", "shared": "layers"},
-}  # fmt: skip
+}
 
 # Each regime as (cap of exact accumulators, recent window, what the text is).
 REGIMES = {
@@ -42,6 +44,7 @@ KEYS = {
 
 SHAPES = {
     **{f"{width}x{depth}": {"width": width, "depth": depth} for width in (16, 64, 256) for depth in (1, 2)},
+    "64x2, 8 bits of direction": {"width": 64, "depth": 2, "lsh_bits": 8},
     "64x2, float16": {"width": 64, "depth": 2, "counters": "float16"},
     "64x2, uint8": {"width": 64, "depth": 2, "counters": "uint8"},
     "64x2, one for all heads": {"width": 64, "depth": 2, "shared": "heads"},

@@ -12,12 +12,10 @@ from sketchkv.texts import documents as read_documents
 
 EXACT = {"method": "decayed"}
 
-# Sketches in all regimes, so small that they cost little beside the keys and values. Strength and key of the prior were
-# chosen on the development documents.
+# Sketches in all regimes, so small that they cost little beside the keys and values. Shape and code of the first, strength
+# and key of the prior were chosen on the development documents, the shape of the second was not.
 SKETCHES = {
-    "sketch of key directions": {
-        "method": "sketch", "width": 64, "depth": 1, "lsh_bits": 8, "counters": "float16",
-    },
+    "sketch of key directions": {"method": "sketch", "width": 64, "depth": 2, "counters": "uint8"},
     "sketch of tokens for all layers": {
         "method": "sketch", "width": 1024, "depth": 1, "key": "token", "shared": "layers", "counters": "uint8",
     },

@@ -45,7 +45,7 @@ HUB_MODELS = tuple(name for name in loading.HUB_REVISIONS if "wikitext" not in n
 MAKE_DEFAULTS = {"model": "embedded", "dataset": "embedded", "device": "auto", "profile": "study"}
 
 GENERATED = ("data/results", "data/model/README.md", "figures", "report/report.html", "report/report.md", "report/report.pdf")
-_SCORING = ("evaluate.py", "methods.py")
+_SCORING = ("evaluate.py", "methods.py", "attention_analysis.py")
 _VERSIONS = ("torch", "transformers", "tokenizers", "numpy", "pandas", "scipy", "dask", "matplotlib", "seaborn")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 

@@ -23,6 +23,16 @@ def paired_interval(difference, seed=0, resamples=2000):
     return difference.mean().item(), low.item(), high.item()
 
 
+def ratio_interval(part, whole, seed=0, resamples=2000):
+    """Mean of `part` over mean of `whole`, paired per document, and its bootstrap 95 % interval: (ratio, low, high)."""
+    generator = torch.Generator().manual_seed(seed)
+    part, whole = (torch.as_tensor(x, dtype=torch.float64) for x in (part, whole))
+    draws = torch.randint(len(part), (resamples, len(part)), generator=generator)
+    ratios = part[draws].mean(1) / whole[draws].mean(1)
+    low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return (part.mean() / whole.mean()).item(), low.item(), high.item()
+
+
 def intervals(table, by, value, seed=0):
     """`paired_interval` of the column `value`, one row a document, for each group of the columns `by`: a DataFrame with
     `by`, "mean", "low", "high" and "n" (documents), groups in the order in which they first appear."""

@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sketchkv import kernels
 from sketchkv.policies import AttentionMass, Policy, Sketch
-from sketchkv.quantize import coder
+from sketchkv.quantize import coder, matrix
 from sketchkv.slots import EMPTY, Slots
 from sketchkv.summary import Summary
 
@@ -138,7 +138,7 @@ class SketchLayer(CacheLayerMixin):
         total, outputs, start = query.shape[2], [], 0
         rotation = self.slots.rotation
         if rotation is not None:  # of queries and keys alike: no product of the two changes
-            rotation = rotation.to(query.dtype)
+            rotation = matrix(rotation, query.dtype)
             query, key, value = query @ rotation, key @ rotation, value @ rotation
         while start < total:
             count = min(self.slots.capacity - self.slots.used, total - start, MAX_BLOCK)

@@ -324,6 +324,7 @@ class Sketch(AttentionMass):
     SHARED = (None, "heads", "layers")
     BITS = 24
     own = {"item"}  # arrays of the slots that exist for the sketch's sake
+    memory = property(lambda self: self.decay)  # what counters are multiplied by, per token
     flushed = 0  # tokens seen when the sketch last took in what the slots received
 
     def __new__(cls, width=512, depth=4, key="lsh", *args, **settings):
@@ -434,7 +435,7 @@ class Sketch(AttentionMass):
             self.flushed = seen
         if self.lead is self:
             for sketch in self.sketches:
-                sketch.decay(max(self.decay**elapsed, 1e-30))
+                sketch.decay(max(self.memory**elapsed, 1e-30))
         return elapsed
 
     def _flush(self, slots, seen, indices):
@@ -525,3 +526,39 @@ class QuerySketch(Sketch):
         weights = weights[:, :, None].expand(*cells.shape[:2], *cells.shape[3:])  # each query head's
         self._add(self.sketches[0], self._pool(cells.flatten(3)), weights.flatten(2))
         return self._ask(self.sketches[0], self._pool(self._cells(slots["keys"])), slots)
+
+
+class Prior(Sketch):
+    """Exact accumulators, shrunk towards what a sketch knows of the token's key: `(mass + strength * prior) / (exposure +
+    strength)`, the empirical-Bayes estimate of a mean under a conjugate prior (Morris 1983, JASA 78).
+
+    A stored token has its own record, a token that has just come has little: for it speaks the mean attention of the tokens
+    with the same key, those evicted long ago included, which exact accumulators can't know. `strength` is the weight of
+    that mean, in queries. At every eviction the mass and the exposure of each stored token are added to the sketch, whose
+    counters never forget; further parameters are those of `Sketch`, with the mean, and counters as float32 or uint8 (float16
+    would overflow). Raises ValueError for a strength below 0.
+    """
+
+    memory = 1.0
+    recordable = False
+
+    def __init__(
+        self, width=512, depth=2, key="token", decay=0.99, lsh_bits=None, seed=0, kind="count_min", counters="float32",
+        shared=None, strength=2.0,
+    ):  # fmt: skip
+        if strength < 0:
+            raise ValueError(f"strength must be at least 0, got {strength}")
+        if key == "query" or counters == "float16":
+            raise ValueError('a prior counts attention in float32 or uint8: key="query" and counters="float16" are refused')
+        super().__init__(width, depth, key, decay, True, lsh_bits, seed, kind, counters, shared)
+        self.strength = strength
+
+    def _flush(self, slots, seen, indices):
+        self._decay(slots, seen)
+        positions = slots["positions"]
+        self._add(self.sketches[0], indices, slots["mass"])
+        self._add(self.sketches[1], indices, exposure(seen - positions, self.decay) * (positions >= 0))
+
+    def score(self, slots, seen):
+        age = exposure(seen - slots["positions"], self.decay)
+        return (slots["mass"] + self.strength * super().score(slots, seen)) / (age + self.strength)

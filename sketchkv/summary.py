@@ -31,11 +31,15 @@ class Summary:
         half = keys.dtype != torch.float32
         self.remainders = (torch.zeros_like(keys), torch.zeros_like(values)) if half else ()
         self.counts = torch.zeros(keys.shape[:3], dtype=torch.float32, device=keys.device)
-        self.code = SimHash(keys.shape[-1], LSH_BITS, SEED, keys.device)
-        self.hash = CarterWegmanHash(keys.shape[2], 1, SEED, keys.device)
+        self.code = self.hash = None  # one bucket needs no hashing
+        if keys.shape[2] > 1:
+            self.code = SimHash(keys.shape[-1], LSH_BITS, SEED, keys.device)
+            self.hash = CarterWegmanHash(keys.shape[2], 1, SEED, keys.device)
 
     def buckets(self, keys):
         """Bucket of each key: int64 `[batch, num_kv_heads, n]` of `[batch, num_kv_heads, n, head_dim]`."""
+        if self.code is None:
+            return torch.zeros(keys.shape[:-1], dtype=torch.int64, device=keys.device)
         return self.hash(self.code(keys)).squeeze(-2)
 
     def fold(self, keys, values, real):
@@ -71,4 +75,5 @@ class Summary:
     def nbytes(self):
         """Bytes held: {"kv": the means, "policy": counts, projection and hash parameters}."""
         means = sum(tensor.nbytes for tensor in (*self.means, *self.remainders))
-        return {"kv": means, "policy": self.counts.nbytes + self.code.nbytes + self.hash.nbytes}
+        hashing = 0 if self.code is None else self.code.nbytes + self.hash.nbytes
+        return {"kv": means, "policy": self.counts.nbytes + hashing}

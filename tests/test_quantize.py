@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 
 from sketchkv import AttentionMass, SketchCache, Window, oracle, score
 from sketchkv import cache as cache_module
-from sketchkv.quantize import coder, normal_levels, pack, rotation, unpack
+from sketchkv.quantize import coder, matrix, normal_levels, pack, rotation, unpack
 from sketchkv.slots import Slots
 
 
@@ -74,9 +74,11 @@ def test_zero_and_tiny_vectors_survive():
 
 @pytest.mark.parametrize("head_dim", [8, 16, 64, 80, 128])
 def test_the_rotation_is_one(head_dim):
-    turned = rotation(head_dim, torch.device("cpu"))
+    kept = rotation(head_dim, torch.device("cpu"))
+    assert rotation(head_dim, torch.device("cpu")) is kept
+    assert kept.nbytes == head_dim**2 * (1 if head_dim in (8, 16, 64, 128) else 4)
+    turned = matrix(kept, torch.float32)
     torch.testing.assert_close(turned @ turned.T, torch.eye(head_dim), atol=1e-5, rtol=0)
-    assert rotation(head_dim, torch.device("cpu")) is turned
     spike = torch.zeros(head_dim)
     spike[0] = 1
     assert (spike @ turned).abs().max() < 0.9, "a channel that stands out stays one"
@@ -118,7 +120,8 @@ def rounded(x, bits):
 
 def rounded_normally(x, bits):
     """The documented rule, each number to its nearest level: in rotated coordinates, one scale per vector."""
-    turned, levels = rotation(x.shape[-1], torch.device("cpu")).double().numpy(), normal_levels(bits).numpy()
+    turned = matrix(rotation(x.shape[-1], torch.device("cpu")), torch.float64).numpy()
+    levels = normal_levels(bits).numpy()
     x = x.double().numpy() @ turned
     norm = np.sqrt((x**2).mean(-1, keepdims=True))
     nearest = levels[np.abs((x / norm)[..., None] - levels).argmin(-1)]

@@ -7,7 +7,7 @@ import torch
 from conftest import build
 
 import sketchkv
-from sketchkv import Sketch, SketchCache, Window, generate, score
+from sketchkv import Prior, Sketch, SketchCache, Window, generate, score
 from sketchkv.oracle import decode_and_watch, full_cache_logits
 from sketchkv.policies import QuerySketch
 from sketchkv.sketches import PRIME, SimHash
@@ -22,6 +22,8 @@ VARIANTS = {
     "query codes, 8 bits": dict(key="query", width=64, counters="uint8"),
     "shared by heads": dict(shared="heads", lsh_bits=8),
     "queries shared by heads": dict(shared="heads", key="query", kind="race", width=64),
+    "prior": dict(policy=Prior(64, 2)),
+    "prior shared by layers": dict(policy=Prior(64, 2, shared="layers", counters="uint8")),
     "shared by layers": dict(shared="layers", width=64, key="token", counters="uint8"),
 }
 LENGTH = 64
@@ -94,7 +96,7 @@ def test_reset_equals_a_fresh_cache(gpt2, text, fresh):
 def test_beam_search_equals_each_beam_decoded_alone(llama, text, fresh):
     out = llama.generate(
         text[:, :40], past_key_values=fresh(llama), max_new_tokens=16, num_beams=3, num_return_sequences=3,
-        prefill_chunk_size=4 if fresh.settings.get("shared") == "layers" else None,
+        prefill_chunk_size=fresh(llama).max_chunk_size,
         do_sample=False, eos_token_id=None, length_penalty=0.0, output_scores=True, return_dict_in_generate=True,
     )  # fmt: skip
     nll = score(llama, out.sequences, fresh(llama))[:, 39:]

@@ -157,3 +157,16 @@ def test_means_keep_moving_in_half_precision(dtype):
 def test_bad_settings(gpt2, slots):
     with pytest.raises(ValueError, match="summary_slots must be a whole number"):
         SketchCache(gpt2.config, 64, summary_slots=slots)
+
+
+def test_one_slot_needs_no_hashing_and_holds_the_mean():
+    keys, values = torch.randn(2, 2, 3, 5, 16)
+    slots = torch.zeros(2, 2, 3, 1, 16)
+    summary = Summary(*slots)
+    real = torch.rand(2, 3, 5) < 0.8
+    real[..., 0] = True
+    summary.fold(keys, values, real)
+    assert summary.nbytes() == {"kv": slots.nbytes, "policy": 2 * 3 * 4}
+    weights = real[..., None].float() / real.sum(-1)[..., None, None]
+    torch.testing.assert_close(slots[0], (keys * weights).sum(2, keepdim=True))
+    torch.testing.assert_close(slots[1], (values * weights).sum(2, keepdim=True))

@@ -10,7 +10,7 @@ import torch
 
 from sketchkv.cache import SketchCache
 from sketchkv.kivi import KiviCache
-from sketchkv.policies import H2O, LRU, TOVA, AttentionMass, KeyNorm, Random, Sketch, SnapKV, Window
+from sketchkv.policies import H2O, LRU, TOVA, AttentionMass, KeyNorm, Prior, Random, Sketch, SnapKV, Window
 
 POLICIES = {
     "window": Window,
@@ -23,6 +23,7 @@ POLICIES = {
     "tova": TOVA,
     "snapkv": SnapKV,
     "sketch": Sketch,
+    "prior": Prior,
 }
 
 

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 import transformers
 
-from sketchkv import kernels
+from sketchkv import kernels, loading
 from sketchkv.study import results, speed, speed_gpu
-from sketchkv.study.timing import Table, copy_bandwidth, limited
+from sketchkv.study.timing import Table, copy_bandwidth, limited, matmul_rate
 
 
 def gpu_groups(table):
@@ -48,7 +48,28 @@ def gpu_groups(table):
 
 
 def cpu_groups(table):
-    return {}
+    """As `gpu_groups`, on at most two cores: the embedded model, a GPT-2 small, and the rotary model for long texts."""
+    torch.set_num_threads(min(2, os.cpu_count()))
+    hardware = copy_bandwidth(table, "cpu", 2**28, 10), matmul_rate(table, "cpu", torch.float32, 2048, 10)
+
+    def on(which, rows, **settings):
+        load = {"embedded": lambda: loading.load("embedded")[0], "GPT-2 small": speed.gpt2_small,
+                "rotary": lambda: loading.load(results.ROOT / "data" / "model-rotary")[0]}[which]  # fmt: skip
+        return rows(table, speed.pair(load().requires_grad_(False)), which, **settings)
+
+    lengths = [1024, 2048, 4096, 8192, 16384]
+    return {
+        "embedded-1": (60, lambda: on("embedded", speed.decode_rows, batch=1, hardware=hardware)),
+        "embedded-8": (60, lambda: on("embedded", speed.decode_rows, batch=8, hardware=hardware)),
+        "rotary": (60, lambda: on("rotary", speed.decode_rows, batch=1, seen=4096, hardware=hardware)),
+        "gpt2-1": (120, lambda: on("GPT-2 small", speed.decode_rows, batch=1, hardware=hardware)),
+        "gpt2-8": (300, lambda: on("GPT-2 small", speed.decode_rows, batch=8, hardware=hardware, seconds=150)),
+        "loop": (200, lambda: on("embedded", speed.loop_rows)),
+        "length": (200, lambda: on("rotary", lambda t, m, name: speed.length_rows(t, m[1], name, lengths))),
+        "prefill": (90, lambda: on("embedded", speed.prefill_rows)),
+        "scoring": (90, lambda: on("embedded", speed.scoring_rows)),
+        "counting": (120, lambda: speed.counting_rows(table)),
+    }
 
 
 def machine(commit=None):
@@ -83,7 +104,7 @@ def main(arguments=None):
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", help="CSV to write (default: data/benchmarks/NAME.csv); its JSON goes beside it")
     parser.add_argument("--commit", help="commit of the code, where git cannot tell")
-    parser.add_argument("--seconds", type=float, default=600, help="all groups together take about this long at most")
+    parser.add_argument("--seconds", type=float, default=1800, help="all groups together take about this long at most")
     parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups of rows to measure, by name")
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"

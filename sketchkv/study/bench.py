@@ -47,29 +47,37 @@ def gpu_groups(table):
     }
 
 
-def cpu_groups(table):
-    """As `gpu_groups`, on at most two cores: the embedded model, a GPT-2 small, and the rotary model for long texts."""
+def cpu_groups(table, size="bench"):
+    """As `gpu_groups`, on at most two cores: the embedded model, a GPT-2 small, and the rotary model for long texts.
+
+    size: "bench"; "study", some minutes; "smoke", which shows that all of it runs and measures nothing.
+    """
     torch.set_num_threads(min(2, os.cpu_count()))
+    smoke, bench = size == "smoke", size == "bench"
+    seen, few = (320, dict(repetitions=2)) if smoke else (1024, {})
+    fewest = few or dict(repetitions=20 if bench else 3)  # of what takes long
     hardware = copy_bandwidth(table, "cpu", 2**28, 10), matmul_rate(table, "cpu", torch.float32, 2048, 10)
+    decode = dict(hardware=hardware, cap=64 if smoke else 256, seconds=150 if bench else 45, **few)
 
     def on(which, rows, **settings):
         load = {"embedded": lambda: loading.load("embedded")[0], "GPT-2 small": speed.gpt2_small,
                 "rotary": lambda: loading.load(results.ROOT / "data" / "model-rotary")[0]}[which]  # fmt: skip
         return rows(table, speed.pair(load().requires_grad_(False)), which, **settings)
 
-    lengths = [1024, 2048, 4096, 8192, 16384]
-    return {
-        "embedded-1": (60, lambda: on("embedded", speed.decode_rows, batch=1, hardware=hardware)),
-        "embedded-8": (60, lambda: on("embedded", speed.decode_rows, batch=8, hardware=hardware)),
-        "rotary": (60, lambda: on("rotary", speed.decode_rows, batch=1, seen=4096, hardware=hardware)),
-        "gpt2-1": (120, lambda: on("GPT-2 small", speed.decode_rows, batch=1, hardware=hardware)),
-        "gpt2-8": (300, lambda: on("GPT-2 small", speed.decode_rows, batch=8, hardware=hardware, seconds=150)),
-        "loop": (200, lambda: on("embedded", speed.loop_rows)),
-        "length": (200, lambda: on("rotary", lambda t, m, name: speed.length_rows(t, m[1], name, lengths))),
-        "prefill": (90, lambda: on("embedded", speed.prefill_rows)),
-        "scoring": (90, lambda: on("embedded", speed.scoring_rows)),
-        "counting": (120, lambda: speed.counting_rows(table)),
+    lengths = [256, 512, 1024] if smoke else [1024, 2048, 4096, 8192, 16384]
+    groups = {
+        "embedded-1": (60, lambda: on("embedded", speed.decode_rows, batch=1, seen=seen, **decode)),
+        "embedded-8": (180, lambda: on("embedded", speed.decode_rows, batch=8, seen=seen, **decode)),
+        "rotary": (120, lambda: on("rotary", speed.decode_rows, batch=1, seen=4 * seen, **decode)),
+        "gpt2-1": (180, lambda: on("GPT-2 small", speed.decode_rows, batch=1, seen=seen, **decode)),
+        "gpt2-8": (300, lambda: on("GPT-2 small", speed.decode_rows, batch=8, seen=seen, **decode)),
+        "loop": (200, lambda: on("embedded", speed.loop_rows, prompt=seen // 2, new=32 if smoke else 512, **fewest)),
+        "length": (200, lambda: on("rotary", lambda t, m, name: speed.length_rows(t, m[1], name, lengths, **few))),
+        "prefill": (90, lambda: on("embedded", speed.prefill_rows, count=seen, **few)),
+        "scoring": (180, lambda: on("embedded", speed.scoring_rows, count=seen // 2 if smoke else seen, **fewest)),
+        "counting": (120, lambda: speed.counting_rows(table, 20_000 if smoke else 1_000_000, **few)),
     }
+    return {name: group for name, group in groups.items() if not (smoke and name == "gpt2-8")}
 
 
 def machine(commit=None):

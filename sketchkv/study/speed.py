@@ -63,8 +63,9 @@ def decode_rows(table, models, name, batch, seen=1024, cap=256, repetitions=20, 
     name = f"{name}, batch {batch}, {seen} seen"
     runs = {f"{name}, {which}": (lambda m=m, c=c: _cycle(m, ids, c)) for which, (m, c) in caches.items()}
     in_turn(table, runs, per=CYCLE, repetitions=repetitions, warmup=2, seconds=seconds)
-    for which in ("DynamicCache", "window", "H2O"):
-        table.ratio(f"{name}, SketchCache / {which}", f"{name}, SketchCache", f"{name}, {which}")
+    pairs = [("SketchCache", "window"), ("SketchCache", "H2O"), *((which, "DynamicCache") for which in policies)]
+    for top, bottom in pairs:
+        table.ratio(f"{name}, {top} / {bottom}", f"{name}, {top}", f"{name}, {bottom}")
     if hardware:
         for which, stored in (("DynamicCache", seen), ("SketchCache", cap)):
             table.floor(f"{name}, {which}", step_floor(model, batch, stored, *hardware), f"{name}, {which}")

@@ -50,7 +50,7 @@ def _cycle(model, ids, cache):
         cache.crop(-CYCLE)
 
 
-def decode_rows(table, models, name, batch, seen=1024, cap=256, repetitions=20, seconds=60, hardware=None):
+def decode_rows(table, models, name, batch, seen=1024, cap=256, repetitions=20, warmup=2, seconds=60, hardware=None):
     """A decode step after `seen` tokens: the full cache, the sketch, a window and H2O with the same slots.
 
     hardware: (bytes per second, operations per second) for the floor of each, or None.
@@ -62,7 +62,7 @@ def decode_rows(table, models, name, batch, seen=1024, cap=256, repetitions=20, 
     caches |= {which: (model, _prefill(model, ids, SketchCache(model.config, cap, policy=p))) for which, p in policies.items()}
     name = f"{name}, batch {batch}, {seen} seen"
     runs = {f"{name}, {which}": (lambda m=m, c=c: _cycle(m, ids, c)) for which, (m, c) in caches.items()}
-    in_turn(table, runs, per=CYCLE, repetitions=repetitions, warmup=2, seconds=seconds)
+    in_turn(table, runs, per=CYCLE, repetitions=repetitions, warmup=warmup, seconds=seconds)
     pairs = [("SketchCache", "window"), ("SketchCache", "H2O"), *((which, "DynamicCache") for which in policies)]
     for top, bottom in pairs:
         table.ratio(f"{name}, {top} / {bottom}", f"{name}, {top}", f"{name}, {bottom}")
@@ -98,7 +98,7 @@ def loop_rows(table, models, name, prompt=512, new=512, cap=256, repetitions=3, 
     table.ratio(f"{name}, manual loop / generate", *reversed(runs))
 
 
-def prefill_rows(table, models, name, count=1024, chunk=512, cap=256, repetitions=20, seconds=60):
+def prefill_rows(table, models, name, count=1024, chunk=512, cap=256, repetitions=20, warmup=2, seconds=60):
     """A prompt in chunks through a bounded cache against the plain model's single pass; and the most tokens that it held."""
     plain, model = models
     ids = tokens(model, 1, count)
@@ -107,7 +107,7 @@ def prefill_rows(table, models, name, count=1024, chunk=512, cap=256, repetition
         f"{name}, plain": lambda: _prefill(plain, ids, DynamicCache(config=plain.config), count),
         f"{name}, chunks of {chunk}": lambda: _prefill(model, ids, SketchCache(model.config, cap), chunk),
     }
-    in_turn(table, runs, repetitions=repetitions, warmup=2, quantity="time of a prompt", seconds=seconds)
+    in_turn(table, runs, repetitions=repetitions, warmup=warmup, quantity="time of a prompt", seconds=seconds)
     table.ratio(f"{name}, chunks / plain", *reversed(runs))
     cache, held = SketchCache(model.config, cap), []
     for part in ids.split(chunk, 1):
@@ -117,7 +117,7 @@ def prefill_rows(table, models, name, count=1024, chunk=512, cap=256, repetition
     table.add(f"{name}, slots held at most / cap + chunk", "ratio", "1", [max(held) / (cap + chunk)])
 
 
-def scoring_rows(table, models, name, count=1024, cap=256, repetitions=5, seconds=60):
+def scoring_rows(table, models, name, count=1024, cap=256, repetitions=5, warmup=1, seconds=60):
     """`score` against predicting the same text one token at a time. Both must keep the same tokens and find the same loss."""
     _, model = models
     ids, found = tokens(model, 1, count), {}
@@ -136,7 +136,7 @@ def scoring_rows(table, models, name, count=1024, cap=256, repetitions=5, second
 
     name = f"{name}, {count} tokens"
     runs = {f"{name}, token by token": stepwise, f"{name}, score": streamed}
-    in_turn(table, runs, per=count, repetitions=repetitions, warmup=1, quantity="time per token", seconds=seconds)
+    in_turn(table, runs, per=count, repetitions=repetitions, warmup=warmup, quantity="time per token", seconds=seconds)
     table.ratio(f"{name}, token by token / score", *runs)
     (nll, cache), (nll_steps, cache_steps) = found["streamed"], found["stepwise"]
     torch.testing.assert_close(nll, nll_steps, rtol=1e-3, atol=1e-3)
@@ -145,7 +145,7 @@ def scoring_rows(table, models, name, count=1024, cap=256, repetitions=5, second
     table.add(f"{name}, kept positions that are the same", "share", "1", [share])
 
 
-def length_rows(table, model, name, lengths, cap=256, repetitions=20, seconds=120):
+def length_rows(table, model, name, lengths, cap=256, repetitions=20, warmup=2, seconds=120):
     """The time of a token against the text's length, with a cache for each, all in turn: time spent by the machine on other
     things then says nothing about length. The slope is relative to the mean time, per doubling of the length; its interval is
     Student's, over repetitions."""
@@ -154,7 +154,7 @@ def length_rows(table, model, name, lengths, cap=256, repetitions=20, seconds=12
         warnings.filterwarnings("ignore", message="position .* lies beyond")
         caches = {length: _prefill(model, ids[:, :length], SketchCache(model.config, cap)) for length in lengths}
         runs = {f"{name}, {length} seen": (lambda c=c: _cycle(model, ids, c)) for length, c in caches.items()}
-        in_turn(table, runs, per=CYCLE, repetitions=repetitions, warmup=2, seconds=seconds)
+        in_turn(table, runs, per=CYCLE, repetitions=repetitions, warmup=warmup, seconds=seconds)
         held = [peak_bytes(lambda c=c: _cycle(model, ids, c)) + c.nbytes()["total"] for c in caches.values()]
     times = np.stack([table.samples[row] for row in runs], 1)
     x = np.log2(lengths) - np.mean(np.log2(lengths))
@@ -227,7 +227,7 @@ def _datasketches(items, width, depth):
 PEERS = {"bounter": _bounter, "datasketches": _datasketches}
 
 
-def counting_rows(table, count=1_000_000, width=2048, depth=4, repetitions=20, reference=3, seconds=60):
+def counting_rows(table, count=1_000_000, width=2048, depth=4, repetitions=20, reference=3, warmup=1, seconds=60):
     """Update with a skewed stream, then an estimate of each of its items: ours, pure Python, and the peers installed.
 
     The pure-Python reference is timed `reference` times. Errors of all on the same stream stand beside, in items."""
@@ -252,7 +252,7 @@ def counting_rows(table, count=1_000_000, width=2048, depth=4, repetitions=20, r
     errors = {row: float(np.mean(np.asarray(run(), dtype=float) - true)) for row, run in runs.items()}
     slow = {f"{name}, pure Python": lambda: python_count_min(plain, sketch.hash), f"{name}, CountMinSketch, beside it": ours}
     settings = dict(quantity="time of update and query", seconds=seconds)
-    in_turn(table, runs, repetitions=repetitions, warmup=1, **settings)
+    in_turn(table, runs, repetitions=repetitions, warmup=warmup, **settings)
     in_turn(table, slow, repetitions=reference, warmup=0, **settings)
     table.ratio(f"{name}, pure Python / CountMinSketch", *slow)
     first, *peers = runs

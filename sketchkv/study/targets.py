@@ -55,11 +55,12 @@ def _find(frame, pattern):
 
 
 def verdicts(frames):
-    """One row (`COLUMNS`) per aim and device. frames: {"cpu": rows, GPU's name: rows, ...} (`timing.Table.frame`)."""
+    """One row (`COLUMNS`) per aim and device. frames: {"cpu...": rows, GPU's name: rows, ...}
+    (`timing.Table.frame`)."""
     found = []
     for quantity, kind, pattern, sense, target, floor in AIMS:
         measured = [(name, _find(frame, pattern), _find(frame, floor)) for name, frame in frames.items()
-                    if (name == "cpu") == (kind == "cpu")]  # fmt: skip
+                    if name.startswith("cpu") == (kind == "cpu")]  # fmt: skip
         measured = [(name, rows.iloc[0], floors) for name, rows, floors in measured if len(rows)]
         for name, row, floors in measured:
             met = {"at most": row["median"] <= target, "at least": row["median"] >= target,

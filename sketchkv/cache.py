@@ -242,12 +242,17 @@ class SketchLayer(CacheLayerMixin):
         lowest = ranks.topk(self.slots.capacity - self.attend_topk, largest=False).indices
         if self.attend_topk < self.max_cache_size:
             self.slots["unattended"].zero_().scatter_(-1, lowest, True)
-        evicted = lowest[..., : self.evict_every]
+        evicted = lowest[..., : self.slots.used - self.max_cache_size]
         if self.summary:
             real = positions.gather(-1, evicted) >= 0
             self.summary.fold(self.slots.take("keys", evicted), self.slots.take("values", evicted), real)
+        self._part(scores, evicted)
         self.slots.evict(evicted)
-        self.evicted += self.evict_every
+        self.evicted += evicted.shape[-1]
+
+    def _part(self, scores, evicted):
+        """The slots `evicted` are about to be freed, the lowest of `scores` (inf for protected, -inf for padding): for layers
+        that keep an account of what they lose."""
 
     def skip(self):
         """What one step changes on Python's side: for a step that runs on the device alone (`sketchkv.graph`)."""
@@ -277,7 +282,8 @@ class SketchCache(Cache):
     """A bounded KV cache for `model.generate(..., past_key_values=cache)` on a model switched by `sketchkv.enable`.
 
     config: the model's configuration (or the model). max_cache_size: tokens kept per sequence, layer and KV head after
-    an eviction. evict_every: tokens between evictions; as many slots are held beyond the cap, and count as memory.
+    an eviction; or a list, one cap per layer (`sketchkv.controller.pyramid`). evict_every: tokens between evictions; as
+    many slots are held beyond the cap, and count as memory.
     num_sinks: first tokens of a text that are never evicted; recent_window: newest tokens that are never evicted.
     attend_topk: attention runs over this many stored tokens alone, those that the policy ranked highest at the last
     eviction (sinks and recent window first), and over all that arrived since, which have no rank yet; before the first
@@ -297,24 +303,30 @@ class SketchCache(Cache):
     of range, and TypeError for an unknown parameter.
     """
 
+    layer_type = SketchLayer
+    recordable = True  # whether `sketchkv.graph` may record its steps
+
     def __init__(
         self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, attend_topk=None,
         summary_slots=0, bits=None, quantizer="normal", policy=None, **sketch,
     ):  # fmt: skip
         config = getattr(config, "config", config).get_text_config(decoder=True)
+        caps = list(max_cache_size) if isinstance(max_cache_size, (list, tuple)) else [max_cache_size] * config.num_hidden_layers
+        if len(caps) != config.num_hidden_layers:
+            raise ValueError(f"max_cache_size must be one number, or {config.num_hidden_layers}, one per layer; got {len(caps)}")
         for name, value, least in (
-            ("max_cache_size", max_cache_size, 1),
+            *(("max_cache_size", cap, 1) for cap in caps),
             ("num_sinks", num_sinks, 0),
             ("recent_window", recent_window, 0),
             ("evict_every", evict_every, 1),
-            ("attend_topk", max_cache_size if attend_topk is None else attend_topk, 1),
+            ("attend_topk", 1 if attend_topk is None else attend_topk, 1),
             ("summary_slots", summary_slots, 0),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}")
-        if max_cache_size <= num_sinks + recent_window:
+        if min(caps) <= num_sinks + recent_window:
             raise ValueError(
-                f"max_cache_size={max_cache_size} leaves nothing to choose beside {num_sinks} sinks and a recent window "
+                f"max_cache_size={min(caps)} leaves nothing to choose beside {num_sinks} sinks and a recent window "
                 f"of {recent_window}: raise the cap above {num_sinks + recent_window} or lower num_sinks, recent_window"
             )
         if attend_topk is not None and attend_topk <= num_sinks + recent_window:
@@ -334,6 +346,8 @@ class SketchCache(Cache):
         policies = policy if isinstance(policy, (list, tuple)) else [policy] * config.num_hidden_layers
         if len(policies) != config.num_hidden_layers or not all(isinstance(p, Policy) for p in policies):
             raise TypeError(f"policy must be a sketchkv Policy, or a list of {config.num_hidden_layers}, one per layer")
+        if len(set(caps)) > 1 and any(p.in_step for p in policies):
+            raise ValueError('shared="layers" needs one max_cache_size for all layers: layers exchange what they saw as they evict')
         self.max_cache_size = max_cache_size
         self.max_positions = getattr(config, "max_position_embeddings", None)
         # Without rotary embeddings, positions are rows of a table that ends.
@@ -342,8 +356,8 @@ class SketchCache(Cache):
         self.token_ids = None
         self.clock = None  # set while `sketchkv.graph` runs a step
         self.steps = None  # its recordings
-        shape = (max_cache_size, num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits, quantizer)
-        layers = [SketchLayer(copy.deepcopy(p), *shape) for p in policies]
+        shape = (num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits, quantizer)
+        layers = [self.layer_type(copy.deepcopy(p), cap, *shape) for p, cap in zip(policies, caps)]
         for index, layer in enumerate(layers):
             layer.policy.layer = index
             layer.policy.peers = [peer.policy for peer in layers]

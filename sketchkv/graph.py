@@ -15,7 +15,7 @@ class StepGraphs:
 
     The first steps run as they are, until the cache has evicted and each phase has run once; a phase is recorded when it
     comes round again, and replayed from then on. Recordings stay valid after `cache.reset()`, for texts without padding.
-    On a CPU nothing is recorded: the same steps run one by one. Raises ValueError for a policy that is not `recordable`.
+    On a CPU nothing is recorded: the same steps run one by one. Raises ValueError for a policy or cache that is not `recordable`.
     """
 
     def __init__(self, model, cache):
@@ -25,6 +25,8 @@ class StepGraphs:
                 f"steps with this {refused[0]} cannot be recorded, since it draws or counts outside the device (random scores, "
                 "8-bit counters, counters shared by layers): decode with graph=False"
             )
+        if not cache.recordable:
+            raise ValueError(f"a {type(cache).__name__} decides on the host while it decodes: decode with graph=False")
         self.model, self.cache = model, cache
         self.warm, self.graphs = set(), {}
         self.clock = self.expected = None
@@ -42,8 +44,8 @@ class StepGraphs:
             self.clock.fill_(seen)
         self.expected = seen + 1
         self.token.copy_(token)
-        # Layers go in step: all have seen the same tokens.
-        settled = layers[0].evicted and seen >= CENTRE_AFTER
+        # Layers go in step: all have seen the same tokens and, each at its own cap, evict equally often.
+        settled = all(layer.evicted for layer in layers) and seen >= CENTRE_AFTER
         phase = layers[0].slots.used - layers[0].max_cache_size if settled else None
         if phase is None or phase not in self.warm or not token.is_cuda:
             self.warm.add(phase)

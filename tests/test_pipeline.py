@@ -269,6 +269,19 @@ def test_two_runs_give_identical_quality_tables(tmp_path):
     assert (here.evicted > 0).all() and here.groupby("method").nll.mean().is_unique
 
 
+def test_two_runs_of_the_study_give_identical_tables(tmp_path):
+    """Notebook 04 at smoke size, as `make reproduce` runs it: own kernel, own workers, nothing kept from the first run."""
+    notebook = run.notebook_named("04", results.ROOT)
+    for name in ("a", "b"):
+        knobs = {**results.MAKE_DEFAULTS, "device": "cpu", "profile": "smoke", "output": str(tmp_path / name)}
+        run.reproduce([notebook], knobs, tmp_path / name)
+    tables = sorted(path.stem for path in (tmp_path / "a" / "data" / "results").glob("*.csv"))
+    assert "baselines" in tables
+    for table in tables:
+        first, second = (results.load_table(table, tmp_path / name, timings=False) for name in ("a", "b"))
+        pd.testing.assert_frame_equal(first, second, check_exact=True)
+
+
 def test_sidecars_say_where_a_result_comes_from(finished, tmp_path):
     sidecar = results.read_json(tmp_path / "figures" / "error.json")
     assert sidecar["notebook"] == "01_tiny" and sidecar["inputs"]["profile"] == "smoke" and sidecar["commit"]

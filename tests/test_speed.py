@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sketchkv.sketches import CountMinSketch
-from sketchkv.study import bench, scaling, speed, targets, timing
+from sketchkv.study import aims, bench, scaling, speed, timing
 
 MODEL = {"attention": [9, 0.4, 0], "layer": [20, 0.45, 30], "compact layer": [90, 1.5, 5], "block": [25, 0.4, 1.6]}
 
@@ -39,7 +39,7 @@ def test_a_group_is_stopped_at_its_limit():
 
 
 def test_verdicts():
-    found = targets.verdicts({
+    found = aims.verdicts({
         "cpu": rows(("rotary, batch 1, 4096 seen, SketchCache / DynamicCache", 0.5, 0.4, 0.7),
                     ("rotary, slope of time per doubling", 0.01, 0.002, 0.02)),
         "H": rows(("eager / fused, batch 64, 1024 slots", 1.3, 1.2, 1.4)),
@@ -47,7 +47,7 @@ def test_verdicts():
     verdict = found.set_index("quantity").verdict
     assert verdict["step of SketchCache / DynamicCache, rotary, batch 1"] == "met"
     assert verdict["time of a token per doubling of the text"] == verdict["eager attention / fused, batch 64"] == "missed"
-    assert (verdict == "not measured here").sum() == len(targets.AIMS) - 3
+    assert (verdict == "not measured here").sum() == len(aims.AIMS) - 3
 
 
 def test_the_floor_counts_weights_and_stored_tokens_once(gpt2):

@@ -42,15 +42,16 @@ def _model(name, device):
 
 @lru_cache(maxsize=2)
 def _reference(model, dataset, device, split, documents, length):
-    """Documents, and what the full cache says of them: ids `[documents, length]`, names, then per batch of documents the
-    log-probabilities `[batch, length, vocabulary]`, on the device."""
+    """Documents, and what the full cache says of them: ids `[documents, length]`, names, then per batch of documents
+    log-probabilities and probabilities `[batch, length, vocabulary]` and the first choices `[batch, length]`, on the device:
+    each point of a grid asks for all three."""
     lm, tokenizer = _model(model, device)
     texts = read_documents(dataset, tokenizer, split, documents, length)
     batches = [
         torch.cat([logits.float().log_softmax(-1) for _, logits in stream(lm, ids.to(lm.device))], 1)
         for ids in texts.input_ids.split(BATCH)
     ]
-    return texts.input_ids, texts.names, batches
+    return texts.input_ids, texts.names, [(full, full.exp(), full.argmax(-1)) for full in batches]
 
 
 @torch.no_grad()
@@ -66,7 +67,7 @@ def evaluate(
     ids, names, batches = _reference(model, dataset, device, split, documents, length)
     held = nbytes(lm.config, length, lm.dtype, **method)
     rows, half = [], (prompt + length) // 2
-    for part, full in zip(ids.split(BATCH), batches):
+    for part, reference in zip(ids.split(BATCH), batches):
         cache = make_cache(lm.config, length=length, **method)
         part, scores, seconds = part.to(lm.device), [], 0.0
         chunks = stream(lm, part, cache, max(1, TOKENS // len(part)))
@@ -79,7 +80,8 @@ def evaluate(
             if logits is None:
                 break
             stop = start + logits.shape[1]
-            scores.append(_compare(full[:, start:stop], logits.float().log_softmax(-1), part[:, start + 1 : stop + 1]))
+            full = (whole[:, start:stop] for whole in reference)
+            scores.append(_compare(*full, logits.float().log_softmax(-1), part[:, start + 1 : stop + 1]))
         nll, nll_full, kl, top1 = (torch.cat(each, 1) for each in zip(*scores))
         stored = sum(cache.stored_tokens()) / len(cache.layers)
         for i in range(len(part)):
@@ -95,13 +97,14 @@ def evaluate(
     return rows
 
 
-def _compare(full, found, targets):
-    """Of log-probabilities `[batch, n, vocabulary]` and the tokens that followed: nll and the full cache's nll, for as many
-    tokens as there are, KL divergence from the full cache and whether both have the same first choice, `[batch, n]`."""
+def _compare(full, probabilities, first, found, targets):
+    """Of the full cache's log-probabilities, probabilities and first choices, those found (`[batch, n, vocabulary]`) and the
+    tokens that followed: nll and the full cache's nll, for as many tokens as there are, KL divergence from the full cache
+    and whether both have the same first choice, `[batch, n]`."""
     following = targets[..., None]
     nll = [-p[:, : targets.shape[1]].gather(-1, following).squeeze(-1) for p in (found, full)]
-    kl = torch.nn.functional.kl_div(found, full, log_target=True, reduction="none").sum(-1)
-    return *nll, kl, (found.argmax(-1) == full.argmax(-1)).float()
+    kl = torch.linalg.vecdot(probabilities, full - found)
+    return *nll, kl, (found.argmax(-1) == first).float()
 
 
 def _synchronize(device):

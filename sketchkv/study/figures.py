@@ -16,13 +16,20 @@ FULL = (10.4, 4.2)  # inches: panels side by side
 # Seaborn's own error bars are a bootstrap without a seed: sns.lineplot(..., **figures.ERRORBAR)
 ERRORBAR = {"errorbar": ("ci", 95), "n_boot": 2000, "seed": 0}
 
-# A method keeps its colour and marker in every figure. The list only grows at its end.
-METHODS = (
-    "sketch", "h2o", "window", "streaming", "random", "lru", "key_norm", "tova", "decayed", "snapkv",
-    "position", "oracle", "int8", "int4", "aggregate", "topk", "lsh", "token",
-    "decayed_int4", "sketch_small", "sketch_int4", "h2o_half", "sketch_summary", "streaming_int4", "decayed_summary",
-    "decayed_int8", "kivi4", "kivi2", "kivi8", "compact",
-)  # fmt: skip
+# A method keeps its colour (an index into PALETTE) and marker in every figure. Those that share a figure with a legend have
+# different colours; of one colour, all have different markers.
+METHODS = {
+    "sketch": (0, "o"), "sketch_int4": (0, "p"), "token": (0, "*"),
+    "h2o": (1, "s"), "decayed_int8": (1, "D"), "topk": (1, "<"), "h2o_half": (1, "h"),
+    "decayed": (2, ">"), "decayed_int4": (2, "<"), "position": (2, "p"),
+    "streaming": (3, "D"), "streaming_int4": (3, "s"), "sketch_summary": (3, "P"),
+    "random": (4, "v"), "aggregate": (4, "X"), "kivi2": (4, "p"),
+    "lru": (5, "P"), "decayed_summary": (5, "^"), "int4": (5, "v"),
+    "key_norm": (6, "X"), "kivi4": (6, "v"), "lsh": (6, "<"),
+    "tova": (7, "<"), "int8": (7, "s"),
+    "oracle": (8, "*"), "window": (8, "^"), "kivi8": (8, "X"),
+    "snapkv": (9, "h"), "sketch_small": (9, ">"), "compact": (9, "*"),
+}  # fmt: skip
 FULL_CACHE = {"color": "#333333", "marker": "o"}  # the reference, in no competitor's colour
 
 
@@ -45,12 +52,11 @@ def method_style(name):
     """{"color", "marker"} of a method: the same for the same name in every figure, whatever else is drawn there."""
     if name == "full":
         return dict(FULL_CACHE)
-    index = METHODS.index(name) if name in METHODS else zlib.crc32(name.encode())
-    # The offset keeps two methods that share a colour apart by their marker.
-    return {
-        "color": PALETTE[index % len(PALETTE)],
-        "marker": MARKERS[(index + index // len(PALETTE)) % len(MARKERS)],
-    }
+    if name not in METHODS:
+        index = zlib.crc32(name.encode())
+        return {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
+    colour, marker = METHODS[name]
+    return {"color": PALETTE[colour], "marker": marker}
 
 
 def palette(names):

@@ -3,10 +3,11 @@
 import torch
 
 from sketchkv.attention import enable
+from sketchkv.study.evaluate import TOKENS
 
 
 @torch.no_grad()
-def nll_by_context(model, input_ids, lengths, targets=64, batch=16):
+def nll_by_context(model, input_ids, lengths, targets=64):
     """How much a longer context helps: the same tokens predicted from contexts of different length.
 
     input_ids: `[documents, tokens]`, tokens >= max(lengths). The last `targets` tokens of each document are predicted
@@ -18,9 +19,9 @@ def nll_by_context(model, input_ids, lengths, targets=64, batch=16):
     found = {}
     for length in lengths:
         rows = []
-        for ids in input_ids.split(batch):
+        for ids in input_ids.split(max(1, TOKENS // length)):
             window = torch.cat([ids[:, :1], ids[:, -(length - 1) :]], 1).to(model.device)
-            logits = model(window, use_cache=False).logits[:, -targets - 1 : -1].float()
+            logits = model(window, use_cache=False, logits_to_keep=targets + 1).logits[:, :-1].float()
             nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), window[:, -targets:], reduction="none")
             rows.append(nll.cpu())
         found[length] = torch.cat(rows)

@@ -1,0 +1,267 @@
+"""Caps per layer, slots that move between layers, heads that share a pool: all against the masked full cache."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import sketchkv
+from sketchkv import AttentionMass, Sketch, SketchCache, Window, generate, score
+from sketchkv.controller import AdaptiveCache, HeadPoolCache, pyramid
+from sketchkv.oracle import decode_and_watch, full_cache_logits
+
+
+def kept(cache):
+    return [cache.kept_positions(layer).sort(-1).values for layer in range(len(cache.layers))]
+
+
+def equals_masked_full_cache(model, ids, cache):
+    logits, visible = decode_and_watch(model, ids, cache)
+    torch.testing.assert_close(logits, full_cache_logits(model, ids, visible), atol=1e-4, rtol=0)
+    assert cache.evicted_tokens > 0
+    return logits
+
+
+# Caps per layer
+
+
+@settings(deadline=None)
+@given(st.integers(21, 500), st.integers(1, 40), st.floats(-0.99, 0.99))
+def test_pyramid_keeps_the_total(cap, layers, steepness):
+    caps = pyramid(cap, layers, steepness)
+    assert len(caps) == layers and sum(caps) == cap * layers
+    assert all((b - a) * steepness <= 1 for a, b in zip(caps, caps[1:]))  # up to rounding
+
+
+def test_pyramid_by_hand():
+    assert pyramid(100, 5) == [150, 125, 100, 75, 50] and pyramid(100, 3, 0) == [100] * 3 and pyramid(9, 1) == [9]
+    with pytest.raises(ValueError, match="steepness"):
+        pyramid(100, 5, 1)
+
+
+@pytest.mark.parametrize("caps", [[40, 24], [23, 37], (24, 29)])
+def test_caps_of_layers_equal_masked_full_cache(model, ids, caps):
+    def fresh():
+        return SketchCache(model.config, caps, recent_window=8, evict_every=5)
+
+    cache = fresh()
+    logits = equals_masked_full_cache(model, ids, cache)
+    streamed = fresh()
+    _, again = score(model, ids, streamed, chunk_size=33, return_logits=True)
+    torch.testing.assert_close(again, logits, atol=1e-4, rtol=0)
+    assert cache.seen_tokens == 100 and all(cap <= n < cap + 5 for cap, n in zip(caps, cache.stored_tokens()))
+
+
+def test_same_total_same_bytes(gpt2, ids):
+    sizes = []
+    for caps in (32, [40, 24], [23, 41]):
+        cache = SketchCache(gpt2.config, caps, recent_window=8)
+        score(gpt2, ids, cache)
+        sizes.append(cache.nbytes())
+    assert sizes[0] == sizes[1] == sizes[2]
+
+
+def test_recorded_steps_with_a_cap_for_each_layer(gpt2, ids):
+    caches = [SketchCache(gpt2.config, [43, 30], evict_every=4) for _ in range(2)]
+    for length in (50, 28):
+        tokens = [generate(gpt2, ids[:, :length], cache, 24, graph=graph) for cache, graph in zip(caches, (False, True))]
+        assert torch.equal(*tokens)
+        for cache in caches:
+            cache.reset()
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(max_cache_size=[64]), "one per layer"),
+    (dict(max_cache_size=[64, 64.0]), "whole number"),
+    (dict(max_cache_size=[64, 20]), "max_cache_size=20 leaves nothing"),
+    (dict(max_cache_size=[64, 48], shared="layers"), "one max_cache_size for all layers"),
+])  # fmt: skip
+def test_bad_caps(gpt2, settings, message):
+    with pytest.raises(ValueError, match=message):
+        SketchCache(gpt2.config, **settings)
+
+
+# Slots that move between layers
+
+KINDS = {
+    "exact": {},
+    "sketch": dict(policy=Sketch(width=64, depth=2)),
+    "window": dict(policy=Window()),
+    "summary": dict(summary_slots=2),
+    "wide summary": dict(summary_slots=7),
+    "coded": dict(bits=8, summary_slots=1),
+}
+
+
+def adaptive(model, **settings):
+    settings = {"recent_window": 4, "evict_every": 4, "margin": 1.0} | copy.deepcopy(settings)
+    return AdaptiveCache(model.config, 32, **settings)
+
+
+def wandering(model, **settings):
+    """An adaptive cache with prices of our own, after which slots wander: lenders and takers at every distance."""
+    cache = adaptive(model, **settings)
+    for index, layer in enumerate(cache.layers):
+
+        def part(scores, evicted, layer=layer, index=index):
+            layer.prices.fill_((layer.seen // 24 + index) % len(cache.layers) + 1)
+            layer.known = True
+
+        layer._part = part
+    return cache
+
+
+@pytest.mark.parametrize("kind", ["exact", "sketch", "window"])
+def test_adaptive_equals_masked_full_cache(model, ids, kind):
+    cache = adaptive(model, **KINDS[kind])
+    logits = equals_masked_full_cache(model, ids, cache)
+    for chunk_size in (100, 3):
+        streamed = adaptive(model, **KINDS[kind])
+        _, again = score(model, ids, streamed, chunk_size=chunk_size, return_logits=True)
+        torch.testing.assert_close(again, logits, atol=1e-4, rtol=0)
+        assert all(map(torch.equal, kept(streamed), kept(cache)))
+        assert streamed.history == cache.history
+
+
+def plain(model, kind):
+    """The same cache with a fixed uniform split."""
+    settings = {"policy": AttentionMass()} | copy.deepcopy(KINDS[kind])
+    return SketchCache(model.config, 32, recent_window=4, evict_every=4, **settings)
+
+
+def deep(layers):
+    """A model with room for slots to wander."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=97, n_positions=512, n_embd=32, n_layer=layers, n_head=2)
+    model = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    return sketchkv.enable(model.eval().requires_grad_(False))
+
+
+def test_slots_wander_through_all_layers(ids):
+    model = deep(4)
+    cache = wandering(model)
+    equals_masked_full_cache(model, torch.cat([ids, ids.flip(1), ids], 1), cache)
+    moves = [[b - a for a, b in zip(before, after)] for (_, before), (_, after) in zip(cache.history, cache.history[1:])]
+    ways = {(move.index(-4), move.index(4)) for move in moves if 4 in move}
+    assert any(a < b - 1 for a, b in ways) and any(a > b + 1 for a, b in ways), ways
+    assert all(sum(caps) == 4 * 32 and min(caps) >= 16 for _, caps in cache.history)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_does_not_see_that_its_slots_moved(ids, kind):
+    """What moved and came back is what it would be in arrays of its own."""
+    model = deep(3)
+    text = torch.cat([ids, ids.flip(1)], 1)
+    cache = adaptive(model, **KINDS[kind])
+    still = plain(model, kind)
+    cache._move = lambda: None
+    score(model, text[:, :150], cache, chunk_size=4)
+    score(model, text[:, :150], still, chunk_size=4)
+    for way in ((0, 2), (2, 0), (1, 0), (0, 1)):
+        lender = cache.layers[way[0]].slots
+        spare = lender.capacity - lender.used  # lent and taken back: the free end of each stretch
+        lender.capacity -= spare
+        cache.arena.lend(*way, spare)
+        taker = cache.layers[way[1]].slots
+        taker.capacity -= spare
+        cache.arena.lend(*way[::-1], spare)
+    now = slice(150, None)
+    logits = [model(text[:, now], past_key_values=each).logits for each in (cache, still)]
+    torch.testing.assert_close(*logits)
+    assert all(map(torch.equal, kept(cache), kept(still)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_is_constant_and_the_uniform_splits(ids, kind):
+    model = deep(4)
+    still = plain(model, kind)
+    score(model, ids, still)
+    cache = wandering(model, **KINDS[kind])
+    model(ids[:, :1], past_key_values=cache)
+    memory = {name: rows.data_ptr() for name, rows in cache.arena.rows.items()}
+    for chunk in ids[:, 1:].split(4, 1):
+        model(chunk, past_key_values=cache)
+    own = sum(layer.prices.nbytes for layer in cache.layers)
+    assert cache.nbytes()["total"] == still.nbytes()["total"] + own and cache.nbytes()["kv"] == still.nbytes()["kv"]
+    assert {name: rows.data_ptr() for name, rows in cache.arena.rows.items()} == memory
+    # Every row belongs to exactly one layer.
+    positions = [layer.slots.positions for layer in cache.layers]
+    assert torch.equal(torch.cat(positions, 2), cache.arena.rows["positions"])
+    assert sum(layer.slots.capacity for layer in cache.layers) == 4 * 36 and cache.history
+
+
+def test_two_texts_in_a_row_equal_two_fresh_caches(ids):
+    model = deep(4)
+    cache = wandering(model)
+    first = score(model, ids[:1], cache)
+    assert cache.history
+    cache.reset()
+    assert not cache.history and cache.caps == [32] * 4
+    second = score(model, ids[1:], cache)
+    for text, nll in ((ids[:1], first), (ids[1:], second)):
+        assert torch.equal(score(model, text, wandering(model)), nll)
+
+
+def test_long_passes_padding_and_beams(model, padding):
+    padded, mask = padding
+    cache = adaptive(model)
+    out = model.generate(
+        padded, attention_mask=mask, past_key_values=cache, max_new_tokens=20, num_beams=2, do_sample=False, eos_token_id=None
+    )  # fmt: skip
+    assert out.shape == (2, 120) and sum(cache.caps) == 64
+    assert all(cap <= n < cap + 8 for cap, n in zip(cache.caps, cache.stored_tokens()))
+    cache = adaptive(model)
+    logits, visible = decode_and_watch(model, padded, cache, mask)
+    torch.testing.assert_close(logits[1, 23:], full_cache_logits(model, padded, visible, mask)[1, 23:], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("settings, message", [
+    (dict(margin=0.9), "margin"), (dict(least=0), "least"), (dict(memory=1.0), "memory"), (dict(attend_topk=30), "attend_topk"),
+    (dict(max_cache_size=[32, 37]), "modulo evict_every=16"), (dict(evict_every=40), "at least evict_every=40"),
+])  # fmt: skip
+def test_bad_settings(gpt2, settings, message):
+    with pytest.raises(ValueError, match=message):
+        AdaptiveCache(gpt2.config, **{"max_cache_size": 32} | settings)
+
+
+def test_adaptive_steps_are_not_recorded(gpt2, ids):
+    with pytest.raises(ValueError, match="AdaptiveCache decides on the host"):
+        generate(gpt2, ids, adaptive(gpt2), 5, graph=True)
+
+
+# Heads that share a pool
+
+
+def test_pooled_heads_equal_masked_full_cache(model, ids):
+    caches = [HeadPoolCache(model.config, 32, recent_window=8, evict_every=5, floor=floor) for floor in (0.0, 0.5)]
+    for cache in caches:
+        logits = equals_masked_full_cache(model, ids, cache)
+        counts = torch.stack([(cache.kept_positions(layer) >= 0).sum(-1) for layer in range(2)])
+        assert (counts.sum(-1) == counts.shape[-1] * cache.stored_tokens()[0]).all() and counts.min() != counts.max()
+        cache.reset()
+        _, again = score(model, ids, cache, chunk_size=33, return_logits=True)
+        torch.testing.assert_close(again, logits, atol=1e-4, rtol=0)
+    assert counts.min() >= 18  # half of an equal split is sure
+
+
+def test_pool_of_equal_bytes(gpt2, ids):
+    pooled, plain = HeadPoolCache(gpt2.config, 32), SketchCache(gpt2.config, 32, policy=AttentionMass())
+    for cache in (pooled, plain):
+        score(gpt2, ids, cache)
+    assert pooled.nbytes()["kv"] == plain.nbytes()["kv"] and pooled.evicted_tokens == plain.evicted_tokens
+    assert pooled.nbytes()["total"] - plain.nbytes()["total"] == 2 * 2 * 4 * 48  # the owner of each slot
+
+
+def test_pool_refuses(gpt2, padding):
+    with pytest.raises(ValueError, match="16 bits"):
+        HeadPoolCache(gpt2.config, 32, bits=8)
+    with pytest.raises(ValueError, match="floor"):
+        HeadPoolCache(gpt2.config, 32, floor=1.0)
+    with pytest.raises(ValueError, match="without padding"):
+        gpt2(padding[0], attention_mask=padding[1], past_key_values=HeadPoolCache(gpt2.config, 32))

@@ -23,8 +23,8 @@ values from v. And b is a mean of these values: |b - v| <= R, the largest such d
 
     dropping: m (w + |v - a|)        folding: m (w + (1 - m') (1 - e^-J) |v - a|)
 
-Folding is exact for a tail of equal keys (c = J = 0); it never has the larger bound; and what it cannot mend, whatever is
-added to its logit, is w: that some of the lost tokens were the ones that mattered. A range r of the tail's logits bounds
+Folding is exact for a tail of equal keys (c = J = 0); it never has the larger bound; and what the right mass
+alone would not mend is w: that some of the lost tokens were the ones that mattered. A range r of the tail's logits bounds
 both: c <= sinh(r / 2) (Bhatia & Davis 2000) and J <= r^2 / 8 (Hoeffding 1963).
 """
 

@@ -438,7 +438,7 @@ class SketchCache(Cache):
                     f"the text reaches position {last}, but the model has only {self.max_positions} (0 to "
                     f"{self.max_positions - 1}): shorten the text or use a model with rotary positions"
                 )
-            if last >= self.max_positions:
+            if last - count < self.max_positions <= last:  # once in a text
                 warnings.warn(f"position {last} lies beyond the {self.max_positions} that the model was made for", stacklevel=2)
         self.is_open = True
         self.token_ids = token_ids

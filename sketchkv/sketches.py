@@ -6,6 +6,17 @@ import math
 import torch
 
 PRIME = 2**31 - 1  # a * x + b stays below 2**62, so int64 arithmetic is exact
+# Items counted at a time on a CPU: few enough that what one operation leaves is in the core's cache for the next.
+CHUNK = 2**15
+
+
+def _modulo_prime(x):
+    """x mod p in place, for int64 0 <= x < p (p + 1): since 2^31 = 1 mod p, high and low bits add up, and no division is
+    needed, which takes several times as long."""
+    high = x >> 31
+    x.bitwise_and_(PRIME).add_(high)  # at most 2 p - 1
+    torch.add(x, 1, out=high)  # what passes p loses p: one more in bit 31, one more below
+    return x.add_(high.bitwise_right_shift_(31)).bitwise_and_(PRIME)
 
 
 class CarterWegmanHash:
@@ -32,17 +43,23 @@ class CarterWegmanHash:
         Raises TypeError for another dtype, and ValueError for negative items on CPU. On CUDA values are not looked at,
         since that would stall the device: there a negative item counts as its remainder mod p.
         """
+        self.check(items)
+        reduced = items.dtype == torch.int32 and items.device.type == "cpu"  # within [0, p]
+        return self.by_row((items.long() if reduced else items.long().remainder(PRIME)).unsqueeze(-2))
+
+    def check(self, items):
+        """Raises what a call with these `items` raises."""
         if items.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"items must be int32 or int64 ids, got {items.dtype}: convert with items.long()")
         if items.dim() == 0:
             raise ValueError("items must have shape [..., n], got a single number: use items[None]")
-        if items.device.type == "cpu" and (items < 0).any():
+        if items.device.type == "cpu" and items.numel() and items.min() < 0:
             raise ValueError("items must not be negative: give an empty slot any id with weight 0")
-        return self.by_row(items.long().remainder(PRIME).unsqueeze(-2))
 
     def by_row(self, items):
-        """The same of items that differ from row to row: int64 `[..., depth, n]` in [0, p), not checked."""
-        return (self.a[:, None] * items + self.b[:, None]).remainder_(PRIME).remainder_(self.width)
+        """The same of items that differ from row to row: int64 `[..., depth, n]` in [0, p], not checked."""
+        hashed = _modulo_prime(torch.addcmul(self.b[:, None], self.a[:, None], items))
+        return hashed.remainder_(self.width) if self.width & self.width - 1 else hashed.bitwise_and_(self.width - 1)
 
     @property
     def nbytes(self):
@@ -61,6 +78,10 @@ class SignedHash:
     def __call__(self, items):
         """Indices in [0, 2 width), int64 `[..., depth, n]`, of int32 or int64 `items` `[..., n]`."""
         return self.place(items) + self.place.width * self.sign(items)
+
+    def check(self, items):
+        """Raises what a call with these `items` raises."""
+        self.place.check(items)
 
     @property
     def nbytes(self):
@@ -201,6 +222,7 @@ class CounterSketch:
     """
 
     signed = False  # whether counters and weights may be negative
+    divisible = False  # whether the items of one call may as well come in several, as far as float counters go
 
     def __init__(self, hash, width, batch_shape, dtype, device):
         if not dtype.is_floating_point and dtype not in (torch.int32, torch.int64, torch.uint8):
@@ -253,22 +275,26 @@ class CounterSketch:
                 looking would stall the device).
             TypeError: float items, or float weights for integer counters.
         """
-        indices = self._indices(items, indices)
         if isinstance(weights, torch.Tensor):
             self._check_weights(weights)
         else:  # filled on the device: copying a number there would stall it
             number = 1 if weights is None else weights
             self._check_weights(torch.tensor(number))
             weights = torch.full((), number, dtype=self.number, device=self.table.device)
-        weights = _expand(weights, (*self.batch_shape, indices.shape[-1]), "weights")
-        self._add(indices, weights.detach().to(self.number))
+        weights, start = weights.detach().to(self.number), 0
+        divisible = self.divisible and isinstance(self.table, torch.Tensor)
+        for indices, count in self._chunks(items, indices, divisible):
+            expanded = _expand(weights, (*self.batch_shape, count), "weights")
+            self._add(indices, expanded[..., start : start + indices.shape[-1]])
+            start += indices.shape[-1]
         if self.number == torch.float16:
             largest = torch.finfo(torch.float16).max
             self.table.clamp_(-largest, largest)
 
     def query(self, items=None, *, indices=None):
         """Estimated weights of `items`, `[*batch_shape, n]` in the counters' dtype; arguments as for `update`."""
-        return self._estimate(self._indices(items, indices))
+        estimates = [self._estimate(chunk) for chunk, _ in self._chunks(items, indices, self.divisible)]
+        return estimates[0] if len(estimates) == 1 else torch.cat(estimates, -1)
 
     def topk(self, candidates, k, *, indices=None):
         """The `k` candidates with the largest estimates, largest first; among equals the earlier candidate wins.
@@ -329,6 +355,16 @@ class CounterSketch:
         """Estimates `[*batch_shape, n]` from the counters at `indices` `[*batch_shape, depth, n]`."""
         raise NotImplementedError(f"{type(self).__name__} must define _estimate()")
 
+    def _chunks(self, items, indices, divisible):
+        """Table indices of n items, and n: at once, or if `divisible` in turn, `CHUNK` of them at a time."""
+        if not divisible or indices is not None or items is None or items.dim() == 0 or items.shape[-1] <= CHUNK or items.is_cuda:
+            indices = self._indices(items, indices)
+            yield indices, indices.shape[-1]
+            return
+        self.hash.check(items)  # all, before the first is counted
+        for chunk in items.split(CHUNK, -1):
+            yield self._indices(chunk, None), items.shape[-1]
+
     def _indices(self, items, indices):
         """Table indices, int64 `[*batch_shape, depth, n]`, from the one argument that is given."""
         if (items is None) == (indices is None):
@@ -345,7 +381,10 @@ class CounterSketch:
             raise TypeError(f"{self.table.dtype} counters can't take {weights.dtype} weights: use a float dtype")
         if weights.device.type != "cpu":
             return
-        if not (weights.abs() < math.inf).all() or not self.signed and (weights < 0).any():
+        if not weights.numel():
+            return
+        low, high = weights.aminmax()  # NaN, if there is one
+        if not (low >= 0 or self.signed and low > -math.inf) or not high < math.inf:
             raise ValueError("weights must be finite and not negative, or the estimates mean nothing")
 
 
@@ -372,6 +411,8 @@ class CountMinSketch(CounterSketch):
         TypeError: a dtype that can't count.
     """
 
+    divisible = True
+
     def __init__(self, width, depth, batch_shape=(), seed=0, dtype=torch.float32, device=None):
         super().__init__(CarterWegmanHash(width, depth, seed, device), width, batch_shape, dtype, device)
 
@@ -393,6 +434,8 @@ class ConservativeSketch(CountMinSketch):
     Decay scales counters and truth alike, so both bounds stay. A merge adds the counters: at least the truth, but no
     longer what one stream would have left. `total` is not known: rows do not sum to it.
     """
+
+    divisible = False
 
     @property
     def total(self):
@@ -424,6 +467,8 @@ class CountSketch(CounterSketch):
     """
 
     signed = True
+
+    divisible = True
 
     def __init__(self, width, depth, batch_shape=(), seed=0, dtype=torch.float32, device=None):
         super().__init__(SignedHash(width, depth, seed, device), width, batch_shape, dtype, device)

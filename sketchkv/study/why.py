@@ -353,15 +353,15 @@ def heads(
     return found
 
 
-KINDS = {"sink": "S", "recent": "R", "few": "F", "broad": "B"}  # letters in the figure
+KINDS = {"sink": "S", "recent": "R", "narrow": "N", "broad": "B"}  # letters in the figure
 
 
 def head_kind(sinks, recent, effective, slots):
     """What a head looks at, from `attention_analysis.spread`: "sink" or "recent" where these hold more than half of its
-    attention; else "few" or "broad", by whether its attention is spread over no more tokens than the cache holds."""
+    attention; else "narrow" or "broad", by whether its attention is spread over no more tokens than the cache holds."""
     if max(sinks, recent) > 0.5:
         return "sink" if sinks > recent else "recent"
-    return "few" if effective <= slots else "broad"
+    return "narrow" if effective <= slots else "broad"
 
 
 # -- the noise of few bits ----------------------------------------------------------------------------------------------

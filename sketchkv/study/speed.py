@@ -1,0 +1,262 @@
+"""What a whole model's steps cost with a bounded cache and with the cache it replaces, on either device.
+
+A sample of decoding is a whole cycle of evictions, so each eviction is paid for by the tokens that it serves.
+"""
+
+import copy
+import importlib
+import warnings
+from collections import Counter
+
+import numpy as np
+import torch
+from scipy.stats import t as student
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+
+from sketchkv import H2O, SketchCache, Window, enable, generate, score
+from sketchkv.sketches import PRIME, CountMinSketch
+from sketchkv.study.timing import in_turn
+
+CYCLE = 16  # steps between two evictions
+
+
+def gpt2_small(device="cpu", dtype=torch.float32, positions=4096):
+    """A GPT-2 small with random weights: as fast as a trained one."""
+    torch.manual_seed(0)
+    config = GPT2Config(n_positions=positions, eos_token_id=None, bos_token_id=None)
+    return GPT2LMHeadModel(config).to(device, dtype).eval().requires_grad_(False)
+
+
+def pair(model):
+    """(model as transformers runs it, a copy that knows `SketchCache`)."""
+    return model, enable(copy.deepcopy(model))
+
+
+def tokens(model, batch, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, model.config.vocab_size, (batch, count), generator=generator).to(model.device)
+
+
+def _prefill(model, ids, cache, chunk=512):
+    for part in ids.split(chunk, 1):
+        model(part, past_key_values=cache, logits_to_keep=1)
+    return cache
+
+
+def _cycle(model, ids, cache):
+    for token in ids[:, :CYCLE].split(1, 1):
+        model(token, past_key_values=cache, logits_to_keep=1)
+    if isinstance(cache, DynamicCache):  # stays at the same length; a bounded cache costs the same at any
+        cache.crop(-CYCLE)
+
+
+def decode_rows(table, models, name, batch, seen=1024, cap=256, repetitions=20, warmup=2, seconds=60, hardware=None):
+    """A decode step after `seen` tokens: the full cache, the sketch, a window and H2O with the same slots.
+
+    hardware: (bytes per second, operations per second) for the floor of each, or None.
+    """
+    plain, model = models
+    ids = tokens(model, batch, seen)
+    policies = {"SketchCache": None, "window": Window(), "H2O": H2O()}
+    caches = {"DynamicCache": (plain, _prefill(plain, ids, DynamicCache(config=plain.config)))}
+    caches |= {which: (model, _prefill(model, ids, SketchCache(model.config, cap, policy=p))) for which, p in policies.items()}
+    name = f"{name}, batch {batch}, {seen} seen"
+    runs = {f"{name}, {which}": (lambda m=m, c=c: _cycle(m, ids, c)) for which, (m, c) in caches.items()}
+    in_turn(table, runs, per=CYCLE, repetitions=repetitions, warmup=warmup, seconds=seconds)
+    pairs = [("SketchCache", "window"), ("SketchCache", "H2O"), *((which, "DynamicCache") for which in policies)]
+    for top, bottom in pairs:
+        table.ratio(f"{name}, {top} / {bottom}", f"{name}, {top}", f"{name}, {bottom}")
+    if hardware:
+        for which, stored in (("DynamicCache", seen), ("SketchCache", cap)):
+            table.floor(f"{name}, {which}", step_floor(model, batch, stored, *hardware), f"{name}, {which}")
+
+
+def step_floor(model, batch, stored, bandwidth, rate):
+    """Microseconds that one step needs at least: weights and stored keys and values read once, or its multiplications."""
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    weights = [p for name, p in model.named_parameters() if "wpe" not in name]  # of positions, one row is read
+    cached = 2 * batch * config.num_hidden_layers * heads * head_dim * stored
+    group = config.num_attention_heads // heads
+    needed = sum(p.nbytes for p in weights) + cached * weights[0].element_size()
+    operations = 2 * batch * sum(p.numel() for p in weights) + 2 * cached * group
+    return max(needed / bandwidth, operations / rate) * 1e6
+
+
+def loop_rows(table, models, name, prompt=512, new=512, cap=256, repetitions=3, warmup=1, seconds=60):
+    """The decode loop in the open with SketchCache against `model.generate` with DynamicCache."""
+    plain, model = models
+    ids = tokens(model, 1, prompt)
+    settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+    name = f"{name}, {prompt} + {new} tokens"
+    runs = {
+        f"{name}, generate, DynamicCache": lambda: plain.generate(ids, attention_mask=torch.ones_like(ids), **settings),
+        f"{name}, manual loop, SketchCache": lambda: generate(model, ids, SketchCache(model.config, cap), new),
+    }
+    in_turn(table, runs, per=new, repetitions=repetitions, warmup=warmup, seconds=seconds)
+    table.ratio(f"{name}, manual loop / generate", *reversed(runs))
+
+
+def prefill_rows(table, models, name, count=1024, chunk=512, cap=256, repetitions=20, warmup=2, seconds=60):
+    """A prompt in chunks through a bounded cache against the plain model's single pass; and the most tokens that it held."""
+    plain, model = models
+    ids = tokens(model, 1, count)
+    name = f"{name}, prompt of {count} tokens"
+    runs = {
+        f"{name}, plain": lambda: _prefill(plain, ids, DynamicCache(config=plain.config), count),
+        f"{name}, chunks of {chunk}": lambda: _prefill(model, ids, SketchCache(model.config, cap), chunk),
+    }
+    in_turn(table, runs, repetitions=repetitions, warmup=warmup, quantity="time of a prompt", seconds=seconds)
+    table.ratio(f"{name}, chunks / plain", *reversed(runs))
+    cache, held = SketchCache(model.config, cap), []
+    for part in ids.split(chunk, 1):
+        model(part, past_key_values=cache, logits_to_keep=1)
+        held.append(max(layer.slots.capacity for layer in cache.layers))
+    assert cache.evicted_tokens > 0
+    table.add(f"{name}, slots held at most / cap + chunk", "ratio", "1", [max(held) / (cap + chunk)])
+
+
+def scoring_rows(table, models, name, count=1024, cap=256, repetitions=5, warmup=1, seconds=60):
+    """`score` against predicting the same text one token at a time. Both must keep the same tokens and find the same loss."""
+    _, model = models
+    ids, found = tokens(model, 1, count), {}
+
+    def streamed():
+        cache = SketchCache(model.config, cap)
+        found["streamed"] = score(model, ids, cache), cache
+
+    def stepwise():
+        cache, logits = SketchCache(model.config, cap), []
+        for token in ids[:, :-1].split(1, 1):
+            logits.append(model(token, past_key_values=cache).logits)
+        logits = torch.cat(logits, 1).float().transpose(1, 2)
+        found["stepwise"] = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none"), cache
+        model(ids[:, -1:], past_key_values=cache)  # `score` passes the last token through as well
+
+    name = f"{name}, {count} tokens"
+    runs = {f"{name}, token by token": stepwise, f"{name}, score": streamed}
+    in_turn(table, runs, per=count, repetitions=repetitions, warmup=warmup, quantity="time per token", seconds=seconds)
+    table.ratio(f"{name}, token by token / score", *runs)
+    (nll, cache), (nll_steps, cache_steps) = found["streamed"], found["stepwise"]
+    torch.testing.assert_close(nll, nll_steps, rtol=1e-3, atol=1e-3)
+    kept = [torch.stack([c.kept_positions(i).sort(-1).values for i in range(len(c.layers))]) for c in (cache, cache_steps)]
+    share = float((kept[0] == kept[1]).double().mean())
+    table.add(f"{name}, kept positions that are the same", "share", "1", [share])
+
+
+def length_rows(table, model, name, lengths, cap=256, repetitions=20, warmup=2, seconds=120):
+    """The time of a token against the text's length, with a cache for each, all in turn: time spent by the machine on other
+    things then says nothing about length. The slope is relative to the mean time, per doubling of the length; its interval is
+    Student's, over repetitions."""
+    ids = tokens(model, 1, max(lengths) + CYCLE)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="position .* lies beyond")
+        caches = {length: _prefill(model, ids[:, :length], SketchCache(model.config, cap)) for length in lengths}
+        runs = {f"{name}, {length} seen": (lambda c=c: _cycle(model, ids, c)) for length, c in caches.items()}
+        in_turn(table, runs, per=CYCLE, repetitions=repetitions, warmup=warmup, seconds=seconds)
+        held = [peak_bytes(lambda c=c: _cycle(model, ids, c)) + c.nbytes()["total"] for c in caches.values()]
+    times = np.stack([table.samples[row] for row in runs], 1)
+    x = np.log2(lengths) - np.mean(np.log2(lengths))
+    slopes = (times / times.mean(1, keepdims=True)) @ x / (x @ x)
+    half = student.ppf(0.975, len(slopes) - 1) * slopes.std(ddof=1) / len(slopes) ** 0.5
+    mean = slopes.mean()
+    table.rows.append([f"{name}, slope of time per doubling", "95 % interval", "1", mean, mean - half, mean + half, len(slopes)])
+    table.add(f"{name}, peak bytes at {max(lengths)} / at {min(lengths)} tokens", "ratio", "1", [held[-1] / held[0]])
+
+
+def peak_bytes(run):
+    """The most bytes that tensors made in `run()` hold at one time, on the CPU."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = np.cumsum([e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())])
+    return int(changes.max(initial=0))
+
+
+def operations(run, top=12):
+    """Where the time of `run()` goes: rows (dict) of torch.profiler, the operations that took most, by their own time."""
+    with torch.profiler.profile() as profile:
+        run()
+    events = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
+    total = sum(e.self_cpu_time_total for e in events)
+    return [
+        {"operation": e.key, "calls": e.count, "microseconds": e.self_cpu_time_total, "share": e.self_cpu_time_total / total}
+        for e in events[:top]
+    ]
+
+
+# The sketch alone
+
+
+def python_count_min(items, hash):
+    """Count-Min by the book: update with every item, then the estimate of each. Returns the estimates (list)."""
+    rows = list(zip(hash.a.tolist(), hash.b.tolist()))
+    table = [[0] * hash.width for _ in rows]
+    for item in items:
+        for row, (a, b) in zip(table, rows):
+            row[(a * item + b) % PRIME % hash.width] += 1
+    return [min(row[(a * item + b) % PRIME % hash.width] for row, (a, b) in zip(table, rows)) for item in items]
+
+
+def _bounter(items, width, depth):
+    sketch, names = importlib.import_module("bounter").CountMinSketch(width=width, depth=depth), list(map(str, items))
+
+    def run():
+        sketch.update(names)
+        return [sketch[name] for name in names]
+
+    return run
+
+
+def _datasketches(items, width, depth):
+    kind = importlib.import_module("datasketches").count_min_sketch
+
+    def run():
+        sketch = kind(depth, width)
+        update, estimate = sketch.update, sketch.get_estimate
+        for item in items:
+            update(item, 1)
+        return [estimate(item) for item in items]
+
+    return run
+
+
+# bounter (C) is the fastest of those tried (cmsketch and madoka are slower than either), but must be compiled where it is
+# installed: it is measured where it is there; datasketches (C++) comes as a wheel and is among the pins.
+PEERS = {"bounter": _bounter, "datasketches": _datasketches}
+
+
+def counting_rows(table, count=1_000_000, width=2048, depth=4, repetitions=20, reference=3, warmup=1, seconds=60):
+    """Update with a skewed stream, then an estimate of each of its items: ours, pure Python, and the peers installed.
+
+    The pure-Python reference is timed `reference` times. Errors of all on the same stream stand beside, in items."""
+    items = np.random.default_rng(0).zipf(1.2, count) % 50_000
+    stream, plain = torch.from_numpy(items), items.tolist()
+    true = Counter(plain)
+    true = np.array([true[item] for item in plain])
+    sketch = CountMinSketch(width, depth)
+
+    def ours():
+        sketch.reset()
+        sketch.update(stream)
+        return sketch.query(stream)
+
+    name = f"{count} items"
+    runs = {f"{name}, CountMinSketch": ours}
+    for peer, make in PEERS.items():
+        try:
+            runs[f"{name}, {peer}"] = make(plain, width, depth)
+        except ImportError:
+            continue
+    errors = {row: float(np.mean(np.asarray(run(), dtype=float) - true)) for row, run in runs.items()}
+    slow = {f"{name}, pure Python": lambda: python_count_min(plain, sketch.hash), f"{name}, CountMinSketch, beside it": ours}
+    settings = dict(quantity="time of update and query", seconds=seconds)
+    in_turn(table, runs, repetitions=repetitions, warmup=warmup, **settings)
+    in_turn(table, slow, repetitions=reference, warmup=0, **settings)
+    table.ratio(f"{name}, pure Python / CountMinSketch", *slow)
+    first, *peers = runs
+    for row in peers:
+        table.ratio(f"{row} / CountMinSketch", row, first)
+    for row, error in errors.items():
+        table.add(f"{row}, mean error", "error", "items", [error])

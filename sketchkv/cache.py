@@ -13,7 +13,7 @@ from sketchkv.slots import EMPTY, Slots
 from sketchkv.summary import Summary
 
 # Queries of one attention product: bounds the score matrix while a large cache fills.
-MAX_BLOCK = 512
+MAX_BLOCK = 256
 # Tokens after which quantized keys are centred (`Slots.recentre`): early enough for most of a text, late enough for a mean.
 CENTRE_AFTER = 32
 # Evictions between two looks for NaN on CUDA, where looking makes the host wait for the device.
@@ -31,7 +31,7 @@ class SketchLayer(CacheLayerMixin):
 
     def __init__(
         self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None, summary_slots=0, bits=None,
-        quantizer="normal",
+        quantizer="normal", prefill_chunk=None,
     ):  # fmt: skip
         super().__init__()
         self.policy = policy
@@ -43,6 +43,7 @@ class SketchLayer(CacheLayerMixin):
         self.summary_slots = summary_slots
         self.bits = bits
         self.quantizer = quantizer
+        self.prefill_chunk = prefill_chunk
         self.summary = None
         self.slots = None
         self.nan = None  # whether an importance was NaN, a bool tensor on the device
@@ -102,6 +103,7 @@ class SketchLayer(CacheLayerMixin):
     def reset(self):
         self._forget()
         if self.slots is not None:
+            self._shrink()  # an error may have come in the middle of a prompt
             self.slots.clear()
             if self.nan is not None:
                 self.nan.zero_()
@@ -141,27 +143,53 @@ class SketchLayer(CacheLayerMixin):
             rotation = matrix(rotation, query.dtype)
             query, key, value = query @ rotation, key @ rotation, value @ rotation
         while start < total:
+            if self.prefill_chunk and total > self.evict_every and self.slots.home is None:
+                self._stretch(total - start)
             count = min(self.slots.capacity - self.slots.used, total - start, MAX_BLOCK)
             if rotation is not None and self.seen < CENTRE_AFTER:
                 count = min(count, CENTRE_AFTER - self.seen)
             block = slice(start, start + count)
-            queried = self._store(key, value, valid, token_ids, block, clock)
-            outputs.append(self._attend_block(query[:, :, block], queried, scaling, clock is not None))
+            parts = (query, key, value) if count == total else (x[:, :, block] for x in (query, key, value))
+            queries, keys, values = parts
+            real = self._store(keys, values, valid, token_ids, block, clock)
+            outputs.append(self._attend_block(queries, real, scaling, clock is not None))
             if rotation is not None and self.seen == CENTRE_AFTER:
                 self.slots.recentre(self.num_sinks)
             if self.slots.used == self.slots.capacity:
                 self._evict(clock)
+                self._shrink()
             start += count
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
         return output if rotation is None else output @ rotation.T
 
+    def _stretch(self, coming):
+        """Room for the tokens of a prompt that are yet to come, `prefill_chunk` beyond the cap at most; none is made where
+        they fit as it is."""
+        needed = min(self.slots.used + coming, self.max_cache_size + self.prefill_chunk)
+        if needed > self.slots.capacity:
+            self.slots.stretch(needed)
+            self._point()
+
+    def _shrink(self):
+        if self.slots.home is not None:
+            self.slots.shrink()
+            self._point()
+
+    def _point(self):
+        if self.summary:
+            self.summary.means = self.slots.summary["keys"], self.slots.summary["values"]
+
     def _store(self, key, value, valid, token_ids, block, clock=None):
-        """Appends the tokens of `block`; returns which of them are real (`[batch, n]`), None if all are."""
+        """Appends the tokens of `block` (`key` and `value` are theirs alone); returns which of them are real (`[batch, n]`),
+        None if all are."""
         count = block.stop - block.start
+        padded = valid is not None or self.padded
         positions, real = clock, None
         if clock is None:
-            positions = torch.arange(self.seen, self.seen + count, dtype=torch.int32, device=key.device)
-        if valid is not None or self.padded:
+            positions = self.seen
+            if count > 1 or padded:
+                positions = torch.arange(self.seen, self.seen + count, dtype=torch.int32, device=key.device)
+        if padded:
             positions = positions.expand(key.shape[0], count)
             real = torch.ones_like(positions, dtype=torch.bool) if valid is None else valid[:, block]
             if not self.padded:
@@ -171,7 +199,7 @@ class SketchLayer(CacheLayerMixin):
             begins = (self.first < 0) & real.any(-1)
             self.first = torch.where(begins, self.seen + real.int().argmax(-1), self.first)
             positions = positions.masked_fill(~real, EMPTY)
-        new = self.slots.append(key[:, :, block], value[:, :, block], positions)
+        new = self.slots.append(key, value, positions)
         self.policy.enter(self.slots, new, None if token_ids is None else token_ids[:, block])
         self.seen += count
         return real
@@ -185,27 +213,25 @@ class SketchLayer(CacheLayerMixin):
         keys, values = self.slots.context("keys"), self.slots.context("values")
         batch, kv_heads, length, head_dim = keys.shape  # summary slots, then stored tokens
         stored = slice(length - used, None)
-        hidden = None  # True where a query must not look, broadcastable to [batch, kv_heads, 1, count, used]
-        if count > 1:
-            hidden = torch.ones(count, used, dtype=torch.bool, device=keys.device).triu(used - count + 1)
-        if self.padded:
-            empty = (self.slots["positions"] < 0)[:, :, None, None]
-            hidden = empty if hidden is None else hidden | empty
-        if self.attend_topk < self.max_cache_size:
-            unattended = self.slots["unattended"][:, :, None, None]
-            hidden = unattended if hidden is None else hidden | unattended
         # The query heads of a group share their KV head's slots: no key or value is repeated (grouped-query attention).
-        query = query.reshape(batch, kv_heads, -1, head_dim)
-        logits = (query @ keys.transpose(-1, -2)).float().mul_(scaling).view(batch, kv_heads, -1, count, length)
-        if hidden is not None:
-            logits[..., stored].masked_fill_(hidden, torch.finfo(logits.dtype).min)
+        query, keys, values = query.reshape(batch * kv_heads, -1, head_dim), keys.flatten(0, 1), values.flatten(0, 1)
+        logits = torch.baddbmm(query.new_empty(()), query, keys.transpose(1, 2), beta=0, alpha=scaling).float()
+        logits = logits.view(batch, kv_heads, -1, count, length)
+        least = torch.finfo(logits.dtype).min
+        if count > 1:  # the new tokens are the last ones stored: of each other, they see those before them
+            later = torch.ones(count, count, dtype=torch.bool, device=keys.device).triu_(1)
+            logits[..., length - count :].masked_fill_(later, least)
+        if self.padded:
+            logits[..., stored].masked_fill_((self.slots["positions"] < 0)[:, :, None, None], least)
+        if self.attend_topk < self.max_cache_size:
+            logits[..., stored].masked_fill_(self.slots["unattended"][:, :, None, None], least)
         if self.summary:
             logits[..., : stored.start] += self.summary.bias()[:, :, None, None]
         attention = logits.softmax(-1)
-        output = attention.view(batch, kv_heads, -1, length).to(values.dtype) @ values
+        output = torch.bmm(attention.view(batch * kv_heads, -1, length).to(values.dtype), values)
         if self.policy.uses_attention:
-            received = attention[..., stored]
-            received = received[:, :, 0] if received.shape[2] == 1 else received.sum(2)
+            received = attention[..., stored] if self.summary else attention
+            received = received.squeeze(2) if received.shape[2] == 1 else received.sum(2)
             if real is not None:
                 received = received * real[:, None, :, None]
             self.policy.observe(self.slots, received)
@@ -308,7 +334,7 @@ class SketchCache(Cache):
 
     def __init__(
         self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, attend_topk=None,
-        summary_slots=0, bits=None, quantizer="normal", policy=None, **sketch,
+        summary_slots=0, bits=None, quantizer="normal", prefill_chunk=None, policy=None, **sketch,
     ):  # fmt: skip
         config = getattr(config, "config", config).get_text_config(decoder=True)
         caps = list(max_cache_size) if isinstance(max_cache_size, (list, tuple)) else [max_cache_size] * config.num_hidden_layers
@@ -321,6 +347,7 @@ class SketchCache(Cache):
             ("evict_every", evict_every, 1),
             ("attend_topk", 1 if attend_topk is None else attend_topk, 1),
             ("summary_slots", summary_slots, 0),
+            ("prefill_chunk", evict_every if prefill_chunk is None else prefill_chunk, evict_every),
         ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}")
@@ -346,6 +373,8 @@ class SketchCache(Cache):
         policies = policy if isinstance(policy, (list, tuple)) else [policy] * config.num_hidden_layers
         if len(policies) != config.num_hidden_layers or not all(isinstance(p, Policy) for p in policies):
             raise TypeError(f"policy must be a sketchkv Policy, or a list of {config.num_hidden_layers}, one per layer")
+        if prefill_chunk is not None and any(p.in_step for p in policies):
+            raise ValueError('shared="layers" needs evictions at the same tokens in all layers: leave prefill_chunk out')
         if len(set(caps)) > 1 and any(p.in_step for p in policies):
             raise ValueError('shared="layers" needs one max_cache_size for all layers: layers exchange what they saw as they evict')
         self.max_cache_size = max_cache_size
@@ -356,7 +385,8 @@ class SketchCache(Cache):
         self.token_ids = None
         self.clock = None  # set while `sketchkv.graph` runs a step
         self.steps = None  # its recordings
-        shape = (num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits, quantizer)
+        self.prefill_chunk = prefill_chunk
+        shape = (num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits, quantizer, prefill_chunk)
         layers = [self.layer_type(copy.deepcopy(p), cap, *shape) for p, cap in zip(policies, caps)]
         for index, layer in enumerate(layers):
             layer.policy.layer = index

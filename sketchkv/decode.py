@@ -100,6 +100,8 @@ def stream(model, input_ids, cache=None, chunk_size=512):
     if input_ids.shape[1] < 2:
         raise ValueError("a text of one token has nothing to predict: give at least two tokens")
     chunk_size = _chunk_size(cache, chunk_size)
+    if getattr(cache, "prefill_chunk", None):  # what is scored is decoded, not a prompt
+        chunk_size = min(chunk_size, cache.layers[0].evict_every)
     for start in range(0, input_ids.shape[1], chunk_size):
         chunk = input_ids[:, start : start + chunk_size]
         yield start, model(chunk, past_key_values=cache, use_cache=True).logits

@@ -39,7 +39,7 @@ class Slots:
             self.centre = torch.zeros(batch, num_kv_heads, 1, head_dim, dtype=torch.float16, device=device)
         shape = (batch, num_kv_heads, capacity)
         self.arrays = {"positions": torch.full(shape, EMPTY, dtype=torch.int32, device=device)}
-        self.summary, self.whole = {}, {}
+        self.summary, self.whole, self.home = {}, {}, None
         for name in ("keys", "values"):
             rows = summary_slots + (0 if self.coders else capacity)
             whole = torch.zeros(batch, num_kv_heads, rows, head_dim, dtype=dtype, device=device)
@@ -66,7 +66,7 @@ class Slots:
 
     def __getitem__(self, name):
         """The occupied part of an array: `[batch, num_kv_heads, used, ...]`, a view unless it is quantized."""
-        return self.read(name, slice(self.used))
+        return self.read(name, slice(self.used)) if name in self.coders else self.arrays[name].narrow(2, 0, self.used)
 
     def read(self, name, part):
         """The slots `part` (slice) of an array: `[batch, num_kv_heads, n, ...]`, a view unless it is quantized."""
@@ -81,7 +81,7 @@ class Slots:
         """Summary and occupied slots of keys or values: `[batch, num_kv_heads, summary_slots + used, head_dim]`."""
         if self.coders:
             return torch.cat([self.summary[name], self[name]], 2)
-        return self.whole[name][:, :, : self.summary[name].shape[2] + self.used]
+        return self.whole[name].narrow(2, 0, self.summary[name].shape[2] + self.used)
 
     def _decoded(self, name, pick):
         array = pick(self.arrays[name])
@@ -91,12 +91,17 @@ class Slots:
         return vectors if self.centre is None or name == "values" else vectors.add_(self.centre)
 
     def append(self, keys, values, positions):
-        """Stores n new tokens (`[batch, num_kv_heads, n, head_dim]`; positions `[batch, n]`, or `[n]` if all rows have
-        the same); returns their slots."""
-        new = slice(self.used, self.used + keys.shape[2])
+        """Stores n new tokens (`[batch, num_kv_heads, n, head_dim]`; positions `[batch, n]`, `[n]` if all rows have the
+        same, or the number of one token's); returns their slots."""
+        start, count = self.used, keys.shape[2]
+        new = slice(start, start + count)
         for name, vectors in (("keys", keys), ("values", values)):
             self._encode(name, vectors, new)
-        self.positions[:, :, new] = positions[..., None, :]
+        stored = self.positions.narrow(2, start, count)
+        if isinstance(positions, int):
+            stored.fill_(positions)
+        else:
+            stored.copy_(positions[..., None, :])
         self.used = new.stop
         return new
 
@@ -104,7 +109,7 @@ class Slots:
         if self.coders:
             vectors = vectors if self.centre is None or name == "values" else vectors - self.centre
             vectors, self.arrays[f"{name}_scale"][:, :, part] = self.coders[name].encode(vectors)
-        self.arrays[name][:, :, part] = vectors
+        self.arrays[name].narrow(2, part.start or 0, vectors.shape[2]).copy_(vectors)
 
     def recentre(self, first):
         """Codes all stored keys anew, as distances from the mean key of the tokens at position `first` and later.
@@ -143,6 +148,26 @@ class Slots:
             self.arrays[name][:, :, kept : self.used] = EMPTY if name == "positions" else 0
         self.used = self.kept = kept
 
+    def stretch(self, capacity):
+        """As many slots until `shrink`, in memory of their own: for as long as a prompt passes."""
+        self.home = self.capacity, self.arrays, self.whole, self.summary
+        more, self.capacity = capacity - self.capacity, capacity
+        kept, count = self.whole.keys() if not self.coders else (), self.summary["keys"].shape[2]
+        self.arrays = {n: _longer(array, more, EMPTY if n == "positions" else 0) for n, array in self.arrays.items() if n not in kept}
+        self.whole = {name: _longer(whole, more if kept else 0) for name, whole in self.whole.items()}
+        self.summary = {name: whole[:, :, :count] for name, whole in self.whole.items()}
+        self.arrays |= {name: self.whole[name][:, :, count:] for name in kept}
+
+    def shrink(self):
+        """Takes `stretch` back: what the slots hold moves home, where those occupied must fit."""
+        stretched, summary = self.arrays, self.summary
+        self.capacity, self.arrays, self.whole, self.summary = self.home
+        self.home = None
+        for name, array in self.arrays.items():
+            array.copy_(stretched[name].narrow(2, 0, self.capacity))
+        for name, means in self.summary.items():
+            means.copy_(summary[name])
+
     def reorder(self, index):
         """Row i becomes what row `index[i]` was, in place (beam search)."""
         for array in self.arrays.values():
@@ -162,3 +187,8 @@ class Slots:
     def nbytes(self, *names):
         """Bytes held by the named arrays."""
         return sum(self.arrays[name].nbytes for name in names)
+
+
+def _longer(array, more, value=0):
+    """A copy with `more` rows of `value` behind the others."""
+    return torch.cat([array, array.new_full((*array.shape[:2], more, *array.shape[3:]), value)], 2)

@@ -49,14 +49,13 @@ def gpu_groups(table):
 def cpu_groups(table, size="bench"):
     """As `gpu_groups`, on at most two cores: the embedded model, a GPT-2 small, and the rotary model for long texts.
 
-    size: "bench"; "study", some minutes; "smoke", which shows that all of it runs and measures nothing.
+    size: "bench"; "study", what a notebook has the time for; "smoke", which shows that all of it runs and measures nothing.
     """
     torch.set_num_threads(min(2, torch.get_num_threads()))
     smoke, bench = size == "smoke", size == "bench"
     seen, few = (320, dict(repetitions=2, warmup=1)) if smoke else (1024, {})
-    fewest = few or dict(repetitions=20 if bench else 3)  # of what takes long
     hardware = copy_bandwidth(table, "cpu", 2**28, 10), matmul_rate(table, "cpu", torch.float32, 1024 if smoke else 2048, 10)
-    decode = dict(hardware=hardware, cap=64 if smoke else 256, seconds=150 if bench else 45, **few)
+    decode = dict(hardware=hardware, cap=64 if smoke else 256, seconds=500 if bench else 45, **few)
 
     def on(which, rows, **settings):
         load = {"embedded": lambda: loading.load("embedded")[0], "GPT-2 small": speed.gpt2_small,
@@ -69,14 +68,14 @@ def cpu_groups(table, size="bench"):
         "embedded-8": (180, lambda: on("embedded", speed.decode_rows, batch=8, seen=seen, **decode)),
         "rotary": (120, lambda: on("rotary", speed.decode_rows, batch=1, seen=4 * seen, **decode)),
         "gpt2-1": (180, lambda: on("GPT-2 small", speed.decode_rows, batch=1, seen=seen, **decode)),
-        "gpt2-8": (300, lambda: on("GPT-2 small", speed.decode_rows, batch=8, seen=seen, **decode)),
-        "loop": (200, lambda: on("embedded", speed.loop_rows, prompt=seen // 2, new=32 if smoke else 512, **fewest)),
+        "gpt2-8": (600, lambda: on("GPT-2 small", speed.decode_rows, batch=8, seen=seen, **decode)),
+        "loop": (500, lambda: on("embedded", speed.loop_rows, prompt=seen // 2, new=32 if smoke else 512, seconds=450, **few)),
         "length": (200, lambda: on("rotary", lambda t, m, name: speed.length_rows(t, m[1], name, lengths, **few))),
         "prefill": (90, lambda: on("embedded", speed.prefill_rows, count=seen, chunk=seen // 2, cap=decode["cap"], **few)),
-        "scoring": (180, lambda: on("embedded", speed.scoring_rows, count=seen // 2 if smoke else seen, **fewest)),
+        "scoring": (400, lambda: on("embedded", speed.scoring_rows, count=seen // 2 if smoke else seen, seconds=350, **few)),
         "counting": (120, lambda: speed.counting_rows(table, 20_000 if smoke else 1_000_000, **few)),
     }
-    left_out = {"smoke": ("gpt2-1", "gpt2-8"), "study": ("gpt2-8",)}.get(size, ())
+    left_out = {"smoke": ("gpt2-1", "gpt2-8"), "study": ("gpt2-1", "gpt2-8", "loop", "scoring")}.get(size, ())
     return {name: group for name, group in groups.items() if name not in left_out}
 
 
@@ -112,7 +111,7 @@ def main(arguments=None):
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", help="CSV to write (default: data/benchmarks/NAME.csv); its JSON goes beside it")
     parser.add_argument("--commit", help="commit of the code, where git cannot tell")
-    parser.add_argument("--seconds", type=float, default=1800, help="all groups together take about this long at most")
+    parser.add_argument("--seconds", type=float, default=2700, help="all groups together take about this long at most")
     parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups of rows to measure, by name")
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"

@@ -416,6 +416,8 @@ def test_report_renders_from_the_committed_results(committed):
     drawn = [image["source"] for image in json.loads(typst.query(paper.encode(), "image", root=str(committed)))]
     assert sorted(Path(source).stem for source in drawn) == sorted(p.stem for p in (committed / "figures").glob("*.png"))
     assert len(re.findall(rb"/Type\s*/Page\b", pdf.compile(paper, committed))) > 5
+    claims = [int(n) for n in re.findall(r"^(\d+)\. \*\*", markdown.split("\n## ")[1], re.M)]
+    assert claims == list(range(1, len(claims) + 1)) and len(claims) > 9, "a claim shares a line with another"
     assert markdown == (ROOT / "report" / "report.md").read_text(encoding="utf-8"), "run `make reproduce`"
 
 

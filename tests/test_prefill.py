@@ -19,6 +19,7 @@ def bounded(model, cap=24, chunk=20, **settings):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("model", ["gpt2", "llama"], indirect=True)
 def test_equals_the_masked_full_cache(model, ids, policy):
     cache = bounded(model, policy=POLICIES[policy])
     logits, visible = decode_and_watch(model, ids, cache, chunk_size=20)

@@ -171,7 +171,7 @@ class SketchLayer(CacheLayerMixin):
             self._point()
 
     def _shrink(self):
-        if self.slots.home is not None:
+        if self.prefill_chunk and self.slots.home is not None:
             self.slots.shrink()
             self._point()
 

@@ -155,7 +155,7 @@ class AdaptiveCache(SketchCache):
     recorded (`sketchkv.graph`). `score` and `generate` bring at most `evict_every` tokens at a time, and what is evicted
     then does not depend on how a text is cut; longer passes move slots less often.
 
-    Raises ValueError for parameters out of range, and with `attend_topk`.
+    Raises ValueError for parameters out of range, and with `attend_topk` or `coarse_bits`.
     """
 
     layer_type = LentLayer
@@ -168,6 +168,8 @@ class AdaptiveCache(SketchCache):
             )
         if settings.get("attend_topk") is not None:
             raise ValueError("attend_topk can't be set here: the caps move, and attention runs over all stored tokens")
+        if settings.get("coarse_bits") is not None:
+            raise ValueError("coarse_bits can't be set here: only slots that are all alike can be lent")
         super().__init__(config, max_cache_size, policy=AttentionMass() if policy is None else policy, **settings)
         self.margin = margin
         self.block = self.layers[0].evict_every

@@ -11,6 +11,7 @@ from sketchkv.policies import AttentionMass, Policy, Sketch
 from sketchkv.quantize import coder, matrix
 from sketchkv.slots import EMPTY, Slots
 from sketchkv.summary import Summary
+from sketchkv.tiers import TieredSlots, Tiers
 
 # Queries of one attention product: bounds the score matrix while a large cache fills.
 MAX_BLOCK = 256
@@ -31,7 +32,7 @@ class SketchLayer(CacheLayerMixin):
 
     def __init__(
         self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None, summary_slots=0, bits=None,
-        quantizer="normal", prefill_chunk=None,
+        quantizer="normal", prefill_chunk=None, tiers=None,
     ):  # fmt: skip
         super().__init__()
         self.policy = policy
@@ -44,6 +45,7 @@ class SketchLayer(CacheLayerMixin):
         self.bits = bits
         self.quantizer = quantizer
         self.prefill_chunk = prefill_chunk
+        self.tiers = tiers
         self.summary = None
         self.slots = None
         self.nan = None  # whether an importance was NaN, a bool tensor on the device
@@ -60,10 +62,12 @@ class SketchLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states):
         batch, heads, _, head_dim = key_states.shape
         capacity = self.max_cache_size + self.evict_every
-        self.slots = Slots(
-            batch, heads, capacity, head_dim, key_states.dtype, key_states.device, self.summary_slots, self.bits,
-            self.quantizer,
-        )  # fmt: skip
+        shape = batch, heads, capacity, head_dim, key_states.dtype, key_states.device
+        coding = self.summary_slots, self.bits, self.quantizer
+        if self.tiers:
+            self.slots = TieredSlots(*shape, *coding, self.tiers, self.max_cache_size)
+        else:
+            self.slots = Slots(*shape, *coding)
         if self.summary_slots:
             self.summary = Summary(self.slots.summary["keys"], self.slots.summary["values"])
         self.policy.allocate(self.slots)
@@ -145,7 +149,7 @@ class SketchLayer(CacheLayerMixin):
         while start < total:
             if self.prefill_chunk and total > self.evict_every and self.slots.home is None:
                 self._stretch(total - start)
-            count = min(self.slots.capacity - self.slots.used, total - start, MAX_BLOCK)
+            count = min(self.slots.room, total - start, MAX_BLOCK)
             if rotation is not None and self.seen < CENTRE_AFTER:
                 count = min(count, CENTRE_AFTER - self.seen)
             block = slice(start, start + count)
@@ -158,6 +162,8 @@ class SketchLayer(CacheLayerMixin):
             if self.slots.used == self.slots.capacity:
                 self._evict(clock)
                 self._shrink()
+            elif not self.slots.room:
+                self.slots.demote(self._rank(clock)[1])
             start += count
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
         return output if rotation is None else output @ rotation.T
@@ -255,6 +261,22 @@ class SketchLayer(CacheLayerMixin):
 
         Among equal scores (tokens that share a sketch key, say) the older goes: the same choice on every device.
         """
+        positions = self.slots["positions"]
+        scores, ranks = self._rank(clock)
+        lowest = ranks.topk(self.slots.capacity - self.attend_topk, largest=False).indices
+        if self.attend_topk < self.max_cache_size:
+            self.slots["unattended"].zero_().scatter_(-1, lowest, True)
+        evicted = lowest[..., : self.slots.used - self.max_cache_size]
+        if self.summary:
+            real = positions.gather(-1, evicted) >= 0
+            self.summary.fold(self.slots.take("keys", evicted), self.slots.take("values", evicted), real)
+        self._part(scores, evicted)
+        self.slots.evict(evicted, ranks)
+        self.evicted += evicted.shape[-1]
+
+    def _rank(self, clock=None):
+        """Scores of all occupied slots, those of sinks and recent window inf and those of padding -inf, and integers in
+        their order: `[batch, num_kv_heads, used]` each. Among equals the older is lower."""
         positions, seen = self.slots["positions"], self.seen if clock is None else clock + 1
         scores = self.policy.score(self.slots, seen)
         first = 0 if self.first is None else self.first[:, None, None]
@@ -264,17 +286,7 @@ class SketchLayer(CacheLayerMixin):
         self.nan = nan if self.nan is None else self.nan.logical_or_(nan)  # in place, where a recorded step finds it
         if nan.device.type == "cpu" or (clock is None and self.evicted // self.evict_every % CHECK_EVERY == 0):
             self.check()
-        ranks = _order(scores, positions)
-        lowest = ranks.topk(self.slots.capacity - self.attend_topk, largest=False).indices
-        if self.attend_topk < self.max_cache_size:
-            self.slots["unattended"].zero_().scatter_(-1, lowest, True)
-        evicted = lowest[..., : self.slots.used - self.max_cache_size]
-        if self.summary:
-            real = positions.gather(-1, evicted) >= 0
-            self.summary.fold(self.slots.take("keys", evicted), self.slots.take("values", evicted), real)
-        self._part(scores, evicted)
-        self.slots.evict(evicted)
-        self.evicted += evicted.shape[-1]
+        return scores, _order(scores, positions)
 
     def _part(self, scores, evicted):
         """The slots `evicted` are about to be freed, the lowest of `scores` (inf for protected, -inf for padding): for layers
@@ -304,6 +316,18 @@ def _order(scores, positions):
     return (bits.long() << 32) + positions
 
 
+def _pair(bits, quantizer):
+    """Bits for keys and values as a tuple, None as it is. Raises ValueError for what does not exist."""
+    if bits is None:
+        return None
+    bits = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
+    if len(bits) != 2:
+        raise ValueError(f"bits must be one number, a pair for keys and values, or None; got {bits!r}")
+    for each in bits:
+        coder(each, 64, quantizer, "cpu")  # refuses what does not exist now instead of at the first token
+    return bits
+
+
 class SketchCache(Cache):
     """A bounded KV cache for `model.generate(..., past_key_values=cache)` on a model switched by `sketchkv.enable`.
 
@@ -322,6 +346,9 @@ class SketchCache(Cache):
     values; None, in the model's dtype. quantizer: "normal" in rotated coordinates, or "range" in groups of 32 channels
     (`sketchkv.quantize`). Attention turns one layer at a time back into numbers: that working memory is not part of
     `nbytes`.
+    coarse_bits: precision that falls before a token is evicted (`sketchkv.tiers`): tokens enter in `bits`, in which the share
+    `fine` of the slots is held; the others are coded anew in these, no more than those. demote: "age" or "importance", what
+    it falls with.
     policy: an eviction policy, or one per layer (list); default `Sketch(**sketch)`, whose parameters (`width`, `depth`,
     `key`, `decay`, ...) may be given directly.
 
@@ -334,7 +361,8 @@ class SketchCache(Cache):
 
     def __init__(
         self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, attend_topk=None,
-        summary_slots=0, bits=None, quantizer="normal", prefill_chunk=None, policy=None, **sketch,
+        summary_slots=0, bits=None, quantizer="normal", coarse_bits=None, fine=0.25, demote="importance", prefill_chunk=None,
+        policy=None, **sketch,
     ):  # fmt: skip
         config = getattr(config, "config", config).get_text_config(decoder=True)
         caps = list(max_cache_size) if isinstance(max_cache_size, (list, tuple)) else [max_cache_size] * config.num_hidden_layers
@@ -361,18 +389,16 @@ class SketchCache(Cache):
                 f"attend_topk={attend_topk} leaves nothing to choose beside {num_sinks} sinks and a recent window of "
                 f"{recent_window}, which are always attended to: raise it above {num_sinks + recent_window}"
             )
-        if bits is not None:
-            bits = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
-            if len(bits) != 2:
-                raise ValueError(f"bits must be one number, a pair for keys and values, or None; got {bits!r}")
-            for each in bits:
-                coder(each, 64, quantizer, "cpu")  # refuses what does not exist now instead of at the first token
+        bits, coarse_bits = _pair(bits, quantizer), _pair(coarse_bits, quantizer)
+        tiers = None if coarse_bits is None else Tiers(coarse_bits, fine, demote).checked(bits)
         if policy is not None and sketch:
             raise TypeError(f"give either policy= or sketch parameters, not both: {', '.join(sketch)}")
         policy = Sketch(**sketch) if policy is None else policy
         policies = policy if isinstance(policy, (list, tuple)) else [policy] * config.num_hidden_layers
         if len(policies) != config.num_hidden_layers or not all(isinstance(p, Policy) for p in policies):
             raise TypeError(f"policy must be a sketchkv Policy, or a list of {config.num_hidden_layers}, one per layer")
+        if prefill_chunk is not None and tiers:
+            raise ValueError("prefill_chunk can't be set with coarse_bits: slots of two precisions do not stretch")
         if prefill_chunk is not None and any(p.in_step for p in policies):
             raise ValueError('shared="layers" needs evictions at the same tokens in all layers: leave prefill_chunk out')
         if len(set(caps)) > 1 and any(p.in_step for p in policies):
@@ -386,7 +412,7 @@ class SketchCache(Cache):
         self.clock = None  # set while `sketchkv.graph` runs a step
         self.steps = None  # its recordings
         self.prefill_chunk = prefill_chunk
-        shape = (num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits, quantizer, prefill_chunk)
+        shape = (num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits, quantizer, prefill_chunk, tiers)
         layers = [self.layer_type(copy.deepcopy(p), cap, *shape) for p, cap in zip(policies, caps)]
         for index, layer in enumerate(layers):
             layer.policy.layer = index

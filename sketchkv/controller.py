@@ -155,7 +155,7 @@ class AdaptiveCache(SketchCache):
     recorded (`sketchkv.graph`). `score` and `generate` bring at most `evict_every` tokens at a time, and what is evicted
     then does not depend on how a text is cut; longer passes move slots less often.
 
-    Raises ValueError for parameters out of range, and with `attend_topk` or `prefill_chunk`.
+    Raises ValueError for parameters out of range, and with `attend_topk`, `coarse_bits` or `prefill_chunk`.
     """
 
     layer_type = LentLayer
@@ -170,6 +170,8 @@ class AdaptiveCache(SketchCache):
             raise ValueError("attend_topk can't be set here: the caps move, and attention runs over all stored tokens")
         if settings.get("prefill_chunk") is not None:
             raise ValueError("prefill_chunk can't be set here: slots are lent from eviction to eviction, prompts included")
+        if settings.get("coarse_bits") is not None:
+            raise ValueError("coarse_bits can't be set here: only slots that are all alike can be lent")
         super().__init__(config, max_cache_size, policy=AttentionMass() if policy is None else policy, **settings)
         self.margin = margin
         self.block = self.layers[0].evict_every

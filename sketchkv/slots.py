@@ -55,6 +55,7 @@ class Slots:
     keys = property(lambda self: self.arrays["keys"])
     values = property(lambda self: self.arrays["values"])
     positions = property(lambda self: self.arrays["positions"])
+    room = property(lambda self: self.capacity - self.used)  # tokens that may enter before something must be done
 
     def add(self, name, dtype, *size):
         """Adds one number per slot, or `size` of them, under `name`, zero to begin with:
@@ -74,8 +75,7 @@ class Slots:
 
     def take(self, name, index):
         """Keys or values in the slots `index` (`[batch, num_kv_heads, n]`): `[batch, num_kv_heads, n, head_dim]`."""
-        index = index[..., None]
-        return self._decoded(name, lambda array: array.gather(2, index.expand(*index.shape[:3], array.shape[-1])))
+        return self._decoded(name, lambda array: gather(array, index))
 
     def context(self, name):
         """Summary and occupied slots of keys or values: `[batch, num_kv_heads, summary_slots + used, head_dim]`."""
@@ -106,10 +106,15 @@ class Slots:
         return new
 
     def _encode(self, name, vectors, part):
-        if self.coders:
-            vectors = vectors if self.centre is None or name == "values" else vectors - self.centre
-            vectors, self.arrays[f"{name}_scale"][:, :, part] = self.coders[name].encode(vectors)
-        self.arrays[name].narrow(2, part.start or 0, vectors.shape[2]).copy_(vectors)
+        for each, coded in self._coded(name, vectors).items():
+            self.arrays[each].narrow(2, part.start or 0, coded.shape[2]).copy_(coded)
+
+    def _coded(self, name, vectors):
+        """What the arrays hold of keys or values `[..., head_dim]`: {name of an array: tensor}."""
+        if not self.coders:
+            return {name: vectors}
+        vectors = vectors if self.centre is None or name == "values" else vectors - self.centre
+        return dict(zip((name, f"{name}_scale"), self.coders[name].encode(vectors)))
 
     def recentre(self, first):
         """Codes all stored keys anew, as distances from the mean key of the tokens at position `first` and later.
@@ -122,8 +127,9 @@ class Slots:
         self.centre.copy_((keys * member).sum(2, keepdim=True) / member.sum(2, keepdim=True).clamp(min=1))
         self._encode("keys", keys, slice(self.used))
 
-    def evict(self, evicted):
-        """Frees the slots `evicted` (`[batch, num_kv_heads, n]`, distinct indices below `used`).
+    def evict(self, evicted, ranks=None):
+        """Frees the slots `evicted` (`[batch, num_kv_heads, n]`, distinct indices below `used`). `ranks`, integers
+        `[batch, num_kv_heads, used]`, say how the policy orders all tokens: slots that are not all alike want to know.
 
         The occupied slots must stay a prefix, so survivors of the last n slots move into the holes below: at most n
         tokens are copied, however many are stored.
@@ -138,12 +144,7 @@ class Slots:
         # As many survivors in the tail as holes below it; stable order pairs the j-th survivor with the j-th hole.
         survivors = kept + dead.to(torch.int8).argsort(dim=-1, stable=True)
         target = torch.where(holes, evicted, survivors)  # past the last hole a slot is copied onto itself
-        for array in self.arrays.values():
-            source, destination = survivors, target
-            if array.ndim == 4:
-                source = source[..., None].expand(*source.shape, array.shape[-1])
-                destination = destination[..., None].expand_as(source)
-            array.scatter_(2, destination, array.gather(2, source))
+        self._copy(survivors, target)
         for name in self.arrays.keys() - self.kv:
             self.arrays[name][:, :, kept : self.used] = EMPTY if name == "positions" else 0
         self.used = self.kept = kept
@@ -167,6 +168,11 @@ class Slots:
             array.copy_(stretched[name].narrow(2, 0, self.capacity))
         for name, means in self.summary.items():
             means.copy_(summary[name])
+
+    def _copy(self, source, target):
+        """Copies all that is in the slots `source` to the slots `target`, `[batch, num_kv_heads, n]` each."""
+        for array in self.arrays.values():
+            move(array, source, target)
 
     def reorder(self, index):
         """Row i becomes what row `index[i]` was, in place (beam search)."""
@@ -192,3 +198,14 @@ class Slots:
 def _longer(array, more, value=0):
     """A copy with `more` rows of `value` behind the others."""
     return torch.cat([array, array.new_full((*array.shape[:2], more, *array.shape[3:]), value)], 2)
+
+
+def gather(array, index):
+    """What is at `index` (`[batch, num_kv_heads, n]`) in `array` (`[batch, num_kv_heads, slots, ...]`)."""
+    return array.gather(2, index[..., None].expand(*index.shape, array.shape[-1]) if array.ndim == 4 else index)
+
+
+def move(array, source, target):
+    """Copies what is at `source` to `target`, indices as of `gather`."""
+    moved = gather(array, source)
+    array.scatter_(2, target[..., None].expand_as(moved) if array.ndim == 4 else target, moved)

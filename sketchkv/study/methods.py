@@ -11,6 +11,7 @@ import torch
 from sketchkv.cache import SketchCache
 from sketchkv.kivi import KiviCache
 from sketchkv.policies import H2O, LRU, TOVA, AttentionMass, KeyNorm, Prior, Random, Sketch, SnapKV, Window
+from sketchkv.self_tuning import SelfTuned
 
 POLICIES = {
     "window": Window,
@@ -20,6 +21,7 @@ POLICIES = {
     "key_norm": KeyNorm,
     "h2o": H2O,
     "decayed": AttentionMass,
+    "self_tuned": SelfTuned,
     "tova": TOVA,
     "snapkv": SnapKV,
     "sketch": Sketch,
@@ -80,4 +82,7 @@ def fit(config, budget, dtype=torch.float32, multiple=1, **method):
     cap -= cap % multiple
     if cap < least:
         raise ValueError(f"{method} holds {small} bytes at its smallest cap ({least}), more than the budget of {budget}")
+    # Where slots are of two kinds, how many are of each is rounded, and the line is only nearly straight.
+    while method.get("coarse_bits") and nbytes(config, dtype=dtype, **method, max_cache_size=cap)["total"] > budget:
+        cap -= multiple
     return cap

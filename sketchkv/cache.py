@@ -6,11 +6,10 @@ import warnings
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from sketchkv import kernels
+from sketchkv import kernels, summaries
 from sketchkv.policies import AttentionMass, Policy, Sketch
 from sketchkv.quantize import coder, matrix
 from sketchkv.slots import EMPTY, Slots
-from sketchkv.summary import Summary
 
 # Queries of one attention product: bounds the score matrix while a large cache fills.
 MAX_BLOCK = 512
@@ -31,7 +30,7 @@ class SketchLayer(CacheLayerMixin):
 
     def __init__(
         self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None, summary_slots=0, bits=None,
-        quantizer="normal",
+        quantizer="normal", summary="hash",
     ):  # fmt: skip
         super().__init__()
         self.policy = policy
@@ -41,6 +40,7 @@ class SketchLayer(CacheLayerMixin):
         self.evict_every = evict_every
         self.attend_topk = min(attend_topk or max_cache_size, max_cache_size)
         self.summary_slots = summary_slots
+        self.folding = summaries.settings(summary, summary_slots)
         self.bits = bits
         self.quantizer = quantizer
         self.summary = None
@@ -59,12 +59,12 @@ class SketchLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states):
         batch, heads, _, head_dim = key_states.shape
         capacity = self.max_cache_size + self.evict_every
+        in_place = self.summary_slots if summaries.KINDS[self.folding["kind"]].in_place else 0
         self.slots = Slots(
-            batch, heads, capacity, head_dim, key_states.dtype, key_states.device, self.summary_slots, self.bits,
-            self.quantizer,
+            batch, heads, capacity, head_dim, key_states.dtype, key_states.device, in_place, self.bits, self.quantizer
         )  # fmt: skip
         if self.summary_slots:
-            self.summary = Summary(self.slots.summary["keys"], self.slots.summary["values"])
+            self.summary = summaries.make(self.slots, self.summary_slots, **self.folding)
         self.policy.allocate(self.slots)
         if self.attend_topk < self.max_cache_size:
             self.slots.add("unattended", torch.bool)
@@ -182,7 +182,7 @@ class SketchLayer(CacheLayerMixin):
             self.policy.query(self.slots, query)
         if count == 1 and kernels.usable(query, recorded) and not self.summary and self.attend_topk >= self.max_cache_size:
             return self._attend_fused(query[:, :, 0], real, scaling)[:, :, None]
-        keys, values = self.slots.context("keys"), self.slots.context("values")
+        keys, values = self.summary.context(self.slots) if self.summary else (self.slots["keys"], self.slots["values"])
         batch, kv_heads, length, head_dim = keys.shape  # summary slots, then stored tokens
         stored = slice(length - used, None)
         hidden = None  # True where a query must not look, broadcastable to [batch, kv_heads, 1, count, used]
@@ -200,7 +200,7 @@ class SketchLayer(CacheLayerMixin):
         if hidden is not None:
             logits[..., stored].masked_fill_(hidden, torch.finfo(logits.dtype).min)
         if self.summary:
-            logits[..., : stored.start] += self.summary.bias()[:, :, None, None]
+            logits.flatten(2, 3)[..., : stored.start] += self.summary.bias(query, scaling)
         attention = logits.softmax(-1)
         output = attention.view(batch, kv_heads, -1, length).to(values.dtype) @ values
         if self.policy.uses_attention:
@@ -230,10 +230,13 @@ class SketchLayer(CacheLayerMixin):
         Among equal scores (tokens that share a sketch key, say) the older goes: the same choice on every device.
         """
         positions, seen = self.slots["positions"], self.seen if clock is None else clock + 1
-        scores = self.policy.score(self.slots, seen)
+        scores = importance = self.policy.score(self.slots, seen).clamp(-1e30, 1e30)
+        if self.summary and self.folding["protect"]:
+            # What is lost with a token is what the summary does not say of it, and no more.
+            scores = scores + scores.abs() * self.summary.misfit(self.slots["keys"], self.slots["values"], positions >= 0)
         first = 0 if self.first is None else self.first[:, None, None]
         protected = (positions < first + self.num_sinks) | (positions >= seen - self.recent_window)
-        scores = scores.clamp(-1e30, 1e30).masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
+        scores = scores.masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
         nan = scores.isnan().any()
         self.nan = nan if self.nan is None else self.nan.logical_or_(nan)  # in place, where a recorded step finds it
         if nan.device.type == "cpu" or (clock is None and self.evicted // self.evict_every % CHECK_EVERY == 0):
@@ -244,8 +247,8 @@ class SketchLayer(CacheLayerMixin):
             self.slots["unattended"].zero_().scatter_(-1, lowest, True)
         evicted = lowest[..., : self.slots.used - self.max_cache_size]
         if self.summary:
-            real = positions.gather(-1, evicted) >= 0
-            self.summary.fold(self.slots.take("keys", evicted), self.slots.take("values", evicted), real)
+            keys, values = self.slots.take("keys", evicted), self.slots.take("values", evicted)
+            self.summary.fold(keys, values, *(x.gather(-1, evicted) for x in (positions, importance)))
         self._part(scores, evicted)
         self.slots.evict(evicted)
         self.evicted += evicted.shape[-1]
@@ -292,6 +295,10 @@ class SketchCache(Cache):
     summary_slots: 0 drops evicted tokens; otherwise they are folded into this many summary slots per KV head, running
     means that attention sees beside the stored tokens (`sketchkv.summary.Summary`). Policies see no attention that
     falls on them. Their bytes are counted as "kv" (means) and "policy" (counts, projection).
+    summary: how tokens are folded, the name of a kind ("hash"; "nearest", "sliding", "segments", "count_sketch":
+    `sketchkv.summaries`) or a dict of "kind", "weight" ("count", "mass", "decay"), "second_order" (the spread of the merged
+    keys raises their logit) and "protect": a score is raised by how badly the summary would stand for the token, so that
+    what it would swallow stays, and what it says already goes first.
     bits: 8, 5, 4, 3 or 2 holds keys and values quantized from the moment they enter, 16 in float16, a pair is for keys and
     values; None, in the model's dtype. quantizer: "normal" in rotated coordinates, or "range" in groups of 32 channels
     (`sketchkv.quantize`). Attention turns one layer at a time back into numbers: that working memory is not part of
@@ -308,7 +315,7 @@ class SketchCache(Cache):
 
     def __init__(
         self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, attend_topk=None,
-        summary_slots=0, bits=None, quantizer="normal", policy=None, **sketch,
+        summary_slots=0, bits=None, quantizer="normal", summary="hash", policy=None, **sketch,
     ):  # fmt: skip
         config = getattr(config, "config", config).get_text_config(decoder=True)
         caps = list(max_cache_size) if isinstance(max_cache_size, (list, tuple)) else [max_cache_size] * config.num_hidden_layers
@@ -340,6 +347,7 @@ class SketchCache(Cache):
                 raise ValueError(f"bits must be one number, a pair for keys and values, or None; got {bits!r}")
             for each in bits:
                 coder(each, 64, quantizer, "cpu")  # refuses what does not exist now instead of at the first token
+        summaries.settings(summary, summary_slots)
         if policy is not None and sketch:
             raise TypeError(f"give either policy= or sketch parameters, not both: {', '.join(sketch)}")
         policy = Sketch(**sketch) if policy is None else policy
@@ -356,7 +364,7 @@ class SketchCache(Cache):
         self.token_ids = None
         self.clock = None  # set while `sketchkv.graph` runs a step
         self.steps = None  # its recordings
-        shape = (num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits, quantizer)
+        shape = (num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits, quantizer, summary)
         layers = [self.layer_type(copy.deepcopy(p), cap, *shape) for p, cap in zip(policies, caps)]
         for index, layer in enumerate(layers):
             layer.policy.layer = index

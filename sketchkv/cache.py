@@ -182,8 +182,14 @@ class SketchLayer(CacheLayerMixin):
             self.policy.query(self.slots, query)
         if count == 1 and kernels.usable(query, recorded) and not self.summary and self.attend_topk >= self.max_cache_size:
             return self._attend_fused(query[:, :, 0], real, scaling)[:, :, None]
-        keys, values = self.summary.context(self.slots) if self.summary else (self.slots["keys"], self.slots["values"])
-        batch, kv_heads, length, head_dim = keys.shape  # summary slots, then stored tokens
+        # The query heads of a group share their KV head's slots: no key or value is repeated (grouped-query attention).
+        batch, kv_heads, _ = self.slots.positions.shape
+        query = query.reshape(batch, kv_heads, -1, self.slots.head_dim)
+        if self.summary:
+            keys, values, bias = self.summary.context(self.slots, query, scaling)
+        else:
+            keys, values = self.slots["keys"], self.slots["values"]
+        length, head_dim = keys.shape[2:]  # summary slots, then stored tokens
         stored = slice(length - used, None)
         hidden = None  # True where a query must not look, broadcastable to [batch, kv_heads, 1, count, used]
         if count > 1:
@@ -194,13 +200,11 @@ class SketchLayer(CacheLayerMixin):
         if self.attend_topk < self.max_cache_size:
             unattended = self.slots["unattended"][:, :, None, None]
             hidden = unattended if hidden is None else hidden | unattended
-        # The query heads of a group share their KV head's slots: no key or value is repeated (grouped-query attention).
-        query = query.reshape(batch, kv_heads, -1, head_dim)
         logits = (query @ keys.transpose(-1, -2)).float().mul_(scaling).view(batch, kv_heads, -1, count, length)
         if hidden is not None:
             logits[..., stored].masked_fill_(hidden, torch.finfo(logits.dtype).min)
         if self.summary:
-            logits.flatten(2, 3)[..., : stored.start] += self.summary.bias(query, scaling)
+            logits.flatten(2, 3)[..., : stored.start] += bias
         attention = logits.softmax(-1)
         output = attention.view(batch, kv_heads, -1, length).to(values.dtype) @ values
         if self.policy.uses_attention:

@@ -123,12 +123,10 @@ class CountSketchSummary(Summary):
         cut = self.longest[..., None].unbind(2)
         return *(mean * (most / length).clamp(max=1) for mean, length, most in zip(means, lengths, cut)), counts
 
-    def context(self, slots):
-        pairs = zip(("keys", "values"), self.entries())
-        return tuple(torch.cat([mean.to(slots.dtype), slots[name]], 2) for name, mean in pairs)
-
-    def bias(self, query=None, scaling=1.0):
-        return self.entries()[2].log()[:, :, None]
+    def context(self, slots, query, scaling):
+        *means, counts = self.entries()
+        both = (torch.cat([mean.to(slots.dtype), slots[name]], 2) for name, mean in zip(("keys", "values"), means))
+        return *both, counts.log()[:, :, None]
 
     def tensors(self):
         return [self.cells, self.longest]

@@ -121,9 +121,10 @@ class Summary:
         """Mean keys and values, float32 `[batch, num_kv_heads, count, head_dim]`, and the numbers of tokens behind them."""
         return self._mean(0), self._mean(1), self.counts
 
-    def context(self, slots):
-        """Keys and values that attention reads, of the summary and then of the stored tokens (`Slots`)."""
-        return slots.context("keys"), slots.context("values")
+    def context(self, slots, query, scaling):
+        """What attention of the queries `[batch, num_kv_heads, m, head_dim]` reads: keys and values of the summary and then of
+        the stored tokens (`Slots`), and what is added to the logits of the summary (`bias`)."""
+        return slots.context("keys"), slots.context("values"), self.bias(query, scaling)
 
     def bias(self, query=None, scaling=1.0):
         """What is added to the logits: log n, -inf for an empty bucket, float32 `[batch, num_kv_heads, 1, count]`; with

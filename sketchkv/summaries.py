@@ -18,7 +18,7 @@ class NearestCentroid(Summary):
         pass
 
     def buckets(self, keys, positions):
-        count, keys, means = self.counts.shape[-1], keys.float(), self._mean(0)
+        keys, means = keys.float(), self._mean(0)
         real, empty = positions >= 0, self.counts == 0
         # The j-th token of a block founds the j-th empty bucket.
         token, bucket = (which.cumsum(-1).where(which, 0) for which in (real, empty))
@@ -28,7 +28,7 @@ class NearestCentroid(Summary):
         # |k - m|^2 less |k|^2, which is the same for all means
         distance = means.square().sum(-1)[:, :, None] - 2 * keys @ means.transpose(-1, -2)
         nearest = distance.masked_fill(empty[:, :, None], torch.inf).argmin(-1)
-        return torch.where(founds.any(-1), founds.int().argmax(-1), nearest).clamp(max=count - 1)
+        return torch.where(founds.any(-1), founds.int().argmax(-1), nearest)
 
 
 class SlidingMerge(Summary):

@@ -34,11 +34,7 @@ LABELS = {
     "decay": "1 slot, the old fades", "second_order": "1 slot, second order", "protect": "1 slot, protection",
     "strong": "1 slot, second order + protection",
 }  # fmt: skip
-GROUPS = {
-    "where": ("hash", "hash_8", "nearest", "nearest_8", "sliding", "segments", "count_sketch"),
-    "weight": ("mass", "decay"),
-    "mass": ("second_order", "protect", "strong"),
-}
+WHERE = ("hash", "hash_8", "nearest", "nearest_8", "sliding", "segments", "count_sketch")  # what is merged with what
 COLUMNS = {
     "kind": "what evicted tokens are folded into: " + ", ".join(KINDS),
     "model": "gpt2 or rotary: the embedded models",

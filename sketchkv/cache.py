@@ -6,11 +6,10 @@ import warnings
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from sketchkv import kernels
+from sketchkv import kernels, summaries
 from sketchkv.policies import AttentionMass, Policy, Sketch
 from sketchkv.quantize import coder, matrix
 from sketchkv.slots import EMPTY, Slots
-from sketchkv.summary import Summary
 from sketchkv.tiers import TieredSlots, Tiers
 
 # Queries of one attention product: bounds the score matrix while a large cache fills.
@@ -32,7 +31,7 @@ class SketchLayer(CacheLayerMixin):
 
     def __init__(
         self, policy, max_cache_size, num_sinks, recent_window, evict_every, attend_topk=None, summary_slots=0, bits=None,
-        quantizer="normal", prefill_chunk=None, tiers=None,
+        quantizer="normal", prefill_chunk=None, tiers=None, summary="hash",
     ):  # fmt: skip
         super().__init__()
         self.policy = policy
@@ -42,6 +41,7 @@ class SketchLayer(CacheLayerMixin):
         self.evict_every = evict_every
         self.attend_topk = min(attend_topk or max_cache_size, max_cache_size)
         self.summary_slots = summary_slots
+        self.folding = summaries.settings(summary, summary_slots)
         self.bits = bits
         self.quantizer = quantizer
         self.prefill_chunk = prefill_chunk
@@ -63,13 +63,13 @@ class SketchLayer(CacheLayerMixin):
         batch, heads, _, head_dim = key_states.shape
         capacity = self.max_cache_size + self.evict_every
         shape = batch, heads, capacity, head_dim, key_states.dtype, key_states.device
-        coding = self.summary_slots, self.bits, self.quantizer
+        coding = self.summary_slots if summaries.KINDS[self.folding["kind"]].in_place else 0, self.bits, self.quantizer
         if self.tiers:
             self.slots = TieredSlots(*shape, *coding, self.tiers, self.max_cache_size)
         else:
             self.slots = Slots(*shape, *coding)
         if self.summary_slots:
-            self.summary = Summary(self.slots.summary["keys"], self.slots.summary["values"])
+            self.summary = summaries.make(self.slots, self.summary_slots, **self.folding)
         self.policy.allocate(self.slots)
         if self.attend_topk < self.max_cache_size:
             self.slots.add("unattended", torch.bool)
@@ -163,7 +163,7 @@ class SketchLayer(CacheLayerMixin):
                 self._evict(clock)
                 self._shrink()
             elif not self.slots.room:
-                self.slots.demote(self._rank(clock)[1])
+                self.slots.demote(self._rank(clock)[0])
             start += count
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
         return output if rotation is None else output @ rotation.T
@@ -216,11 +216,16 @@ class SketchLayer(CacheLayerMixin):
             self.policy.query(self.slots, query)
         if count == 1 and kernels.usable(query, recorded) and not self.summary and self.attend_topk >= self.max_cache_size:
             return self._attend_fused(query[:, :, 0], real, scaling)[:, :, None]
-        keys, values = self.slots.context("keys"), self.slots.context("values")
-        batch, kv_heads, length, head_dim = keys.shape  # summary slots, then stored tokens
-        stored = slice(length - used, None)
         # The query heads of a group share their KV head's slots: no key or value is repeated (grouped-query attention).
-        query, keys, values = query.reshape(batch * kv_heads, -1, head_dim), keys.flatten(0, 1), values.flatten(0, 1)
+        batch, kv_heads, _ = self.slots.positions.shape
+        query = query.reshape(batch, kv_heads, -1, self.slots.head_dim)
+        if self.summary:
+            keys, values, bias = self.summary.context(self.slots, query, scaling)
+        else:
+            keys, values = self.slots["keys"], self.slots["values"]
+        length, head_dim = keys.shape[2:]  # summary slots, then stored tokens
+        stored = slice(length - used, None)
+        query, keys, values = query.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1)
         logits = torch.baddbmm(query.new_empty(()), query, keys.transpose(1, 2), beta=0, alpha=scaling).float()
         logits = logits.view(batch, kv_heads, -1, count, length)
         least = torch.finfo(logits.dtype).min
@@ -232,7 +237,7 @@ class SketchLayer(CacheLayerMixin):
         if self.attend_topk < self.max_cache_size:
             logits[..., stored].masked_fill_(self.slots["unattended"][:, :, None, None], least)
         if self.summary:
-            logits[..., : stored.start] += self.summary.bias()[:, :, None, None]
+            logits.flatten(2, 3)[..., : stored.start] += bias
         attention = logits.softmax(-1)
         output = torch.bmm(attention.view(batch * kv_heads, -1, length).to(values.dtype), values)
         if self.policy.uses_attention:
@@ -262,31 +267,34 @@ class SketchLayer(CacheLayerMixin):
         Among equal scores (tokens that share a sketch key, say) the older goes: the same choice on every device.
         """
         positions = self.slots["positions"]
-        scores, ranks = self._rank(clock)
+        ranks, scores, importance = self._rank(clock)
         lowest = ranks.topk(self.slots.capacity - self.attend_topk, largest=False).indices
         if self.attend_topk < self.max_cache_size:
             self.slots["unattended"].zero_().scatter_(-1, lowest, True)
         evicted = lowest[..., : self.slots.used - self.max_cache_size]
         if self.summary:
-            real = positions.gather(-1, evicted) >= 0
-            self.summary.fold(self.slots.take("keys", evicted), self.slots.take("values", evicted), real)
+            keys, values = self.slots.take("keys", evicted), self.slots.take("values", evicted)
+            self.summary.fold(keys, values, *(x.gather(-1, evicted) for x in (positions, importance)))
         self._part(scores, evicted)
         self.slots.evict(evicted, ranks)
         self.evicted += evicted.shape[-1]
 
     def _rank(self, clock=None):
-        """Scores of all occupied slots, those of sinks and recent window inf and those of padding -inf, and integers in
-        their order: `[batch, num_kv_heads, used]` each. Among equals the older is lower."""
+        """Of all occupied slots, `[batch, num_kv_heads, used]` each: integers in the order of their scores, among equals the
+        older lower; the scores, those of sinks and recent window inf and those of padding -inf; and what the policy says."""
         positions, seen = self.slots["positions"], self.seen if clock is None else clock + 1
-        scores = self.policy.score(self.slots, seen)
+        scores = importance = self.policy.score(self.slots, seen).clamp(-1e30, 1e30)
+        if self.summary and self.folding["protect"]:
+            # What is lost with a token is what the summary does not say of it, and no more.
+            scores = scores + scores.abs() * self.summary.misfit(self.slots["keys"], self.slots["values"], positions >= 0)
         first = 0 if self.first is None else self.first[:, None, None]
         protected = (positions < first + self.num_sinks) | (positions >= seen - self.recent_window)
-        scores = scores.clamp(-1e30, 1e30).masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
+        scores = scores.masked_fill(protected, torch.inf).masked_fill(positions < 0, -torch.inf)
         nan = scores.isnan().any()
         self.nan = nan if self.nan is None else self.nan.logical_or_(nan)  # in place, where a recorded step finds it
         if nan.device.type == "cpu" or (clock is None and self.evicted // self.evict_every % CHECK_EVERY == 0):
             self.check()
-        return scores, _order(scores, positions)
+        return _order(scores, positions), scores, importance
 
     def _part(self, scores, evicted):
         """The slots `evicted` are about to be freed, the lowest of `scores` (inf for protected, -inf for padding): for layers
@@ -342,6 +350,10 @@ class SketchCache(Cache):
     summary_slots: 0 drops evicted tokens; otherwise they are folded into this many summary slots per KV head, running
     means that attention sees beside the stored tokens (`sketchkv.summary.Summary`). Policies see no attention that
     falls on them. Their bytes are counted as "kv" (means) and "policy" (counts, projection).
+    summary: how tokens are folded, the name of a kind ("hash"; "nearest", "sliding", "segments", "count_sketch":
+    `sketchkv.summaries`) or a dict of "kind", "weight" ("count", "mass", "decay"), "second_order" (the spread of the merged
+    keys raises their logit) and "protect": a score is raised by how badly the summary would stand for the token, so that
+    what it would swallow stays, and what it says already goes first.
     bits: 8, 5, 4, 3 or 2 holds keys and values quantized from the moment they enter, 16 in float16, a pair is for keys and
     values; None, in the model's dtype. quantizer: "normal" in rotated coordinates, or "range" in groups of 32 channels
     (`sketchkv.quantize`). Attention turns one layer at a time back into numbers: that working memory is not part of
@@ -361,8 +373,8 @@ class SketchCache(Cache):
 
     def __init__(
         self, config, max_cache_size, *, num_sinks=4, recent_window=16, evict_every=16, attend_topk=None,
-        summary_slots=0, bits=None, quantizer="normal", coarse_bits=None, fine=0.25, demote="importance", prefill_chunk=None,
-        policy=None, **sketch,
+        summary_slots=0, summary="hash", bits=None, quantizer="normal", coarse_bits=None, fine=0.25, demote="importance",
+        prefill_chunk=None, policy=None, **sketch,
     ):  # fmt: skip
         config = getattr(config, "config", config).get_text_config(decoder=True)
         caps = list(max_cache_size) if isinstance(max_cache_size, (list, tuple)) else [max_cache_size] * config.num_hidden_layers
@@ -391,6 +403,7 @@ class SketchCache(Cache):
             )
         bits, coarse_bits = _pair(bits, quantizer), _pair(coarse_bits, quantizer)
         tiers = None if coarse_bits is None else Tiers(coarse_bits, fine, demote).checked(bits)
+        summaries.settings(summary, summary_slots)
         if policy is not None and sketch:
             raise TypeError(f"give either policy= or sketch parameters, not both: {', '.join(sketch)}")
         policy = Sketch(**sketch) if policy is None else policy
@@ -412,8 +425,11 @@ class SketchCache(Cache):
         self.clock = None  # set while `sketchkv.graph` runs a step
         self.steps = None  # its recordings
         self.prefill_chunk = prefill_chunk
-        shape = (num_sinks, recent_window, evict_every, attend_topk, summary_slots, bits, quantizer, prefill_chunk, tiers)
-        layers = [self.layer_type(copy.deepcopy(p), cap, *shape) for p, cap in zip(policies, caps)]
+        settings = dict(
+            num_sinks=num_sinks, recent_window=recent_window, evict_every=evict_every, attend_topk=attend_topk,
+            summary_slots=summary_slots, summary=summary, bits=bits, quantizer=quantizer, tiers=tiers, prefill_chunk=prefill_chunk,
+        )  # fmt: skip
+        layers = [self.layer_type(copy.deepcopy(p), cap, **settings) for p, cap in zip(policies, caps)]
         for index, layer in enumerate(layers):
             layer.policy.layer = index
             layer.policy.peers = [peer.policy for peer in layers]

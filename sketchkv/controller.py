@@ -80,7 +80,7 @@ class Arena:
 
     def _front(self, layer, name):
         """Summary slots, which lie before the layer's slots where keys and values are not coded."""
-        return layer.summary_slots if name in layer.slots.whole and not layer.slots.coders else 0
+        return layer.slots.summary[name].shape[2] if name in layer.slots.whole and not layer.slots.coders else 0
 
     def _first(self, index, name):
         """The row of the layer's first slot."""

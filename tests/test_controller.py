@@ -93,6 +93,8 @@ KINDS = {
     "summary": dict(summary_slots=2),
     "wide summary": dict(summary_slots=7),
     "coded": dict(bits=8, summary_slots=1),
+    "summary of segments": dict(summary_slots=3, summary={"kind": "segments", "weight": "mass", "second_order": True}),
+    "summary in a sketch": dict(summary_slots=6, summary="count_sketch"),
 }
 
 

@@ -28,7 +28,7 @@ def test_equals_the_masked_full_cache(model, ids, policy):
     assert (logits[:, 60:] - model(ids).logits[:, 60:]).abs().max() > 1e-2  # evicting must have changed something
 
 
-@pytest.mark.parametrize("settings", [{}, {"summary_slots": 2}, {"bits": (5, 4), "summary_slots": 1}, {"attend_topk": 16}])
+@pytest.mark.parametrize("settings", [{}, {"summary_slots": 2}, {"summary_slots": 3, "summary": "sliding"}, {"bits": (5, 4), "summary_slots": 1}, {"attend_topk": 16}])
 def test_equals_a_cache_that_always_evicts_as_seldom(ids, settings):
     """cap + chunk tokens at once: both evict at the end, and decode alike up to the next eviction."""
     model = sketchkv.enable(build("llama"))

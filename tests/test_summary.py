@@ -144,9 +144,9 @@ def test_means_keep_moving_in_half_precision(dtype):
     """Many tokens near one value, then as many near another: a mean that stalls stays with the first."""
     summary = Summary(*(torch.zeros(1, 1, 1, 4, dtype=dtype) for _ in range(2)))
     half = torch.full((1, 1, 10, 4), 1.0, dtype=dtype)
-    real = torch.ones(1, 1, 10, dtype=torch.bool)
+    positions = torch.arange(10).expand(1, 1, 10)
     for part in [half] * 400 + [half * 3] * 400:
-        summary.fold(part, -part, real)
+        summary.fold(part, -part, positions)
     assert summary.counts.item() == 8000
     for mean, exact in zip(summary.means, (2, -2)):
         torch.testing.assert_close(mean.float(), torch.full((1, 1, 1, 4), float(exact)), atol=0.02, rtol=0)
@@ -165,7 +165,7 @@ def test_one_slot_needs_no_hashing_and_holds_the_mean():
     summary = Summary(*slots)
     real = torch.rand(2, 3, 5) < 0.8
     real[..., 0] = True
-    summary.fold(keys, values, real)
+    summary.fold(keys, values, real.int() - 1)
     assert summary.nbytes() == {"kv": slots.nbytes, "policy": 2 * 3 * 4}
     weights = real[..., None].float() / real.sum(-1)[..., None, None]
     torch.testing.assert_close(slots[0], (keys * weights).sum(2, keepdim=True))

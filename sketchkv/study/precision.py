@@ -8,7 +8,8 @@ from sketchkv.study.methods import fit, full_nbytes
 
 BUDGETS = (1 / 16, 1 / 8)
 REFERENCE = "5/4"  # the bits of `SketchCache.compact`, whose scores and summary all settings here share
-# Chosen on the development documents, at both budgets, from 5/4 or 8 bits over 4, 4/3, 3 or 3/2 and a fine share of 1/4 or 1/2.
+# Chosen on eight development documents from 5/4 bits over 4/3, 3 or 3/2 and 8 over 4, a fine share of 1/4 or 1/2: at the
+# smaller budget by age and importance, at the larger by age alone, and not with every one of them.
 _TIERS = {"bits": [5, 4], "coarse_bits": [4, 3], "fine": 0.25}
 SETTINGS = {
     "16": {"bits": 16}, "8": {"bits": 8}, "5/4": {"bits": [5, 4]}, "4": {"bits": 4}, "4/3": {"bits": [4, 3]}, "3": {"bits": 3},

@@ -22,9 +22,9 @@ class SelfTuned(AttentionMass):
 
     least, most: bounds of the recent window, multiples of 16. It reaches up to the age at which the score still does young
     tokens injustice: at which those that it alone would have evicted receive more attention per query than those that would
-    go in their place. Since tokens beyond the window are evicted unseen, it begins wide, and measures ages inside it alone. It takes no more than
-    a quarter of the stored tokens, and acts through the score: the cache's own `recent_window` is protected anyway, and
-    should be no more than `least`.
+    go in their place. Since tokens beyond the window are evicted unseen, it begins wide, and measures ages inside it alone.
+    It takes no more than a quarter of the stored tokens, and acts through the score: the cache's own `recent_window` is
+    protected anyway, and should be no more than `least`.
 
     Attention soon is not attention later: the decay that foretells best what arrives until the next eviction need not be the
     one to evict by. Without `MARGIN` heads would choose short ones, and lose more.

@@ -162,7 +162,7 @@ def test_bounded_equals_masked_full_cache_where_rounding_does_not_show(model, id
     cache = SketchCache(model.config, 32, policy=AttentionMass(), **SETTINGS | dict(coarse_bits=16))
     logits, visible = decode_and_watch(model, ids, cache)
     difference = (logits - full_cache_logits(model, ids, visible)).abs()
-    assert difference.median() < 2e-3 and difference.max() < 0.5 * logits.std()
+    assert difference.median() < 5e-3 and difference.max() < 0.5 * logits.std()
 
 
 def test_coarser_bits_lose_more_than_fine_ones(gpt2, ids):

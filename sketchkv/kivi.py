@@ -64,6 +64,7 @@ class KiviSlots:
 
     used = property(lambda self: self.packed * GROUP + self.newest)
     capacity = property(lambda self: self.packed * GROUP + self.residual + GROUP)
+    room = property(lambda self: self.capacity - self.used)
     positions = property(lambda self: self["positions"])
 
     def __getitem__(self, name):

@@ -53,7 +53,7 @@ def cpu_groups(table, size="bench"):
     """
     torch.set_num_threads(min(2, torch.get_num_threads()))
     smoke, bench = size == "smoke", size == "bench"
-    seen, few = (320, dict(repetitions=2, warmup=1)) if smoke else (1024, {})
+    seen, few = (192, dict(repetitions=2, warmup=1)) if smoke else (1024, {})
     hardware = copy_bandwidth(table, "cpu", 2**28, 10), matmul_rate(table, "cpu", torch.float32, 1024 if smoke else 2048, 10)
     decode = dict(hardware=hardware, cap=64 if smoke else 256, seconds=500 if bench else 45, **few)
 
@@ -62,7 +62,7 @@ def cpu_groups(table, size="bench"):
                 "rotary": lambda: loading.load(results.ROOT / "data" / "model-rotary")[0]}[which]  # fmt: skip
         return rows(table, speed.pair(load().requires_grad_(False)), which, **settings)
 
-    lengths = [256, 512, 1024] if smoke else [1024, 2048, 4096, 8192, 16384]
+    lengths = [128, 256, 512] if smoke else [1024, 2048, 4096, 8192, 16384]
     groups = {
         "embedded-1": (60, lambda: on("embedded", speed.decode_rows, batch=1, seen=seen, **decode)),
         "embedded-8": (180, lambda: on("embedded", speed.decode_rows, batch=8, seen=seen, **decode)),

@@ -169,7 +169,7 @@ class AttentionMass(Policy):
             mass += attention.sum(2)
         else:
             weights = self.decay ** torch.arange(count - 1, -1, -1, dtype=torch.float32, device=mass.device)
-            mass.mul_(self.decay**count).add_(torch.einsum("bhnl,n->bhl", attention, weights))
+            mass.mul_(self.decay**count).add_(weights @ attention)
 
     def accumulator(self, slots):
         # A subclass that observes in its own way is asked to.

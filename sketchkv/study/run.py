@@ -112,6 +112,9 @@ def isolate():
         JUPYTER_PREFER_ENV_PATH="1", JUPYTER_DATA_DIR=str(private), IPYTHONDIR=str(private / "ipython"),
         MPLBACKEND="module://matplotlib_inline.backend_inline", PYTHONHASHSEED="0",
     )  # fmt: skip
+    # Each process loads the model: its progress, and advice on padding that no text here has, would hide the study's own.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def execute(notebook, parameters, root):

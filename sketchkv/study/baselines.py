@@ -58,7 +58,7 @@ AT_PREFILL = ("random", "streaming", "key_norm", "h2o", "decayed", "tova", "snap
 LABELS = {
     "full": "full cache in float16", "random": "random", "window": "window without sinks", "streaming": "StreamingLLM", "lru": "LRU",
     "key_norm": "key norm", "h2o": "H2O", "h2o_half": "H2O half recent", "decayed": "decayed mean", "tova": "TOVA",
-    "snapkv": "SnapKV", "oracle": "oracle", "sketch": "sketch 512x4", "sketch_small": "sketch 128x2",
+    "snapkv": "SnapKV", "sketch": "sketch 512x4", "sketch_small": "sketch 128x2",
     "sketch_summary": "sketch 128x2 + summary", "decayed_summary": "decayed + summary", "decayed_int8": "decayed + int8",
     "decayed_int4": "decayed + int4", "streaming_int4": "StreamingLLM + int4", "sketch_int4": "sketch 128x2 + int4", "compact": "compact",
     "int8": "int8 whole text", "int4": "int4 whole text", "kivi8": "KIVI 8 bits", "kivi4": "KIVI 4 bits",

@@ -4,6 +4,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from sketchkv import compiled
 from sketchkv.cache import SketchCache
 
 NAME = "sketchkv"
@@ -14,8 +15,13 @@ class _Switch:
 
     cache = None
     masked = False  # whether the caller gave an attention_mask: transformers may build one that says nothing
+    compiled = False  # whether a compiled step is under way, which brings its cache by itself
+    step = None  # the model's `CompiledStep`
     handles = ()
     previous = None
+
+    def __getstate__(self):  # a copy of the model compiles its own
+        return vars(self) | {"step": None}
 
     def open(self, module, args, kwargs):
         cache = kwargs.get("past_key_values")
@@ -43,6 +49,8 @@ class _Switch:
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Attention function for `AttentionInterface`: bounded with a `SketchCache`, plain SDPA with anything else."""
     switch = getattr(module, "_sketchkv", None)
+    if switch is not None and switch.compiled:
+        return compiled.attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, module.layer_idx), None
     if switch is None or switch.cache is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

@@ -5,6 +5,7 @@ from transformers import DynamicCache
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from sketchkv.cache import SketchCache
+from sketchkv.compiled import compiled_step
 from sketchkv.graph import StepGraphs
 
 
@@ -26,7 +27,7 @@ def _chunk_size(cache, chunk_size):
 @torch.no_grad()
 def generate(
     model, input_ids, cache=None, max_new_tokens=20, *, attention_mask=None, do_sample=False, temperature=1.0, top_k=None,
-    top_p=None, eos_token_id=None, pad_token_id=None, chunk_size=512, graph=False,
+    top_p=None, eos_token_id=None, pad_token_id=None, chunk_size=512, graph=False, compile=False,
 ):  # fmt: skip
     """Continues `input_ids` (`[batch, tokens]`, padded on the left) by up to `max_new_tokens`: the decode loop, in the open.
 
@@ -35,10 +36,12 @@ def generate(
     from torch's global generator with `do_sample`. A row that has produced `eos_token_id` is filled with `pad_token_id`
     (default: eos), and generation ends when all rows have. graph: record steps as CUDA graphs (`sketchkv.graph`), for a
     `SketchCache` and texts without padding; the recordings stay with the cache, and serve the next text after
-    `cache.reset()`. Returns int64 `[batch, tokens + new tokens]`.
+    `cache.reset()`. compile: run the model's part of a step through torch.compile (`sketchkv.compiled`), for a `SketchCache`,
+    on either device, with `graph` or without; compiling takes seconds to a minute, once for a model and a batch size. Returns
+    int64 `[batch, tokens + new tokens]`.
 
     Raises ValueError for an empty prompt, a used cache, a text longer than the model's positions, or a cache or padding that
-    `graph` cannot take.
+    `graph` or `compile` cannot take; RuntimeError where there is no compiler.
     """
     cache = DynamicCache(config=model.config) if cache is None else cache
     _check(model, input_ids, cache, max_new_tokens - 1)
@@ -49,11 +52,14 @@ def generate(
     padded = attention_mask is not None and not bool(attention_mask.all())
     mask = attention_mask if padded else None
     positions = (mask.cumsum(-1) - 1).clamp(min=0) if padded else None
+    if compile and not isinstance(cache, SketchCache):
+        raise ValueError("compile=True takes a SketchCache: other caches grow, and the compiled step with them")
+    compiled = compiled_step(model) if compile else None
     if graph:
         if padded or not isinstance(cache, SketchCache):
             raise ValueError("graph=True takes a SketchCache and texts without padding")
-        if cache.steps is None or cache.steps.model is not model:
-            cache.steps = StepGraphs(model, cache)
+        if cache.steps is None or cache.steps.model is not model or cache.steps.compiled is not compiled:
+            cache.steps = StepGraphs(model, cache, compiled)
 
     chunk_size = _chunk_size(cache, chunk_size)
     for start in range(0, input_ids.shape[1], chunk_size):  # prefill
@@ -84,6 +90,9 @@ def generate(
             positions = positions[:, -1:] + 1
         if graph:
             logits = cache.steps(token)[:, None]
+            continue
+        if compile:
+            logits = compiled(token, cache, positions)
             continue
         logits = model(token, past_key_values=cache, use_cache=True, attention_mask=mask, position_ids=positions).logits
     if isinstance(cache, SketchCache):

@@ -15,10 +15,11 @@ class StepGraphs:
 
     The first steps run as they are, until the cache has evicted and each phase has run once; a phase is recorded when it
     comes round again, and replayed from then on. Recordings stay valid after `cache.reset()`, for texts without padding.
-    On a CPU nothing is recorded: the same steps run one by one. Raises ValueError for a policy or cache that is not `recordable`.
+    On a CPU nothing is recorded: the same steps run one by one. compiled: the model's `CompiledStep`, to be recorded instead of
+    the model as it is. Raises ValueError for a policy or cache that is not `recordable`.
     """
 
-    def __init__(self, model, cache):
+    def __init__(self, model, cache, compiled=None):
         refused = [type(layer.policy).__name__ for layer in cache.layers if not layer.policy.recordable]
         if refused:
             raise ValueError(
@@ -27,7 +28,7 @@ class StepGraphs:
             )
         if not cache.recordable:
             raise ValueError(f"a {type(cache).__name__} decides on the host while it decodes: decode with graph=False")
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.compiled = model, cache, compiled
         self.warm, self.graphs = set(), {}
         self.clock = self.expected = None
 
@@ -76,10 +77,12 @@ class StepGraphs:
 
     def _step(self):
         self.cache.clock = self.clock
+        positions = self.clock.long().expand(len(self.token), 1)
         try:
-            logits = self.model(
-                self.token, past_key_values=self.cache, use_cache=True, position_ids=self.clock.long().expand(len(self.token), 1)
-            ).logits  # fmt: skip
+            if self.compiled:
+                logits = self.compiled(self.token, self.cache, positions)
+            else:
+                logits = self.model(self.token, past_key_values=self.cache, use_cache=True, position_ids=positions).logits
         finally:
             self.cache.clock = None
         self.clock += 1

@@ -361,7 +361,7 @@ def test_steps_can_be_recorded(gpt2, ids, fresh):
 @pytest.mark.parametrize("name", ["all", "count sketch"])
 def test_group_of_queries_and_rotary_keys(name):
     """The embedded rotary model, trained: each query of a group has its own second order, in chunks and token by token."""
-    model, tokenizer = sketchkv.load(EMBEDDED.parent / "model-rotary")
+    model, tokenizer = sketchkv.load(EMBEDDED.parent / "model-rotary", device="cpu")
     sketchkv.enable(model)
     text = tokenizer(Path(sketchkv.cache.__file__).read_text(encoding="utf-8")[:600], return_tensors="pt")["input_ids"][:, :90]
     cache, again = (SketchCache(model.config, 32, policy=AttentionMass(), **VARIANTS[name]) for _ in range(2))

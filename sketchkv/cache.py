@@ -266,6 +266,8 @@ class SketchLayer(CacheLayerMixin):
 
         Among equal scores (tokens that share a sketch key, say) the older goes: the same choice on every device.
         """
+        if clock is not None and self._simple():
+            return self._evict_fused(clock)
         positions = self.slots["positions"]
         ranks, scores, importance = self._rank(clock)
         lowest = ranks.topk(self.slots.capacity - self.attend_topk, largest=False).indices
@@ -278,6 +280,28 @@ class SketchLayer(CacheLayerMixin):
         self._part(scores, evicted)
         self.slots.evict(evicted, ranks)
         self.evicted += evicted.shape[-1]
+
+    def _simple(self):
+        """Whether an eviction asks for nothing but scores, and the kernels serve."""
+        slots = self.slots
+        count = slots.used - self.max_cache_size
+        return (
+            kernels.usable(slots.positions, recorded=True) and type(slots) is Slots and not slots.coders and not self.padded
+            and not self.summary and self.attend_topk >= self.max_cache_size and count <= kernels.MOST_CHOSEN
+            and slots.used <= kernels.MOST_SLOTS and type(self)._part is SketchLayer._part
+        )  # fmt: skip
+
+    def _evict_fused(self, clock):
+        """`_evict` in few launches, for a step that will be recorded."""
+        slots, count = self.slots, self.slots.used - self.max_cache_size
+        if self.nan is None:
+            self.nan = torch.zeros((), dtype=torch.bool, device=slots.device)
+        importance = self.policy.score(slots, clock + 1).float()
+        evicted = kernels.lowest(importance, slots["positions"], clock, count, self.num_sinks, self.recent_window, self.nan)
+        if slots.positions.device.type == "cpu":
+            self.check()
+        slots.evict(evicted)
+        self.evicted += count
 
     def _rank(self, clock=None):
         """Of all occupied slots, `[batch, num_kv_heads, used]` each: integers in the order of their scores, among equals the

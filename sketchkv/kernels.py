@@ -159,7 +159,7 @@ def _combine(
     GROUP: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     SPLITS: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr, FINISH: tl.constexpr,
 ):  # fmt: skip
-    """Second pass over split slots. One program: FINISH slots of one KV head; the first also adds up the output."""
+    """Second pass over split slots. One program: FINISH slots of one KV head; the first adds up the output instead."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     received += row // kv_heads * r_batch + row % kv_heads * r_head
@@ -168,13 +168,15 @@ def _combine(
     part = (row * GROUP + group[:, None]) * SPLITS + split[None, :]
     inside = (group[:, None] < GROUP) & (split[None, :] < SPLITS)
     part_top = tl.load(tops + part, mask=inside, other=MASKED)
+    part_total = tl.load(totals + part, mask=inside, other=0.0)
     top = tl.max(part_top, 1)
-    total = tl.sum(tl.load(totals + part, mask=inside, other=0.0) * tl.exp2(part_top - top[:, None]), 1)
+    total = tl.sum(part_total * tl.exp2(part_top - top[:, None]), 1)
     total = tl.where(group < GROUP, total, 1.0)
-    slot = block * FINISH + tl.arange(0, FINISH)
     scratch += row * GROUP * scratch_stride
-    _receive(scratch, received, slot, r_slot, used, scratch_stride, group, top, total, decay, GROUP, ADD)
-    if block == 0:
+    if block > 0:  # the output waits for nothing that these do
+        slot = (block - 1) * FINISH + tl.arange(0, FINISH)
+        _receive(scratch, received, slot, r_slot, used, scratch_stride, group, top, total, decay, GROUP, ADD)
+    else:
         column = tl.arange(0, WIDTH)
         written = (group[:, None] < GROUP) & (column[None, :] < HEAD_DIM)
         sums = tl.zeros([GROUPS, WIDTH], tl.float32)
@@ -190,7 +192,9 @@ def _combine(
 @jit
 def _index(a, b, item, row, WIDTH: tl.constexpr):
     """`CarterWegmanHash` of `item`: (a x + b) mod p mod width, p = 2^31 - 1 by folding the high bits onto the low ones."""
-    value = tl.load(a + row) * item + tl.load(b + row)
+    # Factors known to fit in 32 bits cost one multiplication, not four.
+    factor = tl.load(a + row).to(tl.uint32).to(tl.uint64)
+    value = (factor * item.to(tl.uint32).to(tl.uint64) + tl.load(b + row).to(tl.uint32).to(tl.uint64)).to(tl.int64)
     value = (value & 0x7FFFFFFF) + (value >> 31)
     value = (value & 0x7FFFFFFF) + (value >> 31)
     value = tl.where(value >= 0x7FFFFFFF, value - 0x7FFFFFFF, value)
@@ -257,13 +261,134 @@ def _remember(
         tl.store(scores + row * used + slot, estimate, mask=inside)
 
 
-def remember(items, mass, positions, sketches, seen, elapsed, decay):
+@jit(do_not_specialize=["slot"])
+def _append(
+    key, value, position, keys, values, positions, n_batch, n_head, v_batch, v_head, s_batch, s_head, s_slot, w_batch, w_head,
+    w_slot, p_batch, p_head, slot, kv_heads, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One program: the new token of one KV head of one sequence."""
+    row = tl.program_id(0).to(tl.int64)
+    batch, head = row // kv_heads, row % kv_heads
+    column = tl.arange(0, WIDTH)
+    inside = column < HEAD_DIM
+    new_key = tl.load(key + batch * n_batch + head * n_head + column, mask=inside)
+    new_value = tl.load(value + batch * v_batch + head * v_head + column, mask=inside)
+    tl.store(keys + batch * s_batch + head * s_head + slot * s_slot + column, new_key, mask=inside)
+    tl.store(values + batch * w_batch + head * w_head + slot * w_slot + column, new_value, mask=inside)
+    tl.store(positions + batch * p_batch + head * p_head + slot, tl.load(position))
+
+
+def append(key, value, position, keys, values, positions, slot):
+    """Stores one new token in slot `slot` (int) of all heads, in one launch.
+
+    key, value: `[batch, num_kv_heads, 1, head_dim]`; position: int32 `[1]`; keys, values: `[batch, num_kv_heads, capacity,
+    head_dim]` of the same dtypes; positions: int32 `[batch, num_kv_heads, capacity]`. Last dimensions must be contiguous.
+    """
+    batch, kv_heads, _, head_dim = key.shape
+    _append[(batch * kv_heads,)](
+        key, value, position, keys, values, positions, *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3],
+        *values.stride()[:3], *positions.stride()[:2], slot, kv_heads,
+        HEAD_DIM=head_dim, WIDTH=triton.next_power_of_2(head_dim), num_warps=1,
+    )  # fmt: skip
+
+
+@jit(do_not_specialize=["used"])
+def _lowest(
+    scores, positions, seen, chosen, nan, c_batch, c_head, p_batch, p_head, kv_heads, used, num_sinks, recent_window,
+    COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: one KV head of one sequence. COUNT times the least of what is left."""
+    row = tl.program_id(0).to(tl.int64)
+    batch, head = row // kv_heads, row % kv_heads
+    slot = tl.arange(0, BLOCK)
+    inside = slot < used
+    score = tl.load(scores + batch * c_batch + head * c_head + slot, mask=inside, other=0.0)
+    position = tl.load(positions + batch * p_batch + head * p_head + slot, mask=inside, other=0)
+    now = tl.load(seen) + 1
+    protected = (position < num_sinks) | (position >= now - recent_window)
+    broken = tl.max(((score != score) & (protected == 0)).to(tl.int32), 0)
+    tl.store(nan, True, mask=broken > 0)
+    score = tl.minimum(tl.maximum(score, -1e30), 1e30) + 0.0
+    score = tl.where(protected, float("inf"), score)
+    bits = score.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats fall as their bits rise
+    rank = (bits.to(tl.int64) << 32) + position
+    rank = tl.where(inside, rank, 0x7FFFFFFFFFFFFFFF)
+    for index in range(COUNT):
+        least = tl.min(rank, 0)
+        found = rank == least
+        tl.store(chosen + row * COUNT + index, tl.max(tl.where(found, slot, -1), 0))
+        rank = tl.where(found, 0x7FFFFFFFFFFFFFFF, rank)
+
+
+MOST_SLOTS, MOST_CHOSEN = 4096, 64  # that one program of `lowest` holds, and goes through one by one
+
+
+def lowest(importance, positions, seen, count, num_sinks, recent_window, nan):
+    """The slots of the `count` lowest (importance, position) but sinks and recent window: int32
+    `[batch, num_kv_heads, count]`, as `SketchLayer` chooses where no token is padding.
+
+    importance: float32, positions: int32 `[batch, num_kv_heads, used]`, contiguous in the slots, at most `MOST_SLOTS`; seen:
+    int32 `[1]`, the newest token's position; count: at most `MOST_CHOSEN`. nan: bool `[]`, set if an importance is NaN.
+    """
+    batch, kv_heads, used = importance.shape
+    chosen = torch.empty(batch, kv_heads, count, dtype=torch.int32, device=importance.device)
+    _lowest[(batch * kv_heads,)](
+        importance, positions, seen, chosen, nan, *importance.stride()[:2], *positions.stride()[:2], kv_heads, used, num_sinks,
+        recent_window, COUNT=count, BLOCK=triton.next_power_of_2(used), num_warps=4,
+    )  # fmt: skip
+    return chosen
+
+
+@jit(do_not_specialize=["kept"])
+def _close(
+    array, evicted, a_batch, a_head, a_slot, kv_heads, kept, blank,
+    COUNT: tl.constexpr, SIZE: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, CLEAR: tl.constexpr,
+):  # fmt: skip
+    """One program: one KV head of one sequence. The j-th survivor of the tail moves into the j-th hole below it."""
+    row = tl.program_id(0).to(tl.int64)
+    array += row // kv_heads * a_batch + row % kv_heads * a_head
+    index = tl.arange(0, SIZE)
+    gone = tl.load(evicted + row * COUNT + index, mask=index < COUNT, other=0x7FFFFFFF)
+    tail = kept + index
+    dead = tl.max((tail[:, None] == gone[None, :]).to(tl.int32), 1)
+    alive = (dead == 0) & (index < COUNT)
+    # How many survivors, or holes, come before each: equal numbers belong together.
+    order = tl.cumsum(alive.to(tl.int32), 0) - 1
+    hole = gone < kept
+    before = tl.sum((hole[None, :] & (gone[None, :] < gone[:, None])).to(tl.int32), 1)
+    pair = hole[None, :] & (before[None, :] == order[:, None])
+    target = tl.sum(tl.where(pair, gone[None, :], 0), 1)
+    column = tl.arange(0, WIDTH)
+    moved = alive[:, None] & (column[None, :] < INNER)
+    vectors = tl.load(array + tail[:, None] * a_slot + column[None, :], mask=moved, other=0)
+    tl.store(array + target[:, None] * a_slot + column[None, :], vectors, mask=moved)
+    if CLEAR:
+        tl.debug_barrier()  # what is cleared was read by other threads
+        cleared = (index[:, None] < COUNT) & (column[None, :] < INNER)
+        empty = tl.zeros([SIZE, WIDTH], array.dtype.element_ty) + blank.to(array.dtype.element_ty)
+        tl.store(array + tail[:, None] * a_slot + column[None, :], empty, mask=cleared)
+
+
+def close(array, evicted, kept, blank=None):
+    """`Slots.evict` for one array, `[batch, num_kv_heads, capacity, ...]` with contiguous last dimensions: survivors of the slots
+    from `kept` on move into the holes that the slots `evicted` (int32, `[batch, num_kv_heads, n]`, contiguous) leave below;
+    those n last slots then hold `blank`, or what they held if it is None."""
+    batch, kv_heads, count = evicted.shape
+    inner = array.shape[3:].numel()
+    _close[(batch * kv_heads,)](
+        array, evicted, *array.stride()[:3], kv_heads, kept, blank or 0, COUNT=count, SIZE=triton.next_power_of_2(count),
+        INNER=inner, WIDTH=triton.next_power_of_2(inner), CLEAR=blank is not None, num_warps=1 if inner == 1 else 4,
+    )  # fmt: skip
+
+
+def remember(items, mass, positions, sketches, seen, elapsed, decay, **tuning):
     """What `policies.Sketch` does at an eviction, in one kernel: the sketches fade by decay^elapsed, take in `mass` (and, in
     the second sketch if there is one, exposure), and are asked; returns importance, float32 `[batch, num_kv_heads, used]`.
 
     items, positions: int32, mass: float32 `[batch, num_kv_heads, used]`, views of like strides, contiguous in the slots;
     mass is set to zero. sketches: one or two `CountMinSketch` with float32 counters and the same hash functions. seen: a
-    number, or int32 `[1]` on the device. NaN in `mass` gives NaN.
+    number, or int32 `[1]` on the device. NaN in `mass` gives NaN. tuning: `block`, `num_warps`.
     """
     batch, kv_heads, used = items.shape
     first = sketches[0]
@@ -274,7 +399,8 @@ def remember(items, mass, positions, sketches, seen, elapsed, decay):
     _remember[(batch * kv_heads,)](
         items, mass, positions, first.table, sketches[-1].table, scores, first.hash.a, first.hash.b, seen,
         *items.stride()[:2], kv_heads, used, elapsed, decay**elapsed, decay, math.log2(decay),
-        DEPTH=depth, WIDTH=width, MEAN=len(sketches) > 1, BLOCK=min(256, triton.next_power_of_2(used)), CELLS=1024,
+        DEPTH=depth, WIDTH=width, MEAN=len(sketches) > 1, BLOCK=min(tuning.get("block", 256), triton.next_power_of_2(used)),
+        CELLS=1024, num_warps=tuning.get("num_warps", 4),
     )  # fmt: skip
     return scores
 
@@ -340,7 +466,7 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
         BLOCK=block, STAGES=tuning.get("num_stages", 3), MASK=mask, num_warps=tuning.get("num_warps", 4),
     )  # fmt: skip
     if splits > 1:
-        _combine[(rows, triton.cdiv(used, finish))](
+        _combine[(rows, 1 + triton.cdiv(used, finish))](
             received, output, scratch, partial, tops, totals, *received.stride(), stride, kv_heads, used, decay,
             **shape, PARTS=triton.next_power_of_2(splits), num_warps=4,
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import torch
 
+from sketchkv import kernels
 from sketchkv.quantize import coder, rotation
 
 EMPTY = -1
@@ -95,6 +96,10 @@ class Slots:
         same, or the number of one token's); returns their slots."""
         start, count = self.used, keys.shape[2]
         new = slice(start, start + count)
+        if isinstance(positions, torch.Tensor) and positions.shape == (1,) and count == 1 and self._kernels(positions):
+            kernels.append(keys, values, positions, self.keys, self.values, self.positions, start)
+            self.used = new.stop
+            return new
         for name, vectors in (("keys", keys), ("values", values)):
             self._encode(name, vectors, new)
         stored = self.positions.narrow(2, start, count)
@@ -104,6 +109,10 @@ class Slots:
             stored.copy_(positions[..., None, :])
         self.used = new.stop
         return new
+
+    def _kernels(self, tensor):
+        """Whether the kernels serve here, for a step that will be recorded."""
+        return not self.coders and kernels.usable(tensor, recorded=True)
 
     def _encode(self, name, vectors, part):
         for each, coded in self._coded(name, vectors).items():
@@ -136,6 +145,11 @@ class Slots:
         """
         count = evicted.shape[-1]
         kept = self.used - count
+        if evicted.dtype == torch.int32:  # from `kernels.lowest`
+            for name, array in self.arrays.items():
+                kernels.close(array, evicted, kept, None if name in self.kv else EMPTY if name == "positions" else 0)
+            self.used = self.kept = kept
+            return
         evicted = evicted.sort(-1).values
         holes = evicted < kept
         dead = torch.zeros(evicted.shape, dtype=torch.bool, device=evicted.device)

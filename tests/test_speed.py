@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic on cases known by hand, the cost model, and a bound that only a serious regression passes."""
 
+import shutil
 import time
 
 import numpy as np
@@ -65,9 +66,12 @@ def test_the_reference_counts_as_the_sketch_does():
 
 def test_every_group_of_rows_runs(gpt2):
     table, models = timing.Table(quiet=True), speed.pair(gpt2)
+    has_compiler = shutil.which("g++") is not None
     with torch.no_grad():
         speed.decode_rows(table, models, "m", 2, seen=80, cap=40, repetitions=1, hardware=(1e9, 1e9))
-        speed.loop_rows(table, models, "m", prompt=50, new=8, cap=40, repetitions=1)
+        speed.loop_rows(table, models, "m", prompt=50, new=8, cap=40, repetitions=1, compiled=has_compiler)
+        if has_compiler:
+            speed.compiled_rows(table, models, "m", 2, seen=80, cap=40, repetitions=1, hardware=(1e9, 1e9))
         speed.length_rows(table, models[1], "m", [64, 128], cap=40, repetitions=2)
         speed.prefill_rows(table, models, "m", count=120, chunk=60, cap=40, repetitions=1)
         speed.scoring_rows(table, models, "m", count=80, cap=40, repetitions=1)
@@ -75,6 +79,7 @@ def test_every_group_of_rows_runs(gpt2):
     frame = table.frame().set_index("row")
     assert frame.loc["m, peak bytes at 128 / at 64 tokens", "median"] == pytest.approx(1, rel=0.05)
     assert frame.loc["m, 80 tokens, kept positions that are the same", "median"] == 1
+    assert ("m, batch 2, 80 seen, SketchCache, compiled / window, compiled" in frame.index) == has_compiler
     assert frame["median"].notna().all() and bench.default_name({"gpu": "NVIDIA H100 80GB HBM3"}) == "h100"
 
 

@@ -8,15 +8,18 @@ import pandas as pd
 # the figure aimed at; where there is one, the row that says how far from the floor of the hardware it is.
 AIMS = [
     *(
-        (f"step of SketchCache / {other}, {model}, batch {batch}", "cpu",
-         rf"{model}, batch {batch}, \d+ seen, SketchCache / {other}", "at most", limit,
-         rf"{model}, batch {batch}, \d+ seen, SketchCache / floor")
+        (f"step of SketchCache{compiled} / {other}{'' if other == 'DynamicCache' else compiled}, {model}, batch {batch}", "cpu",
+         rf"{model}, batch {batch}, \d+ seen, SketchCache{compiled} / {other}{'' if other == 'DynamicCache' else compiled}",
+         "at most", limit, rf"{model}, batch {batch}, \d+ seen, SketchCache{compiled} / floor")
+        for compiled in ("", ", compiled")
         for model, batch, full in (
             ("embedded", 1, 1.0), ("embedded", 8, 1.0), ("GPT-2 small", 1, 1.0), ("GPT-2 small", 8, 1.0), ("rotary", 1, 0.6)
         )
         for other, limit in (("DynamicCache", full), ("window", 1.1), ("H2O", 1.05))
     ),
     ("manual loop with SketchCache / generate with DynamicCache", "cpu", r".*, manual loop / generate", "at most", 0.8, None),
+    ("manual loop with SketchCache, compiled / generate with DynamicCache", "cpu",
+     r".*, manual loop, compiled / generate", "at most", 0.8, None),
     ("time of a token per doubling of the text", "cpu", r".*, slope of time per doubling", "covers", 0.0, None),
     ("peak bytes, longest / shortest text", "cpu", r".*, peak bytes at .*", "at most", 1.0, None),
     ("prompt in chunks / plain", "cpu", r".*, chunks / plain", "at most", 1.3, None),
@@ -27,8 +30,12 @@ AIMS = [
     ("counting, datasketches / ours of the same error", "cpu", r"\d+ items, datasketches / CountMinSketch.*", "at least", 5.0, None),
     ("generate with DynamicCache / recorded steps, batch 1", "gpu",
      r"decoding, generate, DynamicCache / recorded, sketch, batch 1, .*", "at least", 10.0, None),
+    ("generate with DynamicCache / recorded and compiled steps, batch 1", "gpu",
+     r"decoding, generate, DynamicCache / recorded and compiled, sketch, batch 1, .*", "at least", 10.0, None),
     ("compiled StaticCache / recorded steps, batch 1", "gpu",
      r"decoding, StaticCache, compiled / recorded again, sketch, batch 1, .*", "at least", 1.0, None),
+    ("compiled StaticCache / recorded and compiled steps, batch 1", "gpu",
+     r"decoding, StaticCache, compiled / recorded and compiled again, sketch, batch 1, .*", "at least", 1.0, None),
     ("fused attention / floor, batch 64", "gpu", r"fused, batch 64, 1024 slots(, default)? / floor", "at most", 1.3, None),
     ("eager attention / fused, batch 64", "gpu", r"eager / fused, batch 64, 1024 slots", "at least", 5.0, None),
     ("SDPA over 16k tokens / fused over 1024 slots, batch 64", "gpu",

@@ -15,8 +15,9 @@ from scipy.stats import t as student
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from sketchkv import H2O, Sketch, SketchCache, Window, enable, generate, score
+from sketchkv.compiled import compiled_step
 from sketchkv.sketches import PRIME, CarterWegmanHash, CountMinSketch
-from sketchkv.study.timing import in_turn
+from sketchkv.study.timing import elapsed, in_turn
 
 CYCLE = 16  # steps between two evictions
 
@@ -72,6 +73,34 @@ def decode_rows(table, models, name, batch, seen=1024, cap=256, repetitions=20, 
             table.floor(f"{name}, {which}", step_floor(model, batch, stored, *hardware), f"{name}, {which}")
 
 
+def compiled_rows(table, models, name, batch, seen=1024, cap=256, repetitions=20, warmup=2, seconds=60, hardware=None):
+    """As `decode_rows`, the steps of bounded caches compiled (`sketchkv.compiled`), beside the full cache as it is; and, since
+    most of the gain is the compiler's, a compiled step that keeps as many tokens as the full cache. What compiling takes
+    stands in a row of its own."""
+    plain, model = models
+    ids = tokens(model, batch, seen)
+    step, name = compiled_step(model), f"{name}, batch {batch}, {seen} seen"
+
+    def cycle(cache):
+        for token in ids[:, :CYCLE].split(1, 1):
+            step(token, cache)
+
+    policies = {"SketchCache": (cap, None), "window": (cap, Window()), "H2O": (cap, H2O()), "all tokens": (seen, Window())}
+    caches = {which: _prefill(model, ids, SketchCache(model.config, size, policy=p)) for which, (size, p) in policies.items()}
+    table.add(f"{name}, compiling", "time of the first steps", "us", [elapsed(lambda: cycle(caches["SketchCache"]))])
+    full = _prefill(plain, ids, DynamicCache(config=plain.config))
+    beside, first = f"{name}, DynamicCache beside compiled steps", f"{name}, SketchCache, compiled"
+    runs = {beside: lambda: _cycle(plain, ids, full)}
+    runs |= {f"{name}, {which}, compiled": (lambda c=c: cycle(c)) for which, c in caches.items()}
+    in_turn(table, runs, per=CYCLE, repetitions=repetitions, warmup=warmup, seconds=seconds)
+    for which in ("window", "H2O", "all tokens"):
+        table.ratio(f"{first} / {which}, compiled", first, f"{name}, {which}, compiled")
+    for which in policies:
+        table.ratio(f"{name}, {which}, compiled / DynamicCache", f"{name}, {which}, compiled", beside)
+    if hardware:
+        table.floor(first, step_floor(model, batch, cap, *hardware), first)
+
+
 def step_floor(model, batch, stored, bandwidth, rate):
     """Microseconds that one step needs at least: weights and stored keys and values read once, or its multiplications."""
     config = model.config.get_text_config(decoder=True)
@@ -85,21 +114,28 @@ def step_floor(model, batch, stored, bandwidth, rate):
     return max(needed / bandwidth, operations / rate) * 1e6
 
 
-def loop_rows(table, models, name, prompt=512, new=512, cap=256, repetitions=20, warmup=1, seconds=60):
-    """The decode loop in the open with SketchCache against `model.generate` with DynamicCache, the prompt included: it passes
-    at once through both."""
+def loop_rows(table, models, name, prompt=512, new=512, cap=256, repetitions=20, warmup=1, seconds=60, compiled=False):
+    """The decode loop in the open with SketchCache, as it is and if `compiled` compiled, against `model.generate` with DynamicCache, the
+    prompt included: it passes at once through all of them."""
     plain, model = models
     ids = tokens(model, 1, prompt)
     settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
     name = f"{name}, {prompt} + {new} tokens"
+
+    def loop(compile):
+        generate(model, ids, SketchCache(model.config, cap, prefill_chunk=prompt), new, chunk_size=prompt, compile=compile)
+
     runs = {
         f"{name}, generate, DynamicCache": lambda: plain.generate(ids, attention_mask=torch.ones_like(ids), **settings),
-        f"{name}, manual loop, SketchCache": lambda: generate(
-            model, ids, SketchCache(model.config, cap, prefill_chunk=prompt), new, chunk_size=prompt
-        ),
+        f"{name}, manual loop, SketchCache": lambda: loop(False),
+        f"{name}, manual loop, SketchCache, compiled": lambda: loop(True),
     }
+    library, ours, faster = runs
+    if not compiled:
+        del runs[faster]
     in_turn(table, runs, per=new, repetitions=repetitions, warmup=warmup, seconds=seconds)
-    table.ratio(f"{name}, manual loop / generate", *reversed(runs))
+    table.ratio(f"{name}, manual loop / generate", ours, library)
+    table.ratio(f"{name}, manual loop, compiled / generate", faster, library)
 
 
 def prefill_rows(table, models, name, count=1024, chunk=512, cap=256, repetitions=20, warmup=2, seconds=60):

@@ -144,18 +144,19 @@ def _model(dtype=DTYPE, **changes):
     return model
 
 
-def _bounded(model, ids, new, policy=None, cap=256):
-    cache = SketchCache(model.config, cap, policy=policy)
+def _bounded(model, ids, new, policy=None, cap=256, compile=False):
+    cache = SketchCache(model.config, cap, policy=policy, prefill_chunk=ids.shape[1])
 
     def run(new=new):
         cache.reset()
-        generate(model, ids, cache, new, graph=True)
+        generate(model, ids, cache, new, graph=True, compile=compile)
 
     return run
 
 
 def _compare(table, runs, new, repetitions, seconds):
-    """Whole texts in turn, each beside its prompt alone; rows "decoding" are what the new - 1 further steps cost."""
+    """Whole texts in turn, each beside its prompt alone; rows "decoding" are what the new - 1 further steps cost. Ratios are
+    to each run with a sketch."""
     both = {}
     for row, run in runs.items():
         both |= {row: run, f"prompt alone, {row}": lambda run=run: run(1)}
@@ -163,10 +164,10 @@ def _compare(table, runs, new, repetitions, seconds):
     for row in runs:
         steps = (table.samples[row] - table.samples[f"prompt alone, {row}"]) / (new - 1)
         table.add(f"decoding, {row}", "time per step", "us", steps)
-    sketch, *others = runs
-    for row in others:
-        for kind in ("", "decoding, "):
-            table.ratio(f"{kind}{row.split(', batch')[0]} / {sketch}", kind + row, kind + sketch)
+    for ours in (row for row in runs if "sketch" in row):
+        for row in (row for row in runs if row != ours):
+            for kind in ("", "decoding, "):
+                table.ratio(f"{kind}{row.split(', batch')[0]} / {ours}", kind + row, kind + ours)
 
 
 def recorded_rows(table, batch=1, prompt=512, new=256, repetitions=20, seconds=70):
@@ -184,20 +185,20 @@ def recorded_rows(table, batch=1, prompt=512, new=256, repetitions=20, seconds=7
         f"recorded, sketch, {name}": _bounded(model, ids, new),
         f"generate, DynamicCache, {name}": library,
         f"recorded, window, {name}": _bounded(model, ids, new, Window()),
+        f"recorded and compiled, sketch, {name}": _bounded(model, ids, new, compile=True),
     }
-    first = next(iter(runs))
-    table.add(f"first text, recording included, {first}", "time of a text", "us", [elapsed(runs[first])])
+    for row, run in runs.items():
+        if row.startswith("recorded"):
+            table.add(f"first text, recording and compiling included, {row}", "time of a text", "us", [elapsed(run)])
     _compare(table, runs, new, repetitions, seconds)
 
 
 def static_rows(table, prompt=512, new=256, repetitions=20, seconds=60):
-    """Recorded steps, as they are and with compiled feed-forward layers, against transformers' StaticCache with the whole
-    step compiled (`mode="reduce-overhead"`). What compiling takes stands in a row of its own."""
-    plain, model, partly = _model(), enable(_model()), enable(_model())
+    """Recorded steps, as they are and compiled, against transformers' StaticCache with the whole step compiled
+    (`mode="reduce-overhead"`). What compiling takes stands in a row of its own."""
+    plain, model = _model(), enable(_model())
     ids = torch.randint(0, 50000, (1, prompt), device=DEVICE)
     name = f"batch 1, {prompt} + {new} tokens"
-    for block in partly.transformer.h:
-        block.mlp.compile()
     static = StaticCache(config=plain.config, max_cache_len=prompt + new)
     step = torch.compile(plain.forward, mode="reduce-overhead", fullgraph=True)
 
@@ -213,7 +214,7 @@ def static_rows(table, prompt=512, new=256, repetitions=20, seconds=60):
     runs = {
         f"recorded again, sketch, {name}": _bounded(model, ids, new),
         f"StaticCache, compiled, {name}": library,
-        f"recorded, sketch, compiled feed-forward, {name}": _bounded(partly, ids, new),
+        f"recorded and compiled again, sketch, {name}": _bounded(model, ids, new, compile=True),
     }
     for row, run in list(runs.items())[1:]:
         try:

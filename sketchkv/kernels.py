@@ -32,6 +32,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CP
 LOG2E = 1.4426950408889634
 MASKED = tl.constexpr(-3e38)  # finite, so that a row with every slot masked attends evenly, as torch's softmax does
 PROGRAMS = 512  # enough to fill the chip: about 4 per multiprocessor
+FEW_SLOTS, FEW_PROGRAMS = 2048, 160  # with few slots more programs gain less than they cost
 
 
 def usable(tensor, recorded=False):
@@ -382,6 +383,39 @@ def close(array, evicted, kept, blank=None):
     )  # fmt: skip
 
 
+@jit(do_not_specialize=["start", "count"])
+def _codes(
+    keys, projection, items, k_batch, k_head, k_slot, i_batch, i_head, kv_heads, start, count,
+    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK new keys of one KV head of one sequence. Their signs along BITS directions, as one number."""
+    row = tl.program_id(0).to(tl.int64)
+    keys += row // kv_heads * k_batch + row % kv_heads * k_head
+    items += row // kv_heads * i_batch + row % kv_heads * i_head
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    slot, column, bit = start + index, tl.arange(0, WIDTH), tl.arange(0, COLUMNS)
+    inside = index < count
+    key = tl.load(keys + slot[:, None] * k_slot + column[None, :], mask=inside[:, None] & (column[None, :] < HEAD_DIM), other=0.0)
+    along = (column[:, None] < HEAD_DIM) & (bit[None, :] < BITS)
+    directions = tl.load(projection + column[:, None] * BITS + bit[None, :], mask=along, other=0.0)
+    signs = tl.dot(key.to(tl.float32), directions, input_precision="ieee") > 0
+    tl.store(items + slot, tl.sum(tl.where(signs, 1 << bit[None, :], 0), 1), mask=inside)
+
+
+def codes(keys, projection, items, start, count):
+    """`SimHash` of the keys in the slots `start` to `start + count`, into the same slots of `items`: one launch.
+
+    keys: `[batch, num_kv_heads, capacity, head_dim]`, last dimension contiguous; projection: float32 `[head_dim, bits]`,
+    contiguous; items: int32 `[batch, num_kv_heads, capacity]`.
+    """
+    batch, kv_heads, _, head_dim = keys.shape
+    bits = projection.shape[1]
+    _codes[(batch * kv_heads, triton.cdiv(count, 16))](
+        keys, projection, items, *keys.stride()[:3], *items.stride()[:2], kv_heads, start, count, HEAD_DIM=head_dim,
+        WIDTH=max(16, triton.next_power_of_2(head_dim)), BITS=bits, COLUMNS=max(16, triton.next_power_of_2(bits)), BLOCK=16,
+    )  # fmt: skip
+
+
 def remember(items, mass, positions, sketches, seen, elapsed, decay, **tuning):
     """What `policies.Sketch` does at an eviction, in one kernel: the sketches fade by decay^elapsed, take in `mass` (and, in
     the second sketch if there is one, exposure), and are asked; returns importance, float32 `[batch, num_kv_heads, used]`.
@@ -399,7 +433,7 @@ def remember(items, mass, positions, sketches, seen, elapsed, decay, **tuning):
     _remember[(batch * kv_heads,)](
         items, mass, positions, first.table, sketches[-1].table, scores, first.hash.a, first.hash.b, seen,
         *items.stride()[:2], kv_heads, used, elapsed, decay**elapsed, decay, math.log2(decay),
-        DEPTH=depth, WIDTH=width, MEAN=len(sketches) > 1, BLOCK=min(tuning.get("block", 256), triton.next_power_of_2(used)),
+        DEPTH=depth, WIDTH=width, MEAN=len(sketches) > 1, BLOCK=min(tuning.get("block", 128), triton.next_power_of_2(used)),
         CELLS=1024, num_warps=tuning.get("num_warps", 4),
     )  # fmt: skip
     return scores
@@ -440,9 +474,11 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
     groups = 1 if group == 1 else max(16, triton.next_power_of_2(group))
     width = max(16, triton.next_power_of_2(head_dim))
     rows = batch * kv_heads
-    block = tuning.get("block", 32 if group == 1 or width > 64 else 64)
-    # A power of two: what is a constant of the compiled kernel must take few values while the slots fill.
-    splits = tuning.get("splits") or 1 << max(1, min(PROGRAMS // rows, used // 64)).bit_length() - 1
+    block = tuning.get("block", 32 if width > 64 or group == 1 and rows > 128 else 64)
+    # Putting splits together costs as much as 300 slots do. A power of two: what is a constant of the compiled kernel must
+    # take few values while the slots fill.
+    wanted = PROGRAMS // rows if used > FEW_SLOTS else FEW_PROGRAMS // rows if used >= 512 else 1
+    splits = tuning.get("splits") or 1 << max(1, min(wanted, used // 64)).bit_length() - 1
     per_split = triton.cdiv(triton.cdiv(used, splits), block) * block
     device = query.device
     output = torch.empty(batch, heads, head_dim, dtype=query.dtype, device=device)

@@ -402,9 +402,11 @@ class Sketch(AttentionMass):
         if self.kind != "race" and self.items.reads_text:
             slots.arrays["item"][:, :, new] = self.items(slots, new, token_ids)
 
-    def _hashed(self, slots):
+    def _hashed(self, slots, fused=False):
         """What the sketch hashes of the stored tokens: their items, int32 `[batch, num_kv_heads, used]`, or keys."""
-        if self.kind != "race" and not self.items.reads_text:
+        if fused and type(self.items) is CodeItems and not slots.coders:
+            kernels.codes(slots.keys, self.items.code.projection, slots.arrays["item"], slots.kept, slots.used - slots.kept)
+        elif self.kind != "race" and not self.items.reads_text:
             # Tokens that came since the last eviction get their items now, in one operation, not as they enter.
             fresh = slice(slots.kept, slots.used)
             slots.arrays["item"][:, :, fresh] = self.items(slots, fresh, None)
@@ -452,9 +454,10 @@ class Sketch(AttentionMass):
         # For the cache to refuse, before it spoils the whole table; on CUDA looking would stall the device.
         if slots.positions.device.type == "cpu" and slots["mass"].isnan().any():
             return slots["mass"]
-        hashed = self._hashed(slots)
         plain = (self.kind, self.counters, self.shared) == ("count_min", "float32", None)
-        if plain and isinstance(seen, torch.Tensor) and kernels.usable(slots.positions, recorded=True):
+        fused = plain and isinstance(seen, torch.Tensor) and kernels.usable(slots.positions, recorded=True)
+        hashed = self._hashed(slots, fused)
+        if fused:
             mass, elapsed = slots["mass"], slots.used - slots.kept
             return kernels.remember(hashed, mass, slots["positions"], self.sketches, seen, elapsed, self.decay)
         indices = self._pool(self.sketches[0].hash(hashed))  # all sketches share the hash functions

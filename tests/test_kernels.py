@@ -15,6 +15,7 @@ from conftest import build
 import sketchkv
 from sketchkv import LRU, TOVA, AttentionMass, H2O, Sketch, SketchCache, Window, kernels
 from sketchkv.cache import SketchLayer
+from sketchkv.sketches import SimHash
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
@@ -332,3 +333,19 @@ def test_steps_that_will_be_recorded_keep_the_same_tokens(policy, dtype):
     (output, kept, evicted), (expected, expected_kept, expected_evicted) = results
     torch.testing.assert_close(output, expected, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=0)
     assert torch.equal(kept, expected_kept) and evicted == expected_evicted > 0
+
+
+@runs
+@pytest.mark.parametrize("dim,bits,start,count", [(64, 24, 5, 16), (24, 3, 0, 37), (128, 30, 20, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_codes_equal_simhash(dim, bits, start, count, dtype):
+    keys = torch.randn(2, 3, 40, dim, device=DEVICE).to(dtype)
+    items, code = torch.full((2, 3, 40), -7, dtype=torch.int32, device=DEVICE), SimHash(dim, bits, 1, DEVICE)
+    kernels.codes(keys, code.projection, items, start, count)
+    expected = code(keys)
+    inside = torch.zeros(40, dtype=torch.bool, device=DEVICE)
+    inside[start : start + count] = True
+    assert (items[..., ~inside] == -7).all()
+    # A projection that is all but zero may have either sign.
+    clear = ((keys.float() @ code.projection).abs() > 1e-4).all(-1)
+    assert torch.equal(items.long()[clear & inside], expected[clear & inside].long()) and clear.float().mean() > 0.9

@@ -193,10 +193,10 @@ def _combine(
 @jit
 def _index(a, b, item, row, WIDTH: tl.constexpr):
     """`CarterWegmanHash` of `item`: (a x + b) mod p mod width, p = 2^31 - 1 by folding the high bits onto the low ones."""
-    # Factors known to fit in 32 bits cost one multiplication, not four.
-    factor = tl.load(a + row).to(tl.uint32).to(tl.uint64)
-    value = (factor * item.to(tl.uint32).to(tl.uint64) + tl.load(b + row).to(tl.uint32).to(tl.uint64)).to(tl.int64)
-    value = (value & 0x7FFFFFFF) + (value >> 31)
+    # Factors known to fit in 32 bits cost one multiplication, not four; so does what is left after the first folding.
+    product = tl.load(a + row).to(tl.uint32).to(tl.uint64) * item.to(tl.uint32).to(tl.uint64)
+    product += tl.load(b + row).to(tl.uint32).to(tl.uint64)
+    value = (product & 0x7FFFFFFF).to(tl.uint32) + (product >> 31).to(tl.uint32)
     value = (value & 0x7FFFFFFF) + (value >> 31)
     value = tl.where(value >= 0x7FFFFFFF, value - 0x7FFFFFFF, value)
     return value.to(tl.int32) % WIDTH

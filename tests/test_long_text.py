@@ -65,7 +65,7 @@ def test_one_pass_says_what_greedy_decoding_gives(gpt2):
     wrong = greedy.clone()
     wrong[1, -2] = (wrong[1, -2] + 1) % VOCABULARY
     for ids, expected in ((greedy, [1, 1]), (wrong, [1, 0])):
-        found = recall._answer(gpt2, ids, [5, 3], make_cache(gpt2.config, **SMALL))
+        found = recall.answer(gpt2, ids, [5, 3], make_cache(gpt2.config, **SMALL))
         nll = score(gpt2, ids, make_cache(gpt2.config, **SMALL))
         assert [exact for exact, _ in found] == expected
         assert [loglik for _, loglik in found] == pytest.approx([-nll[0, -5:].mean().item(), -nll[1, -3:].mean().item()], rel=1e-4)
@@ -73,8 +73,8 @@ def test_one_pass_says_what_greedy_decoding_gives(gpt2):
 
 def test_recall_with_a_full_cache_is_the_reference(stub, monkeypatch):
     ids = torch.randint(1, VOCABULARY, (3, 120), generator=torch.Generator().manual_seed(5))
-    full = recall._answer(stub, ids, [2, 3, 2], DynamicCache(config=stub.config))
-    monkeypatch.setattr(recall, "_instances", lambda *a: (ids, [10, 20, 30], [2, 3, 2], ["a", "b", "c"], full))
+    full = recall.answer(stub, ids, [2, 3, 2], DynamicCache(config=stub.config))
+    monkeypatch.setattr(recall, "scored_instances", lambda *a: (ids, [10, 20, 30], [2, 3, 2], ["a", "b", "c"], full))
     same = recall.recall(FULL, task="needle", depth=0.1, length=120)
     assert [r["loglik"] for r in same] == pytest.approx([r["loglik_full"] for r in same], abs=1e-5)
     rows = recall.recall(SMALL, task="needle", depth=0.1, length=120)

@@ -231,6 +231,11 @@ def against(interval):
     return "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"
 
 
+def against_losses(low, high):
+    """The same of the interval of a difference of losses, of which less is better."""
+    return against((None, -high, -low))
+
+
 def words(names):
     """"a, b and c": labels of methods, "none" without any."""
     names = [LABELS.get(name, name) for name in names]

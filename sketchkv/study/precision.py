@@ -63,5 +63,5 @@ def compute(run, config, budgets, settings, dtype, seed, workers=None, **texts):
 
 
 def against(row):
-    """What the interval of a paired difference says, in words; losses: less is better."""
-    return baselines.against((-row["mean"], -row["high"], -row["low"]))
+    """What the interval of a paired difference says, in words."""
+    return baselines.against_losses(row["low"], row["high"])

@@ -112,7 +112,7 @@ def _vocabulary(tokenizer):
 
 
 @lru_cache(maxsize=16)
-def _instances(task, depth, instances, length, model, dataset, device, split, seed):
+def scored_instances(task, depth, instances, length, model, dataset, device, split, seed):
     """Instances of a task, and what the full cache says of them."""
     lm, tokenizer = _model(model, device)
     fillers = read_documents(dataset, tokenizer, split, instances, length)
@@ -120,7 +120,7 @@ def _instances(task, depth, instances, length, model, dataset, device, split, se
     full = [
         found
         for part, counts in zip(ids.split(BATCH), _split(answers))
-        for found in _answer(lm, part, counts, DynamicCache(config=lm.config))
+        for found in answer(lm, part, counts, DynamicCache(config=lm.config))
     ]
     return ids, starts, answers, fillers.names, full
 
@@ -135,11 +135,11 @@ def recall(
     each of its tokens is the most probable one after those before it, so one pass tells.
     """
     lm, _ = _model(model, device)
-    ids, starts, answers, names, full = _instances(task, depth, instances, length, model, dataset, device, split, seed)
+    ids, starts, answers, names, full = scored_instances(task, depth, instances, length, model, dataset, device, split, seed)
     held, whole, rows = nbytes(lm.config, length, lm.dtype, **method)["total"], full_nbytes(lm.config, length), []
     for part, counts in zip(ids.split(BATCH), _split(answers)):
         cache = make_cache(lm.config, length=length, **method)
-        for exact, loglik in _answer(lm, part, counts, cache):
+        for exact, loglik in answer(lm, part, counts, cache):
             i = len(rows)
             rows.append({
                 "task": task, "depth": depth, "instance": i, "document": names[i], "tokens": length,
@@ -154,7 +154,7 @@ def _split(values):
     return [values[i : i + BATCH] for i in range(0, len(values), BATCH)]
 
 
-def _answer(lm, ids, counts, cache):
+def answer(lm, ids, counts, cache):
     """(exact, loglik) of the last `counts` tokens of each row, which may differ in number: a list."""
     ids, longest = ids.to(lm.device), max(counts)
     before = ids.shape[1] - longest - 1

@@ -3,7 +3,7 @@
 import pandas as pd
 import torch
 
-from sketchkv.study import recall, results, stats
+from sketchkv.study import baselines, recall, results, stats
 from sketchkv.study.evaluate import BATCH, _model, evaluate
 from sketchkv.study.methods import fit, make_cache, nbytes
 
@@ -103,12 +103,7 @@ def gains(table, seed=0):
     found = stats.intervals(table[table.kind != "one"], by, "over_one", seed)
     means = table.groupby(by)[["loss", "max_cache_size"]].mean().loc[list(found[by].itertuples(index=False, name=None))]
     found["loss"], found["max_cache_size"] = means.loss.to_numpy(), means.max_cache_size.astype(int).to_numpy()
-    return found.assign(verdict=[against(row) for row in found.itertuples()])
-
-
-def against(row):
-    """What an interval says of a difference of losses, in words."""
-    return "better than" if row.high < 0 else "worse than" if row.low > 0 else "not distinguishable from"
+    return found.assign(verdict=[baselines.against_losses(row.low, row.high) for row in found.itertuples()])
 
 
 def forest(axis, rows, limits, **style):
@@ -156,11 +151,11 @@ def needles(
     """A grid point: rows (`NEEDLE_COLUMNS` less "kind"), one per instance of `recall.needle`, a line that is hidden at
     `depth` and asked for at the end. text: revision of the text, among what names the point."""
     lm, _ = _model(model, device)
-    known, rows = recall._instances("needle", depth, instances, length, model, dataset, device, split, seed), []
+    known, rows = recall.scored_instances("needle", depth, instances, length, model, dataset, device, split, seed), []
     for first in range(0, instances, BATCH):
         part, starts, answers, _, full = (each[first : first + BATCH] for each in known)
         cache = make_cache(lm.config, length=length, **method)
-        found = recall._answer(lm, part, answers, cache)
+        found = recall.answer(lm, part, answers, cache)
         stored = [cache.kept_positions(layer).cpu() for layer in range(len(cache.layers))]
         assert cache.evicted_tokens > 0
         for i, (exact, loglik) in enumerate(found):

@@ -297,6 +297,8 @@ class SketchLayer(CacheLayerMixin):
         if self.nan is None:
             self.nan = torch.zeros((), dtype=torch.bool, device=slots.device)
         importance = self.policy.score(slots, clock + 1).float()
+        if importance.stride(-1) != 1:
+            importance = importance.contiguous()
         evicted = kernels.lowest(importance, slots["positions"], clock, count, self.num_sinks, self.recent_window, self.nan)
         if slots.positions.device.type == "cpu":
             self.check()

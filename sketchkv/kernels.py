@@ -283,9 +283,10 @@ def append(key, value, position, keys, values, positions, slot):
     """Stores one new token in slot `slot` (int) of all heads, in one launch.
 
     key, value: `[batch, num_kv_heads, 1, head_dim]`; position: int32 `[1]`; keys, values: `[batch, num_kv_heads, capacity,
-    head_dim]` of the same dtypes; positions: int32 `[batch, num_kv_heads, capacity]`. Last dimensions must be contiguous.
+    head_dim]` of the same dtypes; positions: int32 `[batch, num_kv_heads, capacity]`.
     """
     batch, kv_heads, _, head_dim = key.shape
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     _append[(batch * kv_heads,)](
         key, value, position, keys, values, positions, *key.stride()[:2], *value.stride()[:2], *keys.stride()[:3],
         *values.stride()[:3], *positions.stride()[:2], slot, kv_heads,

@@ -96,7 +96,8 @@ class Slots:
         same, or the number of one token's); returns their slots."""
         start, count = self.used, keys.shape[2]
         new = slice(start, start + count)
-        if isinstance(positions, torch.Tensor) and positions.shape == (1,) and count == 1 and self._kernels(positions):
+        clocked = count == 1 and isinstance(positions, torch.Tensor) and positions.shape == (1,)
+        if clocked and not self.coders and kernels.usable(positions, recorded=True):
             kernels.append(keys, values, positions, self.keys, self.values, self.positions, start)
             self.used = new.stop
             return new
@@ -109,10 +110,6 @@ class Slots:
             stored.copy_(positions[..., None, :])
         self.used = new.stop
         return new
-
-    def _kernels(self, tensor):
-        """Whether the kernels serve here, for a step that will be recorded."""
-        return not self.coders and kernels.usable(tensor, recorded=True)
 
     def _encode(self, name, vectors, part):
         for each, coded in self._coded(name, vectors).items():

@@ -59,3 +59,12 @@ def padding(ids):
     mask = torch.ones_like(ids)
     mask[1, :23] = 0
     return ids * mask, mask
+
+
+def attended(layer, query, keys, values):
+    """(what a bounded layer gives for a text at once, the same of a full cache); query: `[1, num_heads, n, head_dim]`, keys and
+    values: `[1, 1, n, head_dim]`; logits are scaled by 1/2."""
+    layer.update(keys, values)
+    output = layer.attend(query, keys, values, None, None, 0.5)
+    keys, values = (x.expand(-1, query.shape[1], -1, -1) for x in (keys, values))
+    return output, torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=0.5)

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from conftest import attended
+
 from sketchkv import H2O, AttentionMass, SketchCache, Window, score
 from sketchkv.cache import SketchLayer
 from sketchkv.summary import Summary
@@ -100,12 +102,7 @@ def test_one_repeated_token_equals_the_full_cache():
     layer = SketchLayer(Window(), 20, 2, 4, 3, summary_slots=slots)
     keys, values = kinds[order][None, None], values_of[order][None, None]
     query = torch.randn(1, 3, 90, 8, generator=generator)
-    layer.update(keys, values)
-    output = layer.attend(query, keys, values, None, None, 0.5)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query, keys.expand(1, 3, 90, 8), values.expand(1, 3, 90, 8), is_causal=True, scale=0.5
-    )  # fmt: skip
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*attended(layer, query, keys, values), atol=1e-5, rtol=0)
     assert layer.summary.counts.sum() == 90 - layer.slots.used >= 60
 
 

@@ -9,6 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import attended
+
 import sketchkv
 from sketchkv import AttentionMass, SketchCache, Window, generate, score
 from sketchkv.cache import SketchLayer
@@ -222,12 +224,7 @@ def test_equal_keys_merge_without_loss(kind, second_order):
     keys = torch.randn(1, 1, 1, 8, generator=g).expand(1, 1, 90, 8).contiguous()
     values, query = torch.randn(1, 1, 90, 8, generator=g), torch.randn(1, 3, 90, 8, generator=g)
     layer = SketchLayer(Window(), 20, 2, 4, 3, summary_slots=6, summary={"kind": kind, "second_order": second_order})
-    layer.update(keys, values)
-    output = layer.attend(query, keys, values, None, None, 0.5)
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query, keys.expand(1, 3, 90, 8), values.expand(1, 3, 90, 8), is_causal=True, scale=0.5
-    )  # fmt: skip
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*attended(layer, query, keys, values), atol=1e-5, rtol=0)
     assert layer.summary.entries()[2].sum() == 90 - layer.slots.used >= 60
 
 

@@ -440,8 +440,10 @@ def test_one_list_of_pins():
     pins = {}
     for line in (ROOT / "requirements.lock").read_text().splitlines():
         if not line.startswith("#"):
-            name, version = line.split("==")
-            pins[name.lower().replace("_", "-")] = version
+            pin = Requirement(line)  # a pin for one platform says so behind a semicolon
+            (only,) = pin.specifier
+            assert only.operator == "==", line
+            pins[pin.name.lower().replace("_", "-")] = only.version
     for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"] + ["setuptools"]:
         needed = Requirement(text)
         assert needed.specifier.contains(pins[needed.name.lower()]), text

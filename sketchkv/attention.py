@@ -49,12 +49,13 @@ class _Switch:
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
     """Attention function for `AttentionInterface`: bounded with a `SketchCache`, plain SDPA with anything else."""
     switch = getattr(module, "_sketchkv", None)
-    if switch is not None and switch.compiled:
-        return compiled.attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling, module.layer_idx), None
-    if switch is None or switch.cache is None:
+    if switch is None or (switch.cache is None and not switch.compiled):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )  # fmt: skip
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if switch.compiled:
+        return compiled.attend(query, key, value, scaling, module.layer_idx), None
     cache = switch.cache
     count = query.shape[2]
     if attention_mask is not None and attention_mask.shape[-2:] != (count, count):
@@ -64,7 +65,6 @@ def _attention(module, query, key, value, attention_mask, scaling=None, dropout=
         )
     # The mask is causal within the new tokens, so its last row is their padding mask.
     valid = attention_mask[:, 0, -1] if attention_mask is not None and switch.masked else None
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = cache.layers[module.layer_idx].attend(query, key, value, valid, cache.token_ids, scaling, cache.clock)
     return output.transpose(1, 2).contiguous(), None
 

@@ -302,7 +302,7 @@ class SketchLayer(CacheLayerMixin):
         evicted = kernels.lowest(importance, slots["positions"], clock, count, self.num_sinks, self.recent_window, self.nan)
         if slots.positions.device.type == "cpu":
             self.check()
-        slots.evict(evicted)
+        slots.close(evicted)
         self.evicted += count
 
     def _rank(self, clock=None):

@@ -373,7 +373,7 @@ def _close(
 
 
 def close(array, evicted, kept, blank=None):
-    """`Slots.evict` for one array, `[batch, num_kv_heads, capacity, ...]` with contiguous last dimensions: survivors of the slots
+    """`Slots.close` for one array, `[batch, num_kv_heads, capacity, ...]` with contiguous last dimensions: survivors of the slots
     from `kept` on move into the holes that the slots `evicted` (int32, `[batch, num_kv_heads, n]`, contiguous) leave below;
     those n last slots then hold `blank`, or what they held if it is None."""
     batch, kv_heads, count = evicted.shape
@@ -417,13 +417,13 @@ def codes(keys, projection, items, start, count):
     )  # fmt: skip
 
 
-def remember(items, mass, positions, sketches, seen, elapsed, decay, **tuning):
+def remember(items, mass, positions, sketches, seen, elapsed, decay):
     """What `policies.Sketch` does at an eviction, in one kernel: the sketches fade by decay^elapsed, take in `mass` (and, in
     the second sketch if there is one, exposure), and are asked; returns importance, float32 `[batch, num_kv_heads, used]`.
 
     items, positions: int32, mass: float32 `[batch, num_kv_heads, used]`, views of like strides, contiguous in the slots;
     mass is set to zero. sketches: one or two `CountMinSketch` with float32 counters and the same hash functions. seen: a
-    number, or int32 `[1]` on the device. NaN in `mass` gives NaN. tuning: `block`, `num_warps`.
+    number, or int32 `[1]` on the device. NaN in `mass` gives NaN.
     """
     batch, kv_heads, used = items.shape
     first = sketches[0]
@@ -434,8 +434,7 @@ def remember(items, mass, positions, sketches, seen, elapsed, decay, **tuning):
     _remember[(batch * kv_heads,)](
         items, mass, positions, first.table, sketches[-1].table, scores, first.hash.a, first.hash.b, seen,
         *items.stride()[:2], kv_heads, used, elapsed, decay**elapsed, decay, math.log2(decay),
-        DEPTH=depth, WIDTH=width, MEAN=len(sketches) > 1, BLOCK=min(tuning.get("block", 128), triton.next_power_of_2(used)),
-        CELLS=1024, num_warps=tuning.get("num_warps", 4),
+        DEPTH=depth, WIDTH=width, MEAN=len(sketches) > 1, BLOCK=min(128, triton.next_power_of_2(used)), CELLS=1024,
     )  # fmt: skip
     return scores
 

@@ -142,11 +142,6 @@ class Slots:
         """
         count = evicted.shape[-1]
         kept = self.used - count
-        if evicted.dtype == torch.int32:  # from `kernels.lowest`
-            for name, array in self.arrays.items():
-                kernels.close(array, evicted, kept, None if name in self.kv else EMPTY if name == "positions" else 0)
-            self.used = self.kept = kept
-            return
         evicted = evicted.sort(-1).values
         holes = evicted < kept
         dead = torch.zeros(evicted.shape, dtype=torch.bool, device=evicted.device)
@@ -158,6 +153,13 @@ class Slots:
         self._copy(survivors, target)
         for name in self.arrays.keys() - self.kv:
             self.arrays[name][:, :, kept : self.used] = EMPTY if name == "positions" else 0
+        self.used = self.kept = kept
+
+    def close(self, evicted):
+        """`evict` in one launch per array, of slots chosen by `kernels.lowest`."""
+        kept = self.used - evicted.shape[-1]
+        for name, array in self.arrays.items():
+            kernels.close(array, evicted, kept, None if name in self.kv else EMPTY if name == "positions" else 0)
         self.used = self.kept = kept
 
     def stretch(self, capacity):

@@ -388,6 +388,19 @@ def test_pdf_reads_no_text_as_markup(text):
     pdf.compile(pdf.inline(text), ROOT)
 
 
+@pytest.mark.parametrize("height,words,narrow", [(100, 20, False), (1500, 20, True), (1500, 400, True)])
+def test_a_tall_picture_leaves_room_for_its_caption(tmp_path, height, words, narrow):
+    (tmp_path / "tall.svg").write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="600" height="{height}"/>')
+    caption = "word " * words
+    markup = f'{pdf._STYLE}\n#show: report.with("x")\n#picture("/tall.svg", "tall", "", [{caption}], [source])'
+    (drawn,) = json.loads(typst.query(markup.encode(), "image", root=str(tmp_path)))
+    width = float(re.search(r"([\d.]+)pt", drawn["width"]).group(1))
+    lines = f"#context [#metadata(measure(width: 166mm, text(9.5pt, [{caption}])).height.pt())<below>]"
+    (below,) = json.loads(typst.query(f"{pdf._STYLE}\n{lines}".encode(), "<below>", field="value", root=str(tmp_path)))
+    assert width * height / 600 + below < 249 / 25.4 * 72
+    assert (width < 0.6 * 450 - 1) == narrow
+
+
 def test_missing_result_names_the_notebook_to_run(finished, tmp_path, monkeypatch):
     write_notebook(tmp_path, "05_later", 'run.fact("later", 1)')
     monkeypatch.setattr(results, "ROOT", tmp_path)

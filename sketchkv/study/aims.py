@@ -8,14 +8,14 @@ import pandas as pd
 # the figure aimed at; where there is one, the row that says how far from the floor of the hardware it is.
 AIMS = [
     *(
-        (f"step of SketchCache{compiled} / {other}{'' if other == 'DynamicCache' else compiled}, {model}, batch {batch}", "cpu",
-         rf"{model}, batch {batch}, \d+ seen, SketchCache{compiled} / {other}{'' if other == 'DynamicCache' else compiled}",
-         "at most", limit, rf"{model}, batch {batch}, \d+ seen, SketchCache{compiled} / floor")
+        (f"step of SketchCache{compiled} / {other}, {model}, batch {batch}", "cpu",
+         rf"{model}, batch {batch}, \d+ seen, SketchCache{compiled} / {other}", "at most", limit,
+         rf"{model}, batch {batch}, \d+ seen, SketchCache{compiled} / floor")
         for compiled in ("", ", compiled")
         for model, batch, full in (
             ("embedded", 1, 1.0), ("embedded", 8, 1.0), ("GPT-2 small", 1, 1.0), ("GPT-2 small", 8, 1.0), ("rotary", 1, 0.6)
         )
-        for other, limit in (("DynamicCache", full), ("window", 1.1), ("H2O", 1.05))
+        for other, limit in (("DynamicCache", full), (f"window{compiled}", 1.1), (f"H2O{compiled}", 1.05))
     ),
     ("manual loop with SketchCache / generate with DynamicCache", "cpu", r".*, manual loop / generate", "at most", 0.8, None),
     ("manual loop with SketchCache, compiled / generate with DynamicCache", "cpu",

@@ -63,12 +63,12 @@ def cpu_groups(table, size="bench"):
         return rows(table, speed.pair(load().requires_grad_(False)), which, **settings)
 
     lengths = [128, 256, 512] if smoke else [1024, 2048, 4096, 8192, 16384]
-    models = {"embedded": seen, "GPT-2 small": seen, "rotary": 4 * seen}
     compiled = {
-        f"{which.split()[0].lower()}-{batch}-compiled": (
-            400, lambda w=which, b=batch: on(w, speed.compiled_rows, batch=b, seen=models[w], **decode)
+        f"{group}-compiled": (400, lambda w=which, b=batch, s=count: on(w, speed.compiled_rows, batch=b, seen=s, **decode))
+        for group, which, batch, count in (
+            ("embedded-1", "embedded", 1, seen), ("embedded-8", "embedded", 8, seen), ("rotary", "rotary", 1, 4 * seen),
+            ("gpt2-1", "GPT-2 small", 1, seen), ("gpt2-8", "GPT-2 small", 8, seen),
         )
-        for which, batch in (("embedded", 1), ("embedded", 8), ("rotary", 1), ("GPT-2 small", 1), ("GPT-2 small", 8))
     }  # fmt: skip
     groups = {
         "embedded-1": (60, lambda: on("embedded", speed.decode_rows, batch=1, seen=seen, **decode)),
@@ -76,7 +76,9 @@ def cpu_groups(table, size="bench"):
         "rotary": (120, lambda: on("rotary", speed.decode_rows, batch=1, seen=4 * seen, **decode)),
         "gpt2-1": (180, lambda: on("GPT-2 small", speed.decode_rows, batch=1, seen=seen, **decode)),
         "gpt2-8": (600, lambda: on("GPT-2 small", speed.decode_rows, batch=8, seen=seen, **decode)),
-        "loop": (500, lambda: on("embedded", speed.loop_rows, prompt=seen // 2, new=32 if smoke else 512, seconds=450, compiled=bench, **few)),
+        "loop": (500, lambda: on(
+            "embedded", speed.loop_rows, prompt=seen // 2, new=32 if smoke else 512, seconds=450, compiled=bench, **few
+        )),
         "length": (200, lambda: on("rotary", lambda t, m, name: speed.length_rows(t, m[1], name, lengths, **few))),
         "prefill": (90, lambda: on("embedded", speed.prefill_rows, count=seen, chunk=seen // 2, cap=decode["cap"], **few)),
         "scoring": (400, lambda: on("embedded", speed.scoring_rows, count=seen // 2 if smoke else seen, seconds=350, **few)),

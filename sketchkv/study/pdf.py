@@ -80,9 +80,14 @@ def breakable(text):
 _STYLE = r"""
 #let small(body) = block(above: 0.7em, text(7.5pt, fill: luma(90), par(justify: false, body)))
 #let picture(path, name, alt, caption, source) = [
+  #let below = caption + small(source)
   #figure(
-    context image(path, alt: alt, width: calc.min(0.6 * measure(image(path)).width, 166mm)),
-    caption: caption + small(source),
+    context {
+      let (width, height) = measure(image(path))
+      let room = 240mm - measure(width: 166mm, text(9.5pt, below)).height  // of the page's 249mm, the rest lies between
+      image(path, alt: alt, width: calc.min(0.6 * width, 166mm, room * (width / height)))
+    },
+    caption: below,
   )
   #label("figure-" + name)
 ]

@@ -115,8 +115,8 @@ def step_floor(model, batch, stored, bandwidth, rate):
 
 
 def loop_rows(table, models, name, prompt=512, new=512, cap=256, repetitions=20, warmup=1, seconds=60, compiled=False):
-    """The decode loop in the open with SketchCache, as it is and if `compiled` compiled, against `model.generate` with DynamicCache, the
-    prompt included: it passes at once through all of them."""
+    """The decode loop in the open with SketchCache, as it is and, if `compiled`, compiled, against `model.generate` with
+    DynamicCache, the prompt included: it passes at once through all of them."""
     plain, model = models
     ids = tokens(model, 1, prompt)
     settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)

@@ -7,7 +7,9 @@ occupied, so there is one graph for each of the `evict_every` phases between two
 
 import torch
 
-from sketchkv.cache import CENTRE_AFTER
+from sketchkv.fast import kernels
+from sketchkv.fast.ops import fused
+from sketchkv.layer import Tokens
 
 
 class StepGraphs:
@@ -24,38 +26,39 @@ class StepGraphs:
         if refused:
             raise ValueError(
                 f"steps with this {refused[0]} cannot be recorded, since it draws or counts outside the device (random scores, "
-                "8-bit counters, counters shared by layers): decode with graph=False"
+                "8-bit counters): decode with graph=False"
             )
-        if not cache.recordable:
+        if not getattr(cache, "recordable", True):
             raise ValueError(f"a {type(cache).__name__} decides on the host while it decodes: decode with graph=False")
         self.model, self.cache, self.compiled = model, cache, compiled
         self.warm, self.graphs = set(), {}
-        self.clock = self.expected = None
+        self.clock = self.expected = self.slots = None
 
     @torch.no_grad()
     def __call__(self, token):
         """Logits `[batch, vocabulary]` after `token` (int64 `[batch, 1]`), valid until the next call."""
         layers = self.cache.layers
-        if self.clock is None:
+        if self.slots != [id(layer.slots) for layer in layers]:  # another batch size: other memory
+            self.slots = [id(layer.slots) for layer in layers]
+            self.warm, self.graphs, self.expected = set(), {}, None
             self.clock, self.token = torch.empty(1, dtype=torch.int32, device=token.device), token.clone()
         seen = self.cache.seen_tokens
         if self.expected != seen:  # the device counts for itself, except after other calls
-            if any(layer.padded for layer in layers):
+            if self.cache.first is not None:
                 raise ValueError("recorded steps take texts without padding: decode this batch with graph=False")
             self.clock.fill_(seen)
         self.expected = seen + 1
         self.token.copy_(token)
         # Layers go in step: all have seen the same tokens and, each at its own cap, evict equally often.
-        settled = all(layer.evicted for layer in layers) and seen >= CENTRE_AFTER
+        settled = all(layer.evicted and seen >= layer.slots.codec.settles_after for layer in layers)
         phase = layers[0].slots.used - layers[0].max_cache_size if settled else None
         if phase is None or phase not in self.warm or not token.is_cuda:
             self.warm.add(phase)
             return self._step()
         if phase in self.graphs:
-            self.cache.open(1, None, None)
-            self.cache.close()
-            for layer in layers:
-                layer.skip()
+            with self.cache.announced(Tokens(self.token, self.clock[None]), self):
+                for layer in layers:
+                    layer.advance()
         else:
             self.graphs[phase] = self._record()
         graph, logits = self.graphs[phase]
@@ -76,14 +79,18 @@ class StepGraphs:
         return graph, logits
 
     def _step(self):
-        self.cache.clock = self.clock
-        positions = self.clock.long().expand(len(self.token), 1)
-        try:
-            if self.compiled:
-                logits = self.compiled(self.token, self.cache, positions)
-            else:
-                logits = self.model(self.token, past_key_values=self.cache, use_cache=True, position_ids=positions).logits
-        finally:
-            self.cache.clock = None
+        layers, positions = self.cache.layers, self.clock.long().expand(len(self.token), 1)
+        with self.cache.announced(Tokens(self.token, self.clock[None], clock=self.clock), self):
+            if kernels.usable(self.token.device):
+                for layer in layers:
+                    layer.ops = fused
+            try:
+                if self.compiled:
+                    logits = self.compiled(self.token, self.cache, positions)
+                else:
+                    logits = self.model(self.token, past_key_values=self.cache, use_cache=True, position_ids=positions).logits
+            finally:
+                for layer in layers:
+                    vars(layer).pop("ops", None)
         self.clock += 1
         return logits[:, -1]

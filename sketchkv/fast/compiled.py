@@ -7,10 +7,14 @@ the operation `sketchkv::attend` hands queries, keys and values to the `SketchCa
 
 import threading
 import types
+import weakref
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.config import patch
+
+from sketchkv.attention import is_enabled
+from sketchkv.layer import Form
 
 # On a CPU weights are packed into the blocks in which small products read them fastest, and Inductor's own products are
 # taken instead of a library's: for one token, twice as fast. On CUDA the tiles of the fused kernels are tuned.
@@ -22,26 +26,35 @@ _step = threading.local()  # .cache: the SketchCache of the compiled step that r
 
 
 @torch.library.custom_op("sketchkv::attend", mutates_args=())
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, layer: int) -> torch.Tensor:
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scaling: float,
+    softcap: float,
+    layer: int,
+) -> torch.Tensor:
     cache = _step.cache
     key, value = cache.update(key, value, layer)
-    output = cache.layers[layer].attend(query, key, value, None, cache.token_ids, scaling, cache.clock)
+    form = Form(scaling, None if softcap == 0 else softcap, sinks)
+    output = cache.layers[layer].attend(query, key, value, cache.tokens, form)
     return output.transpose(1, 2).contiguous()
 
 
 @_attend.register_fake
-def _(query, key, value, scaling, layer):
-    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+def _(query, key, value, sinks, scaling, softcap, layer):
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
-def attend(query, key, value, scaling, layer):
-    """What a compiled step calls for attention: `[batch, 1, num_heads, head_dim]` of `query`, `[batch, num_heads, 1,
-    head_dim]`, over the slots of `layer` and the new token."""
-    return torch.ops.sketchkv.attend(query, key, value, scaling, layer)
+def attend(query, key, value, form, layer):
+    """What a compiled step calls for attention: `[batch, 1, num_heads, width]` of `query`, `[batch, num_heads, 1, width]`,
+    over the slots of `layer` and the new token."""
+    return torch.ops.sketchkv.attend(query, key, value, form.sinks, form.scaling, form.softcap or 0.0, layer)
 
 
 def _forward(model, token, positions):
-    return model(token[:, None], position_ids=positions[:, None], use_cache=False).logits
+    return model(token[:, None], position_ids=positions[:, None], use_cache=False, sketchkv_attend=attend).logits
 
 
 class CompiledStep:
@@ -52,7 +65,7 @@ class CompiledStep:
     """
 
     def __init__(self, model):
-        self.model, self.weights = model, _state(model)
+        self._model, self.weights = weakref.ref(model), _state(model)
         # A code object of its own: what torch.compile remembers, it remembers by code, and frozen weights are not looked at.
         own = types.FunctionType(_forward.__code__.replace(), _forward.__globals__)
         options = OPTIONS[model.device.type]
@@ -64,21 +77,19 @@ class CompiledStep:
         """Logits `[batch, 1, vocabulary]` after `token` (int64 `[batch, 1]`), which `cache` takes in; positions: int64
         `[batch, 1]`, default the number of tokens seen. Raises RuntimeError if the step cannot be compiled."""
         positions = torch.full_like(token, cache.seen_tokens) if positions is None else positions
-        switch, before = self.model.base_model._sketchkv, getattr(_step, "cache", None)
-        cache.open(1, token, positions)
-        switch.compiled, _step.cache = True, cache
+        model, before = self._model(), getattr(_step, "cache", None)
+        _step.cache = cache
         try:
             # Flat: a stride that differs would compile the step again. Freezing is looked up globally, too.
-            with patch(freezing=self.freezing):
-                return self.run(self.model, *(x.flatten().contiguous() for x in (token, positions)))
+            with cache.announced(token, self), patch(freezing=self.freezing):
+                return self.run(model, *(x.flatten().contiguous() for x in (token, positions)))
         except TorchDynamoException as error:
             raise RuntimeError(
-                f"torch.compile could not compile a step of this {type(self.model).__name__} (on a CPU it needs a C++ compiler "
+                f"torch.compile could not compile a step of this {type(model).__name__} (on a CPU it needs a C++ compiler "
                 f"such as g++, on CUDA triton): decode with compile=False. It said: {str(error).strip().splitlines()[0]}"
             ) from error
         finally:
-            switch.compiled, _step.cache = False, before
-            cache.close()
+            _step.cache = before
 
 
 def _state(model):
@@ -87,9 +98,13 @@ def _state(model):
 
 def compiled_step(model):
     """The `CompiledStep` of an enabled model, made when it is first asked for and anew when the weights have changed since."""
-    switch = getattr(model.base_model, "_sketchkv", None)
-    if switch is None:
+    if not is_enabled(model):
         raise ValueError("compile=True needs sketchkv.enable(model) first")
-    if switch.step is None or switch.step.model is not model or switch.step.weights != _state(model):
-        switch.step = CompiledStep(model)
-    return switch.step
+    step = _steps.get(model)
+    if step is None or step.weights != _state(model):
+        step = _steps[model] = CompiledStep(model)
+    return step
+
+
+# By model, and dropped with it: a step refers to its model weakly.
+_steps = weakref.WeakKeyDictionary()

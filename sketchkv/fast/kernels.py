@@ -25,9 +25,6 @@ except ImportError:  # the CPU builds of torch come without: importing works, on
         return function or jit
 
 
-# Off: called one step at a time, a launch costs more than the kernel saves (`data/benchmarks`); in a recorded step
-# (`sketchkv.graph`), where launches cost nothing, the kernel is used all the same.
-ENABLED = False
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, slowly, to check their arithmetic
 LOG2E = 1.4426950408889634
 MASKED = tl.constexpr(-3e38)  # finite, so that a row with every slot masked attends evenly, as torch's softmax does
@@ -35,9 +32,9 @@ PROGRAMS = 512  # enough to fill the chip: about 4 per multiprocessor
 FEW_SLOTS, FEW_PROGRAMS = 2048, 160  # with few slots more programs gain less than they cost
 
 
-def usable(tensor, recorded=False):
-    """Whether the kernels can serve `tensor` (its device, and triton there) and are switched on, or pay (`recorded`)."""
-    return (ENABLED or recorded) and triton is not None and (tensor.is_cuda or INTERPRETED)
+def usable(device):
+    """Whether the kernels can run on `device`: a GPU with triton, or Triton's interpreter."""
+    return triton is not None and (device.type == "cuda" or INTERPRETED)
 
 
 @jit
@@ -328,7 +325,7 @@ MOST_SLOTS, MOST_CHOSEN = 4096, 64  # that one program of `lowest` holds, and go
 
 def lowest(importance, positions, seen, count, num_sinks, recent_window, nan):
     """The slots of the `count` lowest (importance, position) but sinks and recent window: int32
-    `[batch, num_kv_heads, count]`, as `SketchLayer` chooses where no token is padding.
+    `[batch, num_kv_heads, count]`, as `sketchkv.ops.Eager` chooses where no token is padding.
 
     importance: float32, positions: int32 `[batch, num_kv_heads, used]`, contiguous in the slots, at most `MOST_SLOTS`; seen:
     int32 `[1]`, the newest token's position; count: at most `MOST_CHOSEN`. nan: bool `[]`, set if an importance is NaN.
@@ -343,7 +340,7 @@ def lowest(importance, positions, seen, count, num_sinks, recent_window, nan):
 
 
 @jit(do_not_specialize=["kept"])
-def _close(
+def _compact(
     array, evicted, a_batch, a_head, a_slot, kv_heads, kept, blank,
     COUNT: tl.constexpr, SIZE: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, CLEAR: tl.constexpr,
 ):  # fmt: skip
@@ -372,13 +369,13 @@ def _close(
         tl.store(array + tail[:, None] * a_slot + column[None, :], empty, mask=cleared)
 
 
-def close(array, evicted, kept, blank=None):
-    """`Slots.close` for one array, `[batch, num_kv_heads, capacity, ...]` with contiguous last dimensions: survivors of the slots
+def compact_slots(array, evicted, kept, blank=None):
+    """`Slots.evict` for one array, `[batch, num_kv_heads, capacity, ...]` with contiguous last dimensions: survivors of the slots
     from `kept` on move into the holes that the slots `evicted` (int32, `[batch, num_kv_heads, n]`, contiguous) leave below;
     those n last slots then hold `blank`, or what they held if it is None."""
     batch, kv_heads, count = evicted.shape
     inner = array.shape[3:].numel()
-    _close[(batch * kv_heads,)](
+    _compact[(batch * kv_heads,)](
         array, evicted, *array.stride()[:3], kv_heads, kept, blank or 0, COUNT=count, SIZE=triton.next_power_of_2(count),
         INNER=inner, WIDTH=triton.next_power_of_2(inner), CLEAR=blank is not None, num_warps=1 if inner == 1 else 4,
     )  # fmt: skip

@@ -4,12 +4,11 @@ from importlib import import_module
 
 from sketchkv.attention import disable, enable
 from sketchkv.cache import SketchCache
-from sketchkv.decode import generate, score
 from sketchkv.policies import H2O, AttentionMass, Policy, Random, Sketch, Window
 from sketchkv.sketch import CountMinSketch
 
 # Loaded when asked for: what a bounded cache does without.
-_LATER = {"load": "loading", "Summary": "summary", "pyramid": "budgets"} | dict.fromkeys(
+_LATER = {"generate": "decode", "score": "decode", "load": "loading", "Summary": "summary", "pyramid": "budgets"} | dict.fromkeys(
     ("LRU", "TOVA", "KeyNorm", "SnapKV"), "peers"
 )
 

@@ -88,12 +88,12 @@ def _begin(module, args, kwargs):
     cache = given.get("past_key_values")
     if not isinstance(cache, SketchCache):
         return
-    if not cache.passing:
+    if not cache.passes.owners:
         _check_pass(text_config(module.config), cache, given)
     ids = given.get("input_ids")
     inputs = given.get("inputs_embeds") if ids is None else ids
     if inputs is not None:  # without either, the model says so itself
-        cache.begin_pass(inputs, ids, given.get("attention_mask"), given.get("position_ids"), module)
+        cache.passes.begin(inputs, ids, given.get("attention_mask"), given.get("position_ids"), module)
 
 
 def _check_pass(config, cache, given):
@@ -115,8 +115,8 @@ def _end(module, args, kwargs, output):
     if torch.compiler.is_compiling():
         return
     cache = _given(module, args, kwargs).get("past_key_values")
-    if isinstance(cache, SketchCache) and cache.passing:
-        cache.end_pass(module)
+    if isinstance(cache, SketchCache) and cache.passes.owners:
+        cache.passes.end(module)
 
 
 def enable(model):

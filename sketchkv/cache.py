@@ -1,16 +1,14 @@
 """A transformers cache that never holds more than `max_cache_size` tokens per KV head."""
 
 import copy
-import warnings
-from contextlib import contextmanager
 
-import torch
 from transformers.cache_utils import Cache
 
 from sketchkv.checks import whole
-from sketchkv.layer import BoundedLayer, Settings, Tokens
+from sketchkv.layer import BoundedLayer, Settings
+from sketchkv.passes import MOST_TOKENS, Passes
 from sketchkv.policies import AttentionMass, Policy, Sketch
-from sketchkv.slots import EMPTY, Plain
+from sketchkv.slots import Plain
 
 # How parameters of former versions are spelled now.
 FORMER = dict.fromkeys(
@@ -21,7 +19,6 @@ FORMER = dict.fromkeys(
     "kind": "a policy of sketchkv.study.extras",
     "counters": "a policy of sketchkv.study.extras",
 } | dict.fromkeys(("coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping")  # fmt: skip
-MOST_TOKENS = 2**31 - 1  # positions are int32
 
 
 class SketchCache(Cache):
@@ -87,16 +84,14 @@ class SketchCache(Cache):
         if summary is not None and not hasattr(summary, "fold"):
             raise TypeError(f"summary must be a sketchkv.summary.Summary, such as Summary(1), or None; got {summary!r}")
         self.max_cache_size, self.prefill_chunk, self.evict_every = max_cache_size, settings.prefill_chunk, evict_every
-        self.max_positions = getattr(config, "max_position_embeddings", None)
-        # Without rotary embeddings, positions are rows of a table that ends.
-        self.positions_end = getattr(config, "rope_parameters", None) is None
         self.recordings = None  # of `sketchkv.fast.graphs`
-        self._forget()
+        self.passes = Passes(config)
         layers = []
         for index, (cap, window, own) in enumerate(zip(caps, windows, policies, strict=True)):
             layers.append(self.make_layer(cap, window, copy.deepcopy(own), settings, copy.deepcopy(summary)))
             layers[-1].policy.layer = index
         super().__init__(layers=layers)
+        self.passes.layers = self.layers
 
     def make_layer(self, cap, window, policy, settings, summary):
         """A layer of `cap` tokens; window: how many tokens its queries see, None: all."""
@@ -121,7 +116,7 @@ class SketchCache(Cache):
         """Tokens that passed through the cache, padding included; the next token's position."""
         return self.layers[0].seen
 
-    is_open = property(lambda self: self.tokens is not None, doc="Whether a forward pass is under way.")
+    is_open = property(lambda self: self.passes.tokens is not None, doc="Whether a forward pass is under way.")
 
     @property
     def evicted_tokens(self):
@@ -153,7 +148,7 @@ class SketchCache(Cache):
             if layer.slots is not None:
                 shared |= {id(tensor): tensor.nbytes for tensor in layer.slots.codec.shared()}
         held["kv"] += sum(shared.values())
-        held["policy"] += 0 if self.first is None else self.first.nbytes
+        held["policy"] += 0 if self.passes.first is None else self.passes.first.nbytes
         return held | {"total": sum(held.values())}
 
     def check(self):
@@ -161,157 +156,25 @@ class SketchCache(Cache):
         the error may otherwise come late."""
         for layer in self.layers:
             layer.check()
-        if self.misfit is not None and self.misfit:
-            raise ValueError(MASK)
+        self.passes.check()
 
     def reset(self):
         """Forgets the text and keeps the memory: for the next text, or after a pass that broke off."""
         super().reset()
-        self._forget()
+        self.passes.forget()
 
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
-        if self.first is not None:
-            self.first = self.first.index_select(0, beam_idx.to(self.first.device))
-
-    def _forget(self):
-        self.tokens = None  # of the forward pass under way
-        self.passing = []  # whose forward pass is under way: (module, tokens seen before), the innermost last
-        self.first = None  # once a row has padding: position of each row's first real token, -1 before it, int32 [batch]
-        self.misfit = None  # whether a mask hid stored tokens, bool [] on a device where looking waits
-
-    # A forward pass, announced by the hooks of `sketchkv.enable`
-
-    def begin_pass(self, inputs, token_ids=None, attention_mask=None, position_ids=None, owner=None):
-        """A forward pass brings new tokens: what they are is worked out here, once for all layers.
-
-        inputs: token ids `[batch, n]` or embeddings `[batch, n, width]`.
-        token_ids: int64 `[batch, n]` or None.
-        attention_mask: `[batch, tokens so far]`, 0 for padding on the left, or None.
-        position_ids: `[batch, n]` or None.
-        owner: whose pass it is; another may begin inside of it, and brings nothing new.
-        Raises ValueError for a mask that can't be, RuntimeError after a pass that broke off.
-        """
-        self._enter(owner)
-        if not self.passing:
-            self.tokens = None
-            self.tokens = self._tokens(inputs, token_ids, attention_mask, position_ids)
-        self.passing.append((id(owner), self.seen_tokens))
-
-    @contextmanager
-    def announced(self, tokens, owner):
-        """A pass of `owner` that brings `tokens`, ready-made `Tokens` or new token ids `[batch, n]`."""
-        self._enter(owner)
-        if not self.passing:
-            if not isinstance(tokens, Tokens):
-                tokens = self._tokens(tokens, tokens, None, None)
-            else:
-                self._check_length(self.seen_tokens + tokens.positions.shape[1], tokens.positions.shape[1], None)
-            self.tokens = tokens
-        self.passing.append((id(owner), self.seen_tokens))
-        yield
-        self.end_pass(owner)
-
-    def _enter(self, owner):
-        names = [name for name, _ in self.passing]
-        if id(owner) in names:  # it broke off; if that was before it came to a layer, nothing is lost
-            self.passing = self.passing[: names.index(id(owner))]
-        start = self.seen_tokens
-        if any(layer.seen != start or layer.waiting for layer in self.layers) or any(s != start for _, s in self.passing):
-            raise RuntimeError(BROKEN)
-
-    def end_pass(self, owner=None):
-        """The pass is through. Raises RuntimeError if a layer was left out: its attention would have been wrong."""
-        start = self.passing.pop()[1]
-        if any(layer.waiting or layer.seen == start for layer in self.layers):
-            raise RuntimeError(
-                f"attention in this {type(owner).__name__} does not take the keys that its cache returns, so that it can't be "
-                "bounded: use another cache for this model"
-            )
-        if not self.passing:
-            self.tokens = None
-
-    def _tokens(self, inputs, token_ids, attention_mask, position_ids):
-        batch, count = inputs.shape[:2]
-        start, end = self.seen_tokens, self.seen_tokens + count
-        self._check_length(end, count, position_ids)
-        positions = torch.arange(start, end, dtype=torch.int32, device=inputs.device)[None]
-        if attention_mask is not None:
-            positions = self._padded(attention_mask, positions, batch, start)
-        elif self.first is not None:
-            self.first = torch.where(self.first < 0, start, self.first)
-            positions = positions.expand(batch, count)
-        first = 0 if self.first is None else self.first[:, None, None]
-        return Tokens(token_ids, positions, first, self.first is not None)
-
-    def _padded(self, mask, positions, batch, start):
-        """`positions` with -1 for padding. What a mask must be: as long as the text, padding in front of it alone."""
-        count = positions.shape[1]
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-            given = f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-            raise ValueError(
-                f"SketchCache takes a 2-D attention_mask [batch, tokens so far] or none, got {given}: 4-D masks cannot say "
-                "which evicted tokens they mean"
-            )
-        if mask.shape != (batch, start + count):
-            raise ValueError(
-                f"attention_mask must be [batch, tokens so far], here {[batch, start + count]}, got {list(mask.shape)}: "
-                "the cache may hold another text (cache.reset() forgets it)"
-            )
-        mask = mask.to(positions.device) != 0
-        # On CUDA looking makes the host wait: a step of one token, which is no padding, is left to `check`.
-        late = mask.is_cuda and start > 0 and count == 1
-        if self.first is None and not late and bool(mask.all()):
-            return positions
-        begins = torch.where(mask.any(-1), mask.int().argmax(-1), -1).int()
-        if self.first is None:
-            known = torch.zeros_like(begins) if start else begins
-        else:
-            known = torch.where(self.first < 0, begins, self.first)
-        told = torch.arange(start + count, dtype=torch.int32, device=mask.device)
-        wrong = (mask != ((told >= known[:, None]) & (known[:, None] >= 0))).any()
-        if late:
-            self.misfit = wrong if self.misfit is None else self.misfit.logical_or_(wrong)
-        elif wrong:
-            raise ValueError(MASK)
-        if late and self.first is None:
-            return positions
-        self.first = known
-        return positions.expand(batch, count).masked_fill(~mask[:, -count:], EMPTY)
-
-    def _check_length(self, end, count, position_ids):
-        if end > MOST_TOKENS:
-            raise ValueError(f"a text may have {MOST_TOKENS} tokens at most, since positions are int32; this one has {end}")
-        if self.max_positions is None or end <= self.max_positions:
-            return
-        # Left padding makes positions smaller than the number of tokens; looking at them is dear, so only here.
-        last = end - 1 if position_ids is None else int(position_ids.max())
-        if last >= self.max_positions and self.positions_end:
-            raise ValueError(
-                f"the text reaches position {last}, but the model has only {self.max_positions} (0 to "
-                f"{self.max_positions - 1}): shorten the text or use a model with rotary positions"
-            )
-        if last - count < self.max_positions <= last:  # once in a text
-            warnings.warn(f"position {last} lies beyond the {self.max_positions} that the model was made for", stacklevel=2)
+        self.passes.reorder(beam_idx)
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        if self.tokens is None:
+        if self.passes.tokens is None:
             raise RuntimeError(
                 "SketchCache needs a model whose attention knows it: call sketchkv.enable(model) once before using the cache"
             )
         key_states, value_states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        key_states._sketchkv = self.layers[layer_idx], self.tokens
+        key_states._sketchkv = self.layers[layer_idx], self.passes.tokens
         return key_states, value_states
-
-
-BROKEN = (
-    "the pass before this one broke off in the middle, so that layers hold different tokens: "
-    "call cache.reset() and begin the text again, or use a new cache"
-)
-MASK = (
-    "attention_mask must be 0 for padding on the left of a row and 1 from its first token on: "
-    "pad on the left, and hide no token that the cache has seen"
-)
 
 
 def text_config(config):

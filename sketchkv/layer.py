@@ -13,25 +13,6 @@ from sketchkv.slots import Plain, Slots
 MAX_BLOCK = 256
 
 
-class Tokens(NamedTuple):
-    """What one forward pass brings, worked out once for all layers."""
-
-    ids: Any  # int64 [batch, n], or None where the model was called with embeddings
-    positions: Any  # int32 [batch, n], or [1, n] if all rows are alike; -1 for padding
-    first: Any = 0  # position of each row's first real token, int32 [batch, 1, 1], or 0 for all
-    padded: bool = False  # whether a row has padding, in this pass or before
-    clock: Any = None  # int32 [1], the one new token's position, in a step that is recorded to run at other positions
-
-    def part(self, block):
-        """The tokens of a slice."""
-        ids = None if self.ids is None else self.ids[:, block]
-        return self._replace(ids=ids, positions=self.positions[:, block])
-
-    def end(self, layer):
-        """Tokens seen with these: an int, or int32 `[1]` on the device in a recorded step."""
-        return layer.seen if self.clock is None else self.clock + 1
-
-
 class Form(NamedTuple):
     """How a model forms logits of queries and keys.
 

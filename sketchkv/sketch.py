@@ -168,11 +168,8 @@ class CountMinSketch:
         for indices, count in self._chunks(items, indices):
             part = _expand(weights, (*self.batch_shape, count), "weights")[..., start : start + indices.shape[-1]]
             self._check_room(part)
-            self.add(indices, part.to(self.number))
+            self.add(indices, part)
             start += indices.shape[-1]
-        if self.number == torch.float16:
-            largest = torch.finfo(torch.float16).max
-            self.table.clamp_(-largest, largest)
 
     def query(self, items=None, *, indices=None):
         """Estimated weights of `items`, `[*batch_shape, n]` in the counters' dtype; parameters as of `update`."""
@@ -232,7 +229,10 @@ class CountMinSketch:
 
     def add(self, indices, weights):
         """Adds `weights` `[*batch_shape, n]` at `indices` `[*batch_shape, depth, n]`."""
-        self.table.scatter_add_(-1, indices, weights.unsqueeze(-2).expand(indices.shape))
+        self.table.scatter_add_(-1, indices, weights.to(self.number).unsqueeze(-2).expand(indices.shape))
+        if self.number == torch.float16:  # counters that pass the largest number stay there
+            largest = torch.finfo(torch.float16).max
+            self.table.clamp_(-largest, largest)
 
     def ask(self, indices):
         """Estimates `[*batch_shape, n]` from the counters at `indices` `[*batch_shape, depth, n]`."""

@@ -38,7 +38,7 @@ def _attend(
     cache = _step.cache
     key, value = cache.update(key, value, layer)
     form = Form(scaling, None if softcap == 0 else softcap, sinks)
-    output = cache.layers[layer].attend(query, key, value, cache.tokens, form)
+    output = cache.layers[layer].attend(query, key, value, cache.passes.tokens, form)
     return output.transpose(1, 2).contiguous()
 
 
@@ -81,7 +81,7 @@ class CompiledStep:
         _step.cache = cache
         try:
             # Flat: a stride that differs would compile the step again. Freezing is looked up globally, too.
-            with cache.announced(token, self), patch(freezing=self.freezing):
+            with cache.passes.announced(token, self), patch(freezing=self.freezing):
                 return self.run(model, *(x.flatten().contiguous() for x in (token, positions)))
         except TorchDynamoException as error:
             raise RuntimeError(

@@ -9,7 +9,7 @@ import torch
 
 from sketchkv.fast import kernels
 from sketchkv.fast.ops import fused
-from sketchkv.layer import Tokens
+from sketchkv.passes import Tokens
 
 
 class StepGraphs:
@@ -44,7 +44,7 @@ class StepGraphs:
             self.clock, self.token = torch.empty(1, dtype=torch.int32, device=token.device), token.clone()
         seen = self.cache.seen_tokens
         if self.expected != seen:  # the device counts for itself, except after other calls
-            if self.cache.first is not None:
+            if self.cache.passes.first is not None:
                 raise ValueError("recorded steps take texts without padding: decode this batch with graph=False")
             self.clock.fill_(seen)
         self.expected = seen + 1
@@ -56,7 +56,7 @@ class StepGraphs:
             self.warm.add(phase)
             return self._step()
         if phase in self.graphs:
-            with self.cache.announced(Tokens(self.token, self.clock[None]), self):
+            with self.cache.passes.announced(Tokens(self.token, self.clock[None]), self):
                 for layer in layers:
                     layer.advance()
         else:
@@ -80,7 +80,7 @@ class StepGraphs:
 
     def _step(self):
         layers, positions = self.cache.layers, self.clock.long().expand(len(self.token), 1)
-        with self.cache.announced(Tokens(self.token, self.clock[None], clock=self.clock), self):
+        with self.cache.passes.announced(Tokens(self.token, self.clock[None], clock=self.clock), self):
             if kernels.usable(self.token.device):
                 for layer in layers:
                     layer.ops = fused

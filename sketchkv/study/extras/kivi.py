@@ -2,9 +2,12 @@
 
 import torch
 
-from sketchkv.cache import SketchCache, SketchLayer
+from sketchkv.cache import SketchCache
+from sketchkv.checks import whole
+from sketchkv.layer import BoundedLayer, Settings
+from sketchkv.ops import Eager
 from sketchkv.policies import Window
-from sketchkv.slots import EMPTY
+from sketchkv.slots import EMPTY, Plain
 
 GROUP = 32  # numbers that share a range: tokens of one channel of the keys, channels of one token's value
 TINY = 2.0**-24  # the smallest positive float16
@@ -34,24 +37,23 @@ def unpack(codes, ranges, bits, dtype):
 
 
 class KiviSlots:
-    """What `SketchLayer` asks of its slots, for tokens in the order of the text: first the packed ones, then the newest,
+    """What `BoundedLayer` asks of its slots, for tokens in the order of the text: first the packed ones, then the newest,
     between `residual` and `residual` + 32 of them, in float16.
 
     Keys are packed per channel over 32 tokens, values per token over 32 channels, both in the model's own coordinates.
     """
 
-    rotation = centre = None
-
-    def __init__(self, batch, num_kv_heads, max_cache_size, head_dim, dtype, device, bits, residual):
-        self.dtype, self.device, self.bits, self.head_dim = dtype, device, bits, head_dim
-        self.residual, self.heads = residual, num_kv_heads
+    def __init__(self, shape, max_cache_size, head_dim, dtype, device, bits, residual):
+        self.shape, self.widths, self.codec = tuple(shape), (head_dim, head_dim), Plain(dtype, device)
+        self.dtype, self.device, self.bits, self.residual = dtype, device, bits, residual
+        batch, num_kv_heads = shape
         groups = max(0, max_cache_size - residual) // GROUP
         group = torch.zeros(batch, num_kv_heads, GROUP, head_dim, device=device)
         self.arrays = {"real": torch.zeros(batch, max_cache_size, dtype=torch.bool, device=device)}
         for name in ("keys", "values"):
             shape = (batch, num_kv_heads, residual + GROUP, head_dim)
             self.arrays[name] = torch.zeros(shape, dtype=torch.float16, device=device)
-            for part, like in zip((f"{name}_codes", f"{name}_range"), pack(self._turn(name, group), bits)):
+            for part, like in zip((f"{name}_codes", f"{name}_range"), pack(self._turn(name, group), bits), strict=True):
                 shape = (batch, num_kv_heads, groups, *like.shape[2:])
                 self.arrays[part] = torch.zeros(shape, dtype=like.dtype, device=device)
         self.kv = self.arrays.keys() - {"real"}
@@ -72,7 +74,7 @@ class KiviSlots:
             return self.context(name)
         real = self.arrays["real"][:, : self.used]
         positions = torch.arange(self.used, dtype=torch.int32, device=self.device).where(real, EMPTY)
-        return positions[:, None].expand(-1, self.heads, -1)
+        return positions[:, None].expand(-1, self.shape[1], -1)
 
     def context(self, name):
         """Keys or values of all tokens: `[batch, num_kv_heads, used, head_dim]`."""
@@ -92,15 +94,14 @@ class KiviSlots:
         """Packs the oldest 32 of the newest."""
         for name in ("keys", "values"):
             newest = self.arrays[name]
-            for part, packed in zip(("codes", "range"), pack(self._turn(name, newest[:, :, :GROUP]), self.bits)):
+            for part, packed in zip(("codes", "range"), pack(self._turn(name, newest[:, :, :GROUP]), self.bits), strict=True):
                 self.arrays[f"{name}_{part}"][:, :, self.packed] = packed
             newest[:, :, :-GROUP] = newest[:, :, GROUP:].clone()
         self.packed += 1
         self.newest -= GROUP
 
-    def reorder(self, index):
-        for array in self.arrays.values():
-            array.copy_(array.index_select(0, index.to(array.device)))
+    def tensors(self):
+        return list(self.arrays.values())
 
     def clear(self):
         self.packed = self.newest = 0
@@ -109,20 +110,30 @@ class KiviSlots:
         return sum(self.arrays[name].nbytes for name in names)
 
 
-class KiviLayer(SketchLayer):
-    """Packs where `SketchLayer` evicts: at fixed numbers of seen tokens, so that chunks make no difference."""
+class Packing(Eager):
+    """Packs where a bounded layer evicts: at fixed numbers of seen tokens, so that chunks make no difference."""
+
+    def evict(self, layer, tokens):
+        layer.slots.fold()
+
+
+class KiviLayer(BoundedLayer):
+    """A layer that packs and evicts nothing."""
+
+    ops = Packing()
 
     def __init__(self, max_cache_size, bits, residual):
-        super().__init__(Window(), max_cache_size, num_sinks=0, recent_window=residual, evict_every=GROUP)
+        super().__init__(Window(), max_cache_size, Settings(num_sinks=0, recent_window=residual, evict_every=GROUP))
         self.bits = bits
 
     def lazy_initialization(self, key_states, value_states):
-        batch, heads, _, head_dim = key_states.shape
+        head_dim = key_states.shape[-1]
         if head_dim * self.bits % 8:
             raise ValueError(f"values of {head_dim} channels can't be packed in {self.bits} bits: use bits=8")
-        self.slots = KiviSlots(
-            batch, heads, self.max_cache_size, head_dim, key_states.dtype, key_states.device, self.bits, self.recent_window
-        )  # fmt: skip
+        with torch.inference_mode(False):
+            like = key_states.dtype, key_states.device
+            self.slots = KiviSlots(key_states.shape[:2], self.max_cache_size, head_dim, *like, self.bits, self.recent_window)
+            self.home, self.nan = self.slots, torch.zeros((), dtype=torch.bool, device=key_states.device)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -133,8 +144,8 @@ class KiviLayer(SketchLayer):
             )
         return super().update(key_states, value_states, *args, **kwargs)
 
-    def _evict(self, clock=None):
-        self.slots.fold()
+    def _narrow(self):
+        return 0
 
 
 class KiviCache(SketchCache):
@@ -154,7 +165,11 @@ class KiviCache(SketchCache):
     def __init__(self, config, max_cache_size, *, bits=4, residual=32):
         if bits not in (8, 4, 2) or isinstance(bits, float):
             raise ValueError(f"bits must be 8, 4 or 2; got {bits!r}")
-        if isinstance(residual, bool) or not isinstance(residual, int) or residual < 0:
-            raise ValueError(f"residual must be a whole number, at least 0; got {residual!r}")
+        residual = whole("residual", residual, 0)
+        self.bits, self.residual = bits, residual
         super().__init__(config, max_cache_size, num_sinks=0, recent_window=0, policy=Window())
-        self.layers = [KiviLayer(max_cache_size, bits, residual) for _ in self.layers]
+
+    def make_layer(self, cap, window, policy, settings, summary):
+        if window is not None:
+            raise ValueError("a KiviCache holds whole texts: layers with sliding windows need a SketchCache")
+        return KiviLayer(cap, self.bits, self.residual)

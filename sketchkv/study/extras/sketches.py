@@ -150,7 +150,10 @@ class AnyCounters(CountMinSketch):
     def make_table(self, shape, dtype, device):
         if dtype == torch.uint8:
             return ByteCounters(shape, self.signed, self.hash.seed, device)
-        return super().make_table(shape, dtype, device)
+        try:
+            return super().make_table(shape, dtype, device)
+        except TypeError as error:
+            raise TypeError(f"{error}, or uint8 with a scale per row") from None
 
     in_bytes = property(lambda self: isinstance(self.table, ByteCounters))
     divisible = property(lambda self: not self.in_bytes)  # an addition in several parts is rounded several times
@@ -266,7 +269,11 @@ class RACE(AnyCounters):
         if items is None or indices is not None:
             return super()._indices(items, indices)
         indices = self.hash(items)
-        return indices.expand(*self.batch_shape, *indices.shape[-2:])
+        try:
+            return indices.expand(*self.batch_shape, *indices.shape[-2:])
+        except RuntimeError:
+            shapes = list(items.shape), list(self.batch_shape)
+            raise ValueError(f"indices of the items {shapes[0]} do not broadcast to batch_shape {shapes[1]}") from None
 
     def _chunks(self, items, indices):
         indices = self._indices(items, indices)

@@ -64,7 +64,7 @@ def table(folder=FOLDER):
         return pd.read_csv(folder / f"{name}.csv")
 
     def add(what, where, beside, unit, interval, n, name):
-        verdict = baselines.against_losses(*interval[1:]) if unit == NATS else ""
+        verdict = baselines.against_losses(*interval[1:]) if unit == NATS else "not compared"
         rows.append([what, where, beside, unit, *interval, verdict, n, files[f"{name}.csv"]["commit"], f"{name}.csv"])
 
     def more(name, column, labels, where, beside, sign=1):

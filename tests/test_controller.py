@@ -1,4 +1,4 @@
-"""Caps per layer, slots that move between layers, heads that share a pool: all against the masked full cache."""
+"""Caps per layer, slots that move between layers: both against the masked full cache."""
 
 import copy
 
@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import sketchkv
 from sketchkv import AttentionMass, Sketch, SketchCache, Window, generate, score
-from sketchkv.controller import AdaptiveCache, HeadPoolCache, pyramid
+from sketchkv.controller import AdaptiveCache, pyramid
 from sketchkv.oracle import decode_and_watch, full_cache_logits
 
 
@@ -77,7 +77,6 @@ def test_recorded_steps_with_a_cap_for_each_layer(gpt2, ids):
     (dict(max_cache_size=[64]), "one per layer"),
     (dict(max_cache_size=[64, 64.0]), "whole number"),
     (dict(max_cache_size=[64, 20]), "max_cache_size=20 leaves nothing"),
-    (dict(max_cache_size=[64, 48], shared="layers"), "one max_cache_size for all layers"),
 ])  # fmt: skip
 def test_bad_caps(gpt2, settings, message):
     with pytest.raises(ValueError, match=message):
@@ -93,8 +92,7 @@ KINDS = {
     "summary": dict(summary_slots=2),
     "wide summary": dict(summary_slots=7),
     "coded": dict(bits=8, summary_slots=1),
-    "summary of segments": dict(summary_slots=3, summary={"kind": "segments", "weight": "mass", "second_order": True}),
-    "summary in a sketch": dict(summary_slots=6, summary="count_sketch"),
+    "summary with spread": dict(summary_slots=3, summary={"second_order": True, "protect": True}),
 }
 
 
@@ -235,35 +233,3 @@ def test_bad_settings(gpt2, settings, message):
 def test_adaptive_steps_are_not_recorded(gpt2, ids):
     with pytest.raises(ValueError, match="AdaptiveCache decides on the host"):
         generate(gpt2, ids, adaptive(gpt2), 5, graph=True)
-
-
-# Heads that share a pool
-
-
-def test_pooled_heads_equal_masked_full_cache(model, ids):
-    caches = [HeadPoolCache(model.config, 32, recent_window=8, evict_every=5, floor=floor) for floor in (0.0, 0.5)]
-    for cache in caches:
-        logits = equals_masked_full_cache(model, ids, cache)
-        counts = torch.stack([(cache.kept_positions(layer) >= 0).sum(-1) for layer in range(2)])
-        assert (counts.sum(-1) == counts.shape[-1] * cache.stored_tokens()[0]).all() and counts.min() != counts.max()
-        cache.reset()
-        _, again = score(model, ids, cache, chunk_size=33, return_logits=True)
-        torch.testing.assert_close(again, logits, atol=1e-4, rtol=0)
-    assert counts.min() >= 18  # half of an equal split is sure
-
-
-def test_pool_of_equal_bytes(gpt2, ids):
-    pooled, plain = HeadPoolCache(gpt2.config, 32), SketchCache(gpt2.config, 32, policy=AttentionMass())
-    for cache in (pooled, plain):
-        score(gpt2, ids, cache)
-    assert pooled.nbytes()["kv"] == plain.nbytes()["kv"] and pooled.evicted_tokens == plain.evicted_tokens
-    assert pooled.nbytes()["total"] - plain.nbytes()["total"] == 2 * 2 * 4 * 48  # the owner of each slot
-
-
-def test_pool_refuses(gpt2, padding):
-    with pytest.raises(ValueError, match="16 bits"):
-        HeadPoolCache(gpt2.config, 32, bits=8)
-    with pytest.raises(ValueError, match="floor"):
-        HeadPoolCache(gpt2.config, 32, floor=1.0)
-    with pytest.raises(ValueError, match="without padding"):
-        gpt2(padding[0], attention_mask=padding[1], past_key_values=HeadPoolCache(gpt2.config, 32))

@@ -14,7 +14,7 @@ def whole(name, value, least, most=None):
     except TypeError:
         number = None
     if number is None or number < least or (most is not None and number > most):
-        limits = f"at least {least}" if most is None else f"from {least} to {most}"
+        limits = f"at least {least}" + ("" if most is None else f" and at most {most}")
         raise ValueError(f"{name} must be a whole number, {limits}; got {value!r}")
     return number
 

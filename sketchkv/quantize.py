@@ -58,7 +58,7 @@ class Quantized(Plain):
     def arrays(self, name, shape, width):
         self.coders[name] = self.make_coder(name, width)
         if self.rotates:
-            self.rotations[name] = rotation(width, torch.device(self.device))
+            self.rotations[name] = rotation(width, self.device)
             if name == "keys" and self.centre is None:  # wider slots for a prompt share it
                 self.centre = torch.zeros(*shape[:2], 1, width, dtype=torch.float16, device=self.device)
         codes, scales = self.coders[name].encode(torch.zeros(1, 1, 1, width, device=self.device))

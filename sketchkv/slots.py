@@ -14,7 +14,7 @@ class Plain:
     settles_after = 0  # tokens after which `settle` is due; 0: never
 
     def __init__(self, dtype, device):
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device = dtype, torch.device(device)
 
     def arrays(self, name, shape, width):
         """What stores "keys" or "values": {name of an array: zero tensor `[*shape, ...]`}; width: of the vectors."""

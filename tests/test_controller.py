@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import sketchkv
-from sketchkv import AttentionMass, Sketch, SketchCache, Window, generate, score
-from sketchkv.controller import AdaptiveCache, pyramid
+from sketchkv import AttentionMass, Sketch, SketchCache, Summary, Window, generate, score
+from sketchkv.budgets import pyramid
 from sketchkv.oracle import decode_and_watch, full_cache_logits
+from sketchkv.study.extras.lending import AdaptiveCache
 
 
 def kept(cache):
@@ -89,10 +90,10 @@ KINDS = {
     "exact": {},
     "sketch": dict(policy=Sketch(width=64, depth=2)),
     "window": dict(policy=Window()),
-    "summary": dict(summary_slots=2),
-    "wide summary": dict(summary_slots=7),
-    "coded": dict(bits=8, summary_slots=1),
-    "summary with spread": dict(summary_slots=3, summary={"second_order": True, "protect": True}),
+    "summary": dict(summary=Summary(2)),
+    "wide summary": dict(summary=Summary(7)),
+    "coded": dict(bits=8, summary=Summary(1)),
+    "summary with spread": dict(summary=Summary(3, spread=True, protects=True)),
 }
 
 
@@ -110,7 +111,7 @@ def wandering(model, **settings):
             layer.prices.fill_((layer.seen // 24 + index) % len(cache.layers) + 1)
             layer.known = True
 
-        layer._part = part
+        layer.on_evict = part
     return cache
 
 
@@ -154,8 +155,8 @@ def test_slots_wander_through_all_layers(ids):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_does_not_see_that_its_slots_moved(ids, kind):
-    """What moved and came back is what it would be in arrays of its own."""
+def test_a_layer_does_not_see_that_its_slots_grew_and_shrank(ids, kind):
+    """What moved to other memory and back is what it would be had it stayed."""
     model = deep(3)
     text = torch.cat([ids, ids.flip(1)], 1)
     cache = adaptive(model, **KINDS[kind])
@@ -163,14 +164,11 @@ def test_a_layer_does_not_see_that_its_slots_moved(ids, kind):
     cache._move = lambda: None
     score(model, text[:, :150], cache, chunk_size=4)
     score(model, text[:, :150], still, chunk_size=4)
-    for way in ((0, 2), (2, 0), (1, 0), (0, 1)):
-        lender = cache.layers[way[0]].slots
-        spare = lender.capacity - lender.used  # lent and taken back: the free end of each stretch
-        lender.capacity -= spare
-        cache.arena.lend(*way, spare)
-        taker = cache.layers[way[1]].slots
-        taker.capacity -= spare
-        cache.arena.lend(*way[::-1], spare)
+    for layer in cache.layers:
+        cap = layer.max_cache_size
+        for size in (cap + 8, cap):
+            layer.resize(size)
+            layer.fit()
     now = slice(150, None)
     logits = [model(text[:, now], past_key_values=each).logits for each in (cache, still)]
     torch.testing.assert_close(*logits)
@@ -178,22 +176,19 @@ def test_a_layer_does_not_see_that_its_slots_moved(ids, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_memory_is_constant_and_the_uniform_splits(ids, kind):
+def test_memory_is_that_of_the_uniform_split_at_most(ids, kind):
+    """A block that was promised is nobody's from its lender's eviction until its taker grows: for one step."""
     model = deep(4)
     still = plain(model, kind)
     score(model, ids, still)
-    cache = wandering(model, **KINDS[kind])
-    model(ids[:, :1], past_key_values=cache)
-    memory = {name: rows.data_ptr() for name, rows in cache.arena.rows.items()}
-    for chunk in ids[:, 1:].split(4, 1):
+    cache, whole = wandering(model, **KINDS[kind]), 0
+    for chunk in ids.split(4, 1):
         model(chunk, past_key_values=cache)
-    own = sum(layer.prices.nbytes for layer in cache.layers)
-    assert cache.nbytes()["total"] == still.nbytes()["total"] + own and cache.nbytes()["kv"] == still.nbytes()["kv"]
-    assert {name: rows.data_ptr() for name, rows in cache.arena.rows.items()} == memory
-    # Every row belongs to exactly one layer.
-    positions = [layer.slots.positions for layer in cache.layers]
-    assert torch.equal(torch.cat(positions, 2), cache.arena.rows["positions"])
-    assert sum(layer.slots.capacity for layer in cache.layers) == 4 * 36 and cache.history
+        own = sum(layer.prices.nbytes for layer in cache.layers)
+        slots = sum(layer.slots.capacity for layer in cache.layers)
+        assert slots <= 4 * 36 and cache.nbytes()["total"] <= still.nbytes()["total"] + own
+        whole += slots == 4 * 36
+    assert cache.history and whole > 10
 
 
 def test_two_texts_in_a_row_equal_two_fresh_caches(ids):

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from sketchkv import LRU, TOVA, AttentionMass, CountMinSketch, KeyNorm, Random, Sketch, SketchCache, SnapKV, Window, score
 from sketchkv.policies import exposure
-from sketchkv.slots import Slots
+from sketchkv.slots import Plain, Slots
 
 
 def drive(policy, blocks, seed=0, tokens=24, heads=2):
     """Feeds random attention for `tokens` tokens in blocks of the given sizes; returns slots, and attention by token."""
-    slots = Slots(1, heads, tokens, 8, torch.float32, "cpu")
+    slots = Slots((1, heads), tokens, (8, 8), Plain(torch.float32, "cpu"))
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(1, heads, tokens, 8, generator=generator)
     attention = torch.rand(1, heads, tokens, tokens, generator=generator).tril()
@@ -64,7 +64,7 @@ def test_exposure():
 def test_wide_sketch_equals_exact_sums_per_key(key):
     policy = Sketch(width=2**16, depth=4, key=key, decay=0.9, mean=False)
     slots, _ = drive(policy, [24])
-    items, mass = policy._hashed(slots).clone(), slots["mass"].clone()
+    items, mass = policy.signatures(slots).clone(), slots["mass"].clone()
     expected = ((items[..., None] == items[..., None, :]) * mass[..., None, :]).sum(-1)
     torch.testing.assert_close(policy.score(slots, 24), expected)
     assert not slots["mass"].any()  # moved, not copied: nothing is counted twice
@@ -88,18 +88,18 @@ def test_evicted_tokens_are_remembered():
 
 def test_lsh_key_depends_on_direction_only():
     policy = Sketch(key="lsh", lsh_bits=16)
-    slots = Slots(1, 1, 4, 8, torch.float32, "cpu")
+    slots = Slots((1, 1), 4, (8, 8), Plain(torch.float32, "cpu"))
     policy.allocate(slots)
     vector = torch.randn(8, generator=torch.Generator().manual_seed(0))
     keys = torch.stack([vector, 3 * vector, -vector, torch.randn(8, generator=torch.Generator().manual_seed(1))])
     policy.enter(slots, slots.append(keys[None, None], keys[None, None], torch.arange(4)[None].int()), None)
-    same, longer, opposite, other = policy._hashed(slots)[0, 0].tolist()
+    same, longer, opposite, other = policy.signatures(slots)[0, 0].tolist()
     assert same == longer and opposite == 2**16 - 1 - same and other not in (same, opposite)
 
 
 def test_token_key_needs_token_ids(gpt2, ids):
     with pytest.raises(ValueError, match='key="lsh"'):
-        gpt2(inputs_embeds=gpt2.transformer.wte(ids), past_key_values=SketchCache(gpt2.config, 64, key="token"))
+        gpt2(inputs_embeds=gpt2.transformer.wte(ids), past_key_values=SketchCache(gpt2.config, 64, policy=Sketch(key="token")))
 
 
 def test_window_keeps_the_newest_and_the_sinks(gpt2, ids):
@@ -131,7 +131,7 @@ def test_random_is_seeded_and_differs_between_layers_and_seeds(gpt2, ids):
 
 
 def test_sketch_shares_hash_functions_but_not_counters(gpt2, ids):
-    cache = SketchCache(gpt2.config, 40, width=64, depth=2)
+    cache = SketchCache(gpt2.config, 40, policy=Sketch(width=64, depth=2))
     score(gpt2, ids, cache)
     table = cache.layers[0].policy.sketches[0].table
     assert table.shape == (2, 4, 2, 64) and not torch.equal(table[0], table[1])

@@ -1,7 +1,5 @@
 """Every kind, key and width of the sketch policy goes through the trials of the cache: oracle, chunks, padding, beams."""
 
-import copy
-
 import pytest
 import torch
 from conftest import build
@@ -9,16 +7,16 @@ from conftest import build
 import sketchkv
 from sketchkv import Sketch, SketchCache, Window, generate, score
 from sketchkv.oracle import decode_and_watch, full_cache_logits
-from sketchkv.policies import QuerySketch
-from sketchkv.sketches import SimHash
-from sketchkv.slots import Slots
+from sketchkv.sketch import SimHash
+from sketchkv.slots import Plain, Slots
+from sketchkv.study.extras.sketch_policies import AnySketch, QuerySketch
 
 VARIANTS = {
     "conservative, 16 bits": dict(kind="conservative", width=16, counters="float16"),
     "Count-Sketch, 8 bits": dict(kind="count_sketch", width=64, depth=3, counters="uint8", key="token"),
     "RACE over keys": dict(kind="race", width=64),
-    "RACE over queries": dict(kind="race", key="query", width=64),
-    "query codes, 8 bits": dict(key="query", width=64, counters="uint8"),
+    "RACE over queries": dict(kind="race", query=True, width=64),
+    "query codes, 8 bits": dict(query=True, width=64, counters="uint8"),
 }
 LENGTH = 64
 
@@ -27,7 +25,9 @@ LENGTH = 64
 def fresh(request):
     def make(model, **settings):
         cache = dict(recent_window=6, evict_every=4) | settings
-        return SketchCache(model.config, 20, policy=Sketch(**VARIANTS[request.param]), **cache)
+        variant = dict(VARIANTS[request.param])
+        policy = QuerySketch if variant.pop("query", False) else AnySketch
+        return SketchCache(model.config, 20, policy=policy(**variant), **cache)
 
     return make
 
@@ -103,8 +103,8 @@ def test_bytes_are_those_of_the_tensors(llama, text, fresh):
     for layer in cache.layers:
         policy = layer.policy
         held = [*layer.slots.arrays.values(), *policy.tensors()]
-        for part in [policy.items, *policy.sketches]:
-            for thing in [part, *vars(part).values(), *getattr(getattr(part, "hash", None), "__dict__", {}).values()]:
+        for part in [policy.code, *policy.sketches]:
+            for thing in [part, *getattr(part, "__dict__", {}).values(), *getattr(getattr(part, "hash", None), "__dict__", {}).values()]:
                 held += [value for value in getattr(thing, "__dict__", {}).values() if isinstance(value, torch.Tensor)]
         tensors |= {id(tensor): tensor for tensor in held}
     assert cache.nbytes()["total"] == sum(tensor.nbytes for tensor in tensors.values())
@@ -116,9 +116,8 @@ def test_queries_are_counted_where_they_point(kind):
     generator = torch.Generator().manual_seed(0)
     queries, keys = torch.randn(2, 1, 4, 30, 8, generator=generator)  # four query heads, two KV heads
     keys = keys[:, :2]
-    policy = Sketch(key="query", kind=kind, width=2**10, depth=5, lsh_bits=4, decay=0.9)
-    assert type(policy) is QuerySketch and type(Sketch(64, 2, "query")) is QuerySketch
-    slots = Slots(1, 2, 30, 8, torch.float32, "cpu")
+    policy = QuerySketch(kind=kind, width=2**10, depth=5, lsh_bits=4, decay=0.9)
+    slots = Slots((1, 2), 30, (8, 8), Plain(torch.float32, "cpu"))
     policy.allocate(slots)
     for start, stop in ((0, 11), (11, 12), (12, 30)):
         now = slice(start, stop)
@@ -144,10 +143,8 @@ def test_queries_are_counted_where_they_point(kind):
 
 
 def test_query_policy_asks_for_no_attention():
-    policy = Sketch(key="query")
-    assert policy.uses_queries and not policy.uses_attention
-    assert Sketch().uses_attention and not Sketch().uses_queries
-    assert type(copy.deepcopy(policy)) is QuerySketch and policy.lsh_bits == 8 and Sketch().lsh_bits == 24
+    assert not QuerySketch().uses_attention and Sketch().uses_attention
+    assert QuerySketch().lsh_bits == 8 and Sketch().lsh_bits == AnySketch().lsh_bits == 24
 
 
 @pytest.mark.parametrize(
@@ -158,9 +155,9 @@ def test_query_policy_asks_for_no_attention():
         (dict(key="colour"), "lsh, token, position"),
         (dict(kind="race", key="token"), "hashes vectors"),
         (dict(kind="race", lsh_bits=31), "lsh_bits"),
-        (dict(key="query", width=0), "width"),
+        (dict(width=0), "width"),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        Sketch(**settings)
+        AnySketch(**settings)

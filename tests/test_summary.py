@@ -2,11 +2,8 @@
 
 import copy
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from conftest import attended
 
@@ -177,42 +174,6 @@ def test_one_slot_needs_no_hashing_and_holds_the_mean():
     weights = real[..., None].float() / real.sum(-1)[..., None, None]
     torch.testing.assert_close(summary.keys, (keys * weights).sum(2, keepdim=True))
     torch.testing.assert_close(summary.values, (values * weights).sum(2, keepdim=True))
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 2**31), st.integers(1, 4), st.floats(0.1, 2))
-def test_spread_is_the_variance_and_raises_the_logit_as_gaussian_keys_would(seed, count, scaling):
-    """Against NumPy in float64, bucket by bucket, from all that was folded."""
-    generator = torch.Generator().manual_seed(seed)
-    summary = allocated(Summary(count, spread=True), width=8)
-    keys, values = torch.randn(2, 1, 1, 60, 8, generator=generator)
-    for part in range(0, 60, 10):
-        block = slice(part, part + 10)
-        summary.fold(keys[:, :, block], values[:, :, block], torch.zeros(1, 1, 10, dtype=torch.int32))
-    buckets = summary.buckets(keys)[0, 0].numpy()
-    query = torch.randn(1, 3, 8, generator=generator)
-    logits, plain, scaled = summary.logits(query, scaling)[0].numpy(), keys[0, 0].numpy().astype(float), query[0].numpy() * scaling
-    for bucket in range(count):
-        own = plain[buckets == bucket]
-        if len(own):
-            np.testing.assert_allclose(summary.variance[0, 0, bucket].numpy(), own.var(0), atol=1e-4)
-            expected = scaled @ own.mean(0) + np.log(len(own)) + scaled**2 @ own.var(0) / 2
-            np.testing.assert_allclose(logits[:, bucket], expected, atol=1e-3)
-        else:
-            assert (logits[:, bucket] == -np.inf).all()
-
-
-def test_protection_raises_what_the_summary_does_not_say():
-    slots = Slots((1, 1), 4, (2, 2), Plain(torch.float32, "cpu"))
-    keys = torch.tensor([[1.0, 0], [1, 0], [5, 0], [0, 0]])[None, None]
-    slots.append(keys, torch.zeros(1, 1, 4, 2), torch.tensor([[0, 1, 2, -1]], dtype=torch.int32))
-    summary = Summary(protects=True)
-    summary.allocate(slots)
-    scores = torch.tensor([[[1.0, -2, 1, 1]]])
-    torch.testing.assert_close(summary.protect(scores, slots), scores)  # nothing said yet
-    summary.fold(keys[:, :, :1], torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1))
-    # Distances 0, 0 and 4 of the real ones, their mean 4 / 3: only the third is raised, by three times itself.
-    torch.testing.assert_close(summary.protect(scores, slots), torch.tensor([[[1.0, -2, 4, 1]]]))
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -9,9 +9,11 @@ from conftest import attended
 
 import sketchkv
 from sketchkv import AttentionMass, SketchCache, Window, generate, score
-from sketchkv.cache import SketchLayer
+from sketchkv.layer import BoundedLayer, Form, Settings
 from sketchkv.loading import EMBEDDED
 from sketchkv.study.methods import make_cache, nbytes
+from sketchkv.slots import Plain, Slots
+from sketchkv.passes import Tokens
 from sketchkv.summary import Summary
 
 VARIANTS = {
@@ -22,9 +24,9 @@ VARIANTS = {
 }
 
 
-def summarized(slots, spread=False, protects=False):
-    """A summary's options as `SketchLayer` takes them."""
-    return dict(summary_slots=slots, summary={"second_order": spread, "protect": protects})
+def allocated(summary, shape, width, dtype=torch.float32):
+    summary.allocate(Slots(shape, 1, (width, width), Plain(dtype, "cpu")))
+    return summary
 
 
 @pytest.fixture(params=VARIANTS)
@@ -58,7 +60,7 @@ def stream(blocks=14, n=5, batch=2, heads=2, dim=6, seed=0, padding=0):
 def test_slots_equal_lists_of_their_members(slots, padding):
     """Counts, means and variances, in float64."""
     blocks = stream(padding=padding)
-    summary = Summary(*torch.zeros(2, 2, 2, slots, 6), second_order=True)
+    summary = allocated(Summary(slots, spread=True), (2, 2), 6)
     for done, block in enumerate(blocks, 1):
         summary.fold(*block)
         keys, values, positions = (torch.cat(part, 2) for part in zip(*blocks[:done]))
@@ -67,7 +69,7 @@ def test_slots_equal_lists_of_their_members(slots, padding):
             members = (slot[b, h] == i) & (positions[b, h] >= 0)
             assert summary.counts[b, h, i] == members.sum()
             if members.any():
-                for got, x in zip(summary.entries(), (keys, values)):
+                for got, x in zip((summary.keys, summary.values), (keys, values)):
                     torch.testing.assert_close(got[b, h, i].double(), x[b, h, members].double().mean(0), atol=1e-4, rtol=0)
                 variance = keys[b, h, members].double().var(0, correction=0)
                 torch.testing.assert_close(summary.variance[b, h, i].double(), variance, atol=1e-3, rtol=0)
@@ -75,13 +77,13 @@ def test_slots_equal_lists_of_their_members(slots, padding):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_keeps_what_rounding_leaves_over(dtype):
-    exact, half = (Summary(*torch.zeros(2, 1, 1, 3, 6, dtype=d), second_order=True) for d in (torch.float32, dtype))
+    exact, half = (allocated(Summary(3, spread=True), (1, 1), 6, d) for d in (torch.float32, dtype))
     for keys, values, positions in stream(40, batch=1, heads=1):
         keys, values = keys.to(dtype), values.to(dtype)
         exact.fold(keys.float(), values.float(), positions)
         half.fold(keys, values, positions)
     torch.testing.assert_close(half.counts, exact.counts)
-    for got, expected in zip((*half.entries(), half.variance), (*exact.entries(), exact.variance)):
+    for got, expected in zip(half.tensors(), exact.tensors()):
         torch.testing.assert_close(got, expected, atol=5e-3, rtol=0)
 
 
@@ -94,9 +96,9 @@ def test_equal_keys_merge_without_loss(spread):
     g = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 1, 1, 8, generator=g).expand(1, 1, 90, 8).contiguous()
     values, query = torch.randn(1, 1, 90, 8, generator=g), torch.randn(1, 3, 90, 8, generator=g)
-    layer = SketchLayer(Window(), 20, 2, 4, 3, **summarized(6, spread))
+    layer = BoundedLayer(Window(), 20, Settings(2, 4, 3), Summary(6, spread))
     torch.testing.assert_close(*attended(layer, query, keys, values), atol=1e-5, rtol=0)
-    assert layer.summary.entries()[2].sum() == 90 - layer.slots.used >= 60
+    assert layer.summary.counts.sum() == 90 - layer.slots.used >= 60
 
 
 def test_the_spread_gives_gaussian_keys_their_mass():
@@ -107,10 +109,10 @@ def test_the_spread_gives_gaussian_keys_their_mass():
     query, scaling = torch.randn(1, 2, 4, 8, generator=g), 0.4
     gaps = []
     for second_order in (False, True):
-        summary = Summary(*torch.zeros(2, 1, 2, 1, 8), second_order=second_order)
+        summary = allocated(Summary(1, spread=second_order), (1, 2), 8)
         for part in keys.split(20_000, 2):
             summary.fold(part, part, torch.arange(20_000).expand(1, 2, -1))
-        logit = query @ summary.means[0].transpose(-1, -2) * scaling + summary.bias(query, scaling)
+        logit = summary.logits(query.flatten(0, 1), scaling).view(1, 2, 4, 1)
         gaps.append((query @ keys.transpose(-1, -2) * scaling).logsumexp(-1) - logit[..., 0])
     torch.testing.assert_close(gaps[0], ((query * scaling).square() * spread.square()).sum(-1) / 2, atol=0.03, rtol=0)
     assert gaps[1].abs().max() < 0.03 and gaps[0].min() > 0.05
@@ -128,9 +130,9 @@ def test_protection_keeps_what_the_summary_would_not_say():
 
     kept = {}
     for protect in (False, True):
-        layer = SketchLayer(Even(), 20, 2, 4, 3, **summarized(1, protects=protect))
+        layer = BoundedLayer(Even(), 20, Settings(2, 4, 3), Summary(1, protects=protect))
         layer.update(keys, values)
-        layer.attend(keys, keys, values, None, None, 0.5)
+        layer.attend(keys, keys, values, Tokens(None, torch.arange(80, dtype=torch.int32)[None]), Form(0.5))
         kept[protect] = layer.slots["positions"].flatten().tolist()
     assert 30 in kept[True] and 30 not in kept[False]
 
@@ -214,8 +216,9 @@ def test_group_of_queries_and_rotary_keys():
     expected = score(model, text, cache, chunk_size=1)
     torch.testing.assert_close(score(model, text, again, chunk_size=90), expected, atol=1e-3, rtol=0)
     layer, query = cache.layers[0], torch.randn(1, 6, 1, 64, generator=torch.Generator().manual_seed(0))
-    got = layer._attend_block(query, None, 0.125)
-    *means, counts = (x.double() for x in layer.summary.entries())
+    now = Tokens(None, torch.tensor([[layer.seen]], dtype=torch.int32))
+    got = layer.ops.attend(layer, query, now, Form(0.125))
+    *means, counts = (x.double() for x in (layer.summary.keys, layer.summary.values, layer.summary.counts))
     for head, q in enumerate(query[0, :, 0].double() / 8):
         own, few = head // 2, counts.shape[-1]
         keys, values = (torch.cat([m[0, own], layer.slots[n][0, own].double()]) for m, n in zip(means, ("keys", "values")))
@@ -238,5 +241,5 @@ def test_bytes(gpt2):
 
 def test_without_options_it_is_one_mean_per_hash(gpt2, ids):
     settings = dict(recent_window=8, summary_slots=3)
-    plain = score(gpt2, ids, SketchCache(gpt2.config, 24, policy=AttentionMass(), **settings))
+    plain = score(gpt2, ids, SketchCache(gpt2.config, 24, recent_window=8, summary=Summary(3), policy=AttentionMass()))
     assert torch.equal(score(gpt2, ids, make_cache(gpt2.config, "decayed", max_cache_size=24, **settings)), plain)

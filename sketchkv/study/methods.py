@@ -1,18 +1,22 @@
 """Every method of the study by name: a dict that JSON can hold -> a cache.
 
 `{"method": "h2o", "max_cache_size": 128, "bits": 16}`; all further entries are options (`make_cache`), parameters of
-`SketchCache`, or of the policy where it has them. What the study compares and the package may hold elsewhere one day (KIVI,
-layers that lend slots, rounding by minimum and step) is imported and spelled here alone.
+`SketchCache`, or of the policy where it has them.
 """
 
 import inspect
 
 import torch
 
-from sketchkv.cache import SketchCache
-from sketchkv.controller import AdaptiveCache, pyramid
-from sketchkv.kivi import KiviCache
-from sketchkv.policies import H2O, LRU, TOVA, AttentionMass, KeyNorm, Random, Sketch, SnapKV, Window
+from sketchkv.budgets import pyramid
+from sketchkv.cache import SketchCache, text_config
+from sketchkv.peers import LRU, TOVA, KeyNorm, SnapKV
+from sketchkv.policies import H2O, AttentionMass, Random, Sketch, Window
+from sketchkv.study.extras.kivi import KiviCache
+from sketchkv.study.extras.lending import AdaptiveCache
+from sketchkv.study.extras.ranges import ranges
+from sketchkv.study.extras.sketch_policies import AnySketch, QuerySketch
+from sketchkv.summary import Summary
 
 POLICIES = {
     "window": Window,
@@ -55,13 +59,19 @@ def make_cache(config, method, length=None, **options):
         raise ValueError(f"unknown method {method!r}; choose one of {', '.join((*CACHES, *POLICIES))}")
     if method == "window":
         options = {"num_sinks": 0} | options
-    own = inspect.signature(POLICIES[method].__init__).parameters
-    policy = POLICIES[method](**{name: options.pop(name) for name in list(options) if name in own})
+    kind = POLICIES[method]
+    if kind is Sketch and options.get("key") == "query":
+        kind = QuerySketch
+        del options["key"]
+    elif kind is Sketch and {"kind", "counters"} & options.keys():
+        kind = AnySketch
+    own = inspect.signature(kind.__init__).parameters
+    policy = kind(**{name: options.pop(name) for name in list(options) if name in own})
     return SketchCache(config, policy=policy, **options)
 
 
 def _spelled(config, *, summary_slots=0, spread=False, protects=False, rounding=None, steepness=0, **options):
-    """The study's options as today's `SketchCache` spells them.
+    """The study's options, which JSON can hold, as objects.
 
     summary_slots: slots that remember what was evicted, by hash of the key.
     spread: whether the spread of the merged keys raises their logit.
@@ -70,11 +80,11 @@ def _spelled(config, *, summary_slots=0, spread=False, protects=False, rounding=
     steepness: caps of the layers fall by it (`pyramid`) around `max_cache_size`.
     """
     if summary_slots:
-        options |= {"summary_slots": summary_slots, "summary": {"second_order": spread, "protect": protects}}
+        options["summary"] = Summary(summary_slots, spread, protects)
     if rounding:
-        options["quantizer"] = rounding
+        options["codec"] = ranges(options.pop("bits"))
     if steepness:
-        layers = getattr(config, "config", config).get_text_config(decoder=True).num_hidden_layers
+        layers = text_config(config).num_hidden_layers
         options["max_cache_size"] = pyramid(options["max_cache_size"], layers, steepness)
     return options
 

@@ -189,8 +189,6 @@ STEP_COLUMNS = {
 class _Recorder(Policy):
     """Keeps the queries of all that passes; nothing is evicted."""
 
-    uses_queries = True
-
     def allocate(self, slots):
         self.queries = []
 

@@ -18,7 +18,15 @@ from sketchkv.layer import Form
 
 PREFIX = "sketchkv_"  # before the name of a model's own attention implementation, where it is enabled
 # What attention functions are given that says nothing of which tokens are seen or how logits are formed.
-HARMLESS = {"dropout", "is_causal", "sliding_window", "position_ids", "use_cache", "cache_position", "output_attentions"}
+HARMLESS = {"is_causal", "sliding_window", "position_ids", "use_cache", "cache_position", "output_attentions"}
+USED = object()  # the mark of keys that a layer has attended to
+# Models whose attention no attribute tells apart, and what is wrong with it.
+REFUSED = {
+    "diffllama": "its layers attend twice, each time with half of the values",
+    "jetmoe": "its keys are repeated for each expert after the cache has returned them",
+    "git": "its attention does not go through transformers' attention interface",
+    "moshi": "its window is that of the cache alone: transformers gives other logits in one pass than token by token",
+}
 
 
 def _attention(module, query, key, value, attention_mask, *, scaling=None, softcap=None, s_aux=None, **kwargs):
@@ -29,13 +37,16 @@ def _attention(module, query, key, value, attention_mask, *, scaling=None, softc
         given = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
         given = {name: each for name, each in given.items() if each is not None}
         return _own(module)(module, query, key, value, attention_mask, **given, **kwargs)
-    unknown = [name for name, given in kwargs.items() if given is not None and name not in HARMLESS]
+    unknown = [name for name, given in kwargs.items() if name not in HARMLESS and not _nothing(given)]
     if unknown:
-        raise ValueError(f"the attention of this {type(module).__name__} asks for {unknown}, which SketchCache can't give")
+        hint = ": call model.eval()" if unknown == ["dropout"] else ""
+        raise ValueError(f"{type(module).__name__} asks its attention for {unknown}, which a SketchCache can't give{hint}")
+    if visit is USED:
+        raise ValueError(f"{type(module).__name__} attends twice with the same keys: a SketchCache can't tell the two apart")
     form = Form(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if instead is not None:
         return instead(query, key, value, form, module.layer_idx), None
-    del key._sketchkv
+    key._sketchkv = USED
     layer, tokens = visit
     if key.shape[2] != tokens.positions.shape[1]:
         raise ValueError(f"the pass was announced with {tokens.positions.shape[1]} tokens and brings {key.shape[2]}")
@@ -68,6 +79,11 @@ def _own(module):
         if function is not None:
             return function
     raise ValueError(f"{type(module).__name__} has no eager attention function of its own")
+
+
+def _nothing(given):
+    """Whether an argument asks for nothing."""
+    return given is None or given is False or (isinstance(given, float) and given == 0)
 
 
 @lru_cache
@@ -186,10 +202,43 @@ def _set_attention(model, config, name):
 
 def _refusal(model, config):
     """Why a model can't be bounded, or None."""
-    if getattr(model.config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
-        return "it has cross-attention to an encoder"
     try:
         layer_windows(config)
     except ValueError as error:
         return str(error)
-    return None
+    layers = [module for module in model.modules() if getattr(module, "layer_idx", None) is not None]
+    kinds = getattr(config, "layers_block_type", None) or ["attention"]
+    shared, latent = getattr(config, "num_kv_shared_layers", None), getattr(config, "kv_lora_rank", None)
+    found = {
+        REFUSED.get(config.model_type, ""): config.model_type in REFUSED,
+        "it has cross-attention to an encoder or to pictures": getattr(model.config, "is_encoder_decoder", False)
+        or getattr(config, "add_cross_attention", False)
+        or getattr(config, "cross_attention_layers", None),
+        "not all of its layers are attention": set(kinds) != {"attention"},
+        "its attention does not go through transformers' attention interface": not model._can_set_attn_implementation(),
+        "its layers are not one attention each, numbered from 0": {module.layer_idx for module in layers}
+        != set(range(config.num_hidden_layers)),
+        "it attends in both directions": getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
+        or any(getattr(module, "is_causal", True) is False for module in layers if not _crosses(module)),
+        "its keys and values are made of latents after the cache has returned them (MLA)": latent is not None,
+        "layers share the keys of others": bool(shared),
+        "it masks each head by its values": getattr(config, "keep_window_size", None) is not None,
+        "its rotary angles change with the length of the text, and stored keys keep their old ones": _stretches(config),
+    }
+    return next((reason for reason, holds in found.items() if holds), None)
+
+
+def _crosses(module):
+    return "cross" in type(module).__name__.lower() or getattr(module, "is_cross_attention", False)
+
+
+def _stretches(config):
+    """Whether rotary frequencies depend on the length: dynamic NTK, and longrope where the text may pass the length that the
+    model was trained with."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in rope.values() if all(isinstance(each, dict) for each in rope.values()) else [rope]:
+        kind, first = part.get("rope_type"), part.get("original_max_position_embeddings")
+        longest = getattr(config, "max_position_embeddings", 0)
+        if kind == "dynamic" or (kind == "longrope" and longest > (first or longest)):
+            return True
+    return False

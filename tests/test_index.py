@@ -1,0 +1,266 @@
+"""The index of keys: no bias, the error that was proven, against plain NumPy in float64; padding, chunks, beams, bytes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sketchkv.index import GROWTH, BothSigns, ExactKeys, KeyIndex, PageBounds
+from sketchkv.quantize import Normal, matrix, rotation, unpack
+
+KINDS = [KeyIndex, BothSigns, PageBounds, ExactKeys]
+DIMS = [8, 16, 24, 64, 80, 128]  # powers of two have a Hadamard rotation, the others a random one
+
+
+def filled(index, keys, positions=None):
+    index.add(keys, torch.arange(keys.shape[2])[None] if positions is None else positions)
+    return index
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_hand(keys, query, positions, block, num_sinks):
+    """One head's estimates, token by token, float64: keys `[tokens, d]`, query `[d]`."""
+    d = keys.shape[1]
+    turned = matrix(rotation(d, torch.device("cpu")), torch.float64).numpy()
+    estimates = []
+    for token, key in enumerate(keys):
+        first = token // block * block
+        if first + block > len(keys):
+            estimates.append(key @ query)
+            continue
+        counted = [keys[i] for i in range(first, first + block) if positions[i] >= num_sinks]
+        centre = np.float16(np.mean(counted, 0) if counted else np.zeros(d)).astype(float)
+        away = (key - centre) @ turned
+        total = sum((query @ turned)[i] * (1 if away[i] > 0 else -1) for i in range(d))
+        estimates.append(centre @ query + away @ away / np.abs(away).sum() * total)
+    return np.array(estimates)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from(DIMS), st.integers(1, 90), st.integers(0, 20), st.integers(0, 5), st.integers(0, 2**31)
+)
+def test_estimates_are_those_of_the_formula(head_dim, tokens, pads, num_sinks, seed):
+    keys = normal(2, 2, tokens, head_dim, seed=seed) * 2 + normal(1, 2, 1, head_dim, seed=seed + 1) * 3
+    query = normal(2, 6, 3, head_dim, seed=seed + 2)
+    positions = torch.stack([torch.arange(tokens), (torch.arange(tokens) - pads).clamp(min=-1)])
+    scores = filled(KeyIndex(block=16, num_sinks=num_sinks), keys, positions).scores(query)
+    assert scores.shape == (2, 2, 3, 3, tokens) and scores.dtype == torch.float32
+    for row, head, group, n in [(0, 0, 0, 0), (0, 1, 2, 1), (1, 0, 1, 2), (1, 1, 0, 0)]:
+        asked = query[row, head * 3 + group, n].double().numpy()
+        expected = by_hand(keys[row, head].double().numpy(), asked, positions[row].numpy(), 16, num_sinks)
+        # A factor is rounded to float16: its relative error times the sum that it multiplies.
+        scale = np.linalg.norm(asked) * keys[row, head].norm(dim=-1).max().item()
+        assert np.abs(scores[row, head, group, n].numpy() - expected).max() < 2e-3 * scale
+
+
+def estimates_over_rotations(kind, key, query, count, seed, **options):
+    """The estimate of one product under `count` random rotations of the space, `[count]`."""
+    d = len(key)
+    turned, triangle = torch.linalg.qr(
+        torch.randn(count, d, d, generator=torch.Generator().manual_seed(seed))
+    )
+    turned = turned * triangle.diagonal(dim1=1, dim2=2).sign()[:, None]
+    keys, queries = turned @ key, turned @ query
+    keys = torch.stack([keys, -keys], 1).flatten(0, 1)  # pairs, so that every centre is zero
+    index = filled(kind(num_sinks=0, block=16, **options), keys[None, None])
+    parts = [
+        index.scores(queries[None, None, i : i + 64])[0, 0, 0][:, 2 * i : 2 * (i + 64) : 2].diagonal()
+        for i in range(0, count, 64)
+    ]
+    return torch.cat(parts).double()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.sampled_from(DIMS),
+    st.sampled_from([1, 2, 4]),
+    st.floats(-1, 1),
+    st.floats(-3, 3),
+    st.integers(0, 2**31),
+)
+def test_no_bias_over_random_rotations(head_dim, bits, cosine, magnitude, seed):
+    key, other = normal(2, head_dim, seed=seed)
+    other = other - (other @ key) / (key @ key) * key
+    query = cosine * key / key.norm() + math.sqrt(1 - cosine**2) * other / other.norm()
+    key = key * 10**magnitude
+    estimates = estimates_over_rotations(KeyIndex, key, query, 1024, seed, bits=bits)
+    # Four and a half standard errors, and what float16 takes from a factor.
+    allowed = 4.5 * estimates.std() / 32 + 1e-3 * key.norm() + 2**-20
+    assert abs(estimates.mean() - (key.double() @ query.double())) < allowed
+
+
+def test_the_test_of_bias_finds_one():
+    """The factor of least squares, sum|k| / d, is short by about 2 / pi. Signs on both sides: more error, not more bias."""
+    key = normal(64)
+    query = key / key.norm() + 0.5 * normal(64, seed=1) / 8
+    estimates, exact = estimates_over_rotations(KeyIndex, key, query, 1024, 0), (key @ query).item()
+    error = estimates.std().item() / 32
+    assert abs(estimates.mean().item() - exact) < 4.5 * error + 1e-3 * key.norm()
+    assert abs(2 / math.pi * estimates.mean().item() - exact) > 10 * error
+    both = estimates_over_rotations(BothSigns, key, query, 1024, 0)
+    assert both.std() > 1.2 * estimates.std()
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128])
+def test_the_error_is_what_was_proven_and_falls_with_the_dimension(head_dim):
+    """RaBitQ, theorem 3.2: with b the cosine of a key and its signs, E b = sqrt(2 / pi) nearly, the error of unit vectors at
+    a right angle has variance (1 / b^2 - 1) / (d - 1), and beyond e0 times its root the share falls as exp(-c e0^2)."""
+    key, other = normal(2, head_dim, seed=head_dim)
+    query = other - (other @ key) / (key @ key) * key
+    error = estimates_over_rotations(KeyIndex, key / key.norm(), query / query.norm(), 2048, 1)
+    expected = math.sqrt((math.pi / 2 - 1) / (head_dim - 1))
+    assert error.square().mean().sqrt().item() == pytest.approx(expected, rel=0.08)
+    assert (error.abs() > 4 * expected).float().mean() < 2e-3
+    fewer = [
+        estimates_over_rotations(KeyIndex, key / key.norm(), query / query.norm(), 512, 1, bits=b).std()
+        for b in (1, 2, 4)
+    ]
+    assert fewer[0] > 1.8 * fewer[1] > 3.2 * fewer[2]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(DIMS), st.sampled_from([1, 2, 4]), st.integers(0, 2**31))
+def test_a_lookup_per_byte_is_the_product_of_what_is_unpacked(head_dim, bits, seed):
+    index = filled(KeyIndex(bits=bits, block=16), normal(2, 3, 48, head_dim, seed=seed))
+    query = normal(2, 3, 5, head_dim, seed=seed + 1)
+    assert index.used("signature").shape[-1] == head_dim * bits // 8
+    levels = index.coder.levels[unpack(index.used("signature"), bits).int()]
+    torch.testing.assert_close(index.lookup(query), query @ levels.transpose(-1, -2), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [3, 5])
+def test_a_signature_is_the_top_plane_of_the_codes(bits):
+    """Of odd bits `pack` holds the top plane apart already: keys that are coded around the same centre hold their index."""
+    index = filled(KeyIndex(block=16, num_sinks=0), normal(1, 2, 32, 64))
+    keys = normal(1, 2, 32, 64).unflatten(2, (-1, 16)) - index.used("centre", 16).float()[..., None, :]
+    codes, _ = Normal(bits, 64, "cpu").encode(
+        keys.flatten(2, 3) @ matrix(rotation(64, torch.device("cpu")), torch.float32)
+    )
+    assert torch.equal(codes[..., -8:], index.used("signature"))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(DIMS), st.floats(-3, 3), st.integers(0, 2**31))
+def test_along_a_key_and_along_its_signs_nothing_is_lost(head_dim, magnitude, seed):
+    keys = normal(1, 1, 16, head_dim, seed=seed) * 10**magnitude
+    index = filled(KeyIndex(block=16, num_sinks=0), keys)
+    away = keys - index.used("centre", 16).float()
+    exact = (away @ keys.transpose(-1, -2)).diagonal(dim1=2, dim2=3)
+    estimate = index.scores(away)[:, :, 0].diagonal(dim1=2, dim2=3)
+    torch.testing.assert_close(estimate, exact, rtol=3e-3, atol=3e-3 * exact.abs().max().item())
+    # Keys whose rotated coordinates are all of one size have lost nothing to their signs: exact for every query.
+    signs = torch.where(normal(1, 1, 8, head_dim, seed=seed) > 0, 1.0, -1.0)
+    keys = torch.cat([signs, -signs], 2) @ matrix(rotation(head_dim, torch.device("cpu")), torch.float32).T
+    query = normal(1, 1, 4, head_dim, seed=seed + 1)
+    index = filled(KeyIndex(block=16, num_sinks=0), keys)
+    torch.testing.assert_close(
+        index.scores(query)[:, :, 0], query @ keys.transpose(-1, -2), rtol=2e-3, atol=2e-3
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_a_text_make_the_same_index(kind):
+    keys, query = normal(2, 2, 3 * GROWTH // 2, 16), normal(2, 4, 1, 16, seed=1)
+    whole = filled(kind(top=50), keys)
+    parts, start = kind(top=50), 0
+    for count in (1, 5, 200, 63, 64, 65, GROWTH, keys.shape[2]):
+        part = slice(start, min(start + count, keys.shape[2]))
+        parts.add(keys[:, :, part], torch.arange(part.start, part.stop)[None])
+        start = part.stop
+    for name, array in whole.arrays.items():
+        assert torch.equal(array, parts.arrays[name])
+    assert torch.equal(whole.choose(query, 0.25, 4), parts.choose(query, 0.25, 4))
+    assert whole.nbytes() == parts.nbytes()
+
+
+@pytest.mark.parametrize("pooling", ["softmax", "max", "sum"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_padding_and_tokens_out_of_range_are_never_chosen(kind, pooling):
+    pads, keys = 37, normal(2, 2, 200, 16)
+    positions = torch.stack([torch.arange(200), (torch.arange(200) - pads).clamp(min=-1)])
+    query, end = keys[:, :, :3].repeat_interleave(2, 1) * 100, torch.tensor([[90, 4, 300], [60, 2, 300]])
+    keys[1, :, :pads] = query[1, ::2, :1] * 100  # what every query would look at first
+    index = filled(kind(top=150, pooling=pooling), keys, positions)
+    chosen = index.choose(query, 0.25, start=4, end=end)
+    assert chosen.shape == (2, 2, 3, 150)
+    for row in range(2):
+        for n in range(3):
+            allowed = (positions[row] >= 4) & (positions[row] < end[row, n])
+            for head in range(2):
+                of_head = chosen[row, head, n]
+                real = of_head[of_head >= 0]
+                assert allowed[real].all() and len(real.unique()) == len(real) == min(150, int(allowed.sum()))
+                assert (of_head[len(real) :] == -1).all()
+
+
+def test_keys_of_padding_leave_no_trace_even_if_they_are_not_finite():
+    keys, query = normal(2, 2, 100, 16), normal(2, 4, 2, 16, seed=1)
+    positions = torch.stack([torch.arange(100), (torch.arange(100) - 20).clamp(min=-1)])
+    clean = filled(KeyIndex(top=30, block=32), keys, positions).rank(query, 0.25)
+    keys[1, :, :20] = torch.nan
+    assert torch.equal(filled(KeyIndex(top=30, block=32), keys, positions).rank(query, 0.25), clean)
+
+
+@pytest.mark.parametrize("pooling", ["softmax", "max", "sum"])
+def test_ranks_and_choice_are_those_of_numpy(pooling):
+    keys, query = normal(2, 3, 150, 16), normal(2, 6, 4, 16, seed=1) * 3
+    resident = normal(2, 6, 4, seed=2) + 4
+    index = filled(ExactKeys(top=20, pooling=pooling), keys)
+    ranks = index.rank(query, 0.25, 4, torch.full((1, 4), 140), resident).numpy()
+    chosen = index.choose(query, 0.25, 4, torch.full((1, 4), 140), resident).numpy()
+    for row, head, n in np.ndindex(2, 3, 4):
+        logits = np.array(
+            [
+                keys[row, head, 4:140].double() @ query[row, h, n].double() * 0.25
+                for h in (2 * head, 2 * head + 1)
+            ]
+        )
+        around = np.exp(resident[row, [2 * head, 2 * head + 1], n].double().numpy())
+        share = np.exp(logits) / (np.exp(logits).sum(1) + around)[:, None]
+        expected = {"softmax": share.sum(0), "max": logits.max(0), "sum": logits.sum(0)}[pooling]
+        np.testing.assert_allclose(ranks[row, head, n, 4:140], expected, rtol=2e-4, atol=1e-5)
+        assert np.isneginf(np.delete(ranks[row, head, n], slice(4, 140))).all()
+        assert set(chosen[row, head, n]) == set(4 + np.argsort(-expected)[:20])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_beams_take_their_rows_along_and_a_reset_forgets(kind):
+    keys, query, index = normal(3, 2, 150, 16), normal(3, 4, 2, 16, seed=1), kind(top=20)
+    filled(index, keys)
+    before, held = index.scores(query), index.nbytes()
+    order = torch.tensor([2, 0, 0])
+    index.reorder(order)
+    torch.testing.assert_close(index.scores(query[order]), before[order])
+    index.reset()
+    assert index.nbytes() == held
+    other = normal(3, 2, 90, 16, seed=5)
+    torch.testing.assert_close(filled(index, other).scores(query), filled(kind(top=20), other).scores(query))
+    index.reorder(order)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_bytes_are_those_of_the_signatures_factors_and_centres(bits):
+    index = KeyIndex(bits=bits, block=64)
+    assert index.nbytes() == 0
+    filled(index, normal(2, 3, 5000, 64).bfloat16())
+    room = -(-5000 // GROWTH) * GROWTH
+    per_token = 64 * bits / 8 + 2 + 2 * 64 / 64
+    assert index.nbytes() == 2 * (3 * room * per_token + 4 * room) + 2 * 3 * 64 * 64 * 2
+
+
+def test_bad_input_is_told():
+    for options in (dict(top=0), dict(bits=3), dict(pooling="mean"), dict(block=10)):
+        with pytest.raises(ValueError, match="must be"):
+            KeyIndex(**options)
+    with pytest.raises(ValueError, match="multiple of 8"):
+        filled(KeyIndex(), normal(1, 1, 3, 12))
+    index = filled(KeyIndex(), normal(1, 1, 3, 16))
+    with pytest.raises(ValueError, match="finish one batch"):
+        filled(index, normal(2, 1, 3, 16))

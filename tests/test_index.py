@@ -267,3 +267,22 @@ def test_bad_input_is_told():
     index = filled(KeyIndex(), normal(1, 1, 3, 16))
     with pytest.raises(ValueError, match="finish one batch"):
         filled(index, normal(2, 1, 3, 16))
+
+
+def test_a_centre_holds_far_away():
+    """Keys with one mean before the rotary embedding: after it, the mean depends on the position."""
+    tokens, angles = 33 * GROWTH, 100_000 ** -(torch.arange(0, 64, 2, dtype=torch.float64) / 64)
+    angles = (torch.arange(tokens)[:, None] * angles).repeat(1, 2)
+    keys = normal(tokens, 64) + 3 * normal(64, seed=1)
+    half = torch.cat([-keys[:, 32:], keys[:, :32]], -1)
+    keys = (keys * angles.cos() + half * angles.sin()).float()[None, None]
+    query = normal(1, 1, 32, 64, seed=2)
+    index, bare = KeyIndex(), KeyIndex(num_sinks=tokens)  # to the second, all tokens are sinks: no centre
+    for part in keys.split(4 * GROWTH, 2):
+        for each in (index, bare):
+            each.add(part, torch.arange(each.seen, each.seen + part.shape[2])[None])
+    exact = (query @ keys.transpose(-1, -2))[:, :, None]
+    error, without = ((each.scores(query) - exact)[..., :-64].flatten() for each in (index, bare))
+    error, without = error.view(32, -1), without.view(32, -1)
+    assert error[:, -GROWTH:].std() < 1.1 * error[:, :GROWTH].std()
+    assert without.std() > 1.3 * error.std()

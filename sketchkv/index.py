@@ -1,0 +1,255 @@
+"""A sketch of every key that was ever seen, asked by the query itself: which stored tokens matter now?
+
+A key, minus the mean of its block and turned by a random rotation, keeps the sign of each coordinate and one
+factor. The rotated query times the signs, times the factor, estimates the product of query and key without
+bias: RaBitQ (Gao & Long 2024, arXiv 2405.12497). As an index of a KV cache: FIER (arXiv 2508.08256); with
+bounds of pages instead: Quest (Tang et al. 2024, arXiv 2406.10774). A score of past attention decides before
+the question is known; this one decides after.
+"""
+
+import torch
+from torch.nn.functional import embedding_bag
+
+from sketchkv.quantize import TINY, Normal, matrix, rotation
+
+LARGEST = torch.finfo(torch.float16).max
+GROWTH = 1024  # tokens for which memory is taken at a time
+# Bits of a coordinate of a centre. Rounding a centre adds no bias: keys are coded around the rounded one.
+CENTRE_BITS = 4
+POOLINGS = ("softmax", "max", "sum")
+
+
+class KeyIndex:
+    """Estimates of query times key for every token seen, and the `top` tokens by them.
+
+    Tokens are coded once, a block at a time: a block has one centre, the mean of its keys. The product of the
+    query and the centre is exact. Until a block is full, the keys of its tokens are held as they are.
+
+    top: tokens that `choose` returns for each query and KV head.
+    bits: of a rotated coordinate, 1 (its sign), 2 or 4 (levels of a normal distribution).
+    pooling: what ranks tokens for the query heads of a KV head: "softmax" (the sum of their attention), or
+        the "max" or the "sum" of their logits.
+    block: tokens that share a centre, a multiple of 16.
+    num_sinks: tokens at the start of a text that no centre counts: their keys lie far from all others.
+    Raises ValueError for a value that does not exist.
+    """
+
+    def __init__(self, top=256, bits=1, pooling="softmax", block=64, num_sinks=4):
+        if top < 1 or bits not in (1, 2, 4) or pooling not in POOLINGS or block < 16 or block % 16:
+            raise ValueError(
+                f"top={top}, bits={bits}, pooling={pooling!r}, block={block}: top must be at least 1, "
+                f"bits 1, 2 or 4, pooling one of {POOLINGS}, block a multiple of 16"
+            )
+        self.top, self.bits, self.pooling, self.block, self.num_sinks = top, bits, pooling, block, num_sinks
+        self.growth = -(-GROWTH // block) * block
+        self.shape, self.coded, self.seen = None, 0, 0
+
+    # Writing
+
+    def add(self, keys, positions):
+        """Takes in n new tokens.
+
+        keys: `[batch, kv_heads, n, head_dim]`, as queries meet them (after the rotary embedding).
+        positions: integers `[batch, n]`, or `[1, n]` if all rows are alike; -1 for padding.
+        Raises ValueError for another batch, number of heads or head_dim than before, but right after `reset`.
+        """
+        shape, count = (*keys.shape[:2], keys.shape[3]), keys.shape[2]
+        if self.seen == 0 and self.shape != shape:
+            self._allocate(keys, shape)
+        if self.shape != shape:
+            raise ValueError(
+                f"the index holds (batch, kv_heads, head_dim) = {self.shape}, these keys have {shape}: "
+                "finish one batch before the next, with reset() between them"
+            )
+        self._grow(self.seen + count)
+        self.arrays["positions"][:, 0, self.seen : self.seen + count] = positions
+        keys = torch.cat([self.pending[:, :, : self.seen - self.coded], keys], 2)
+        self.seen += count
+        full = keys.shape[2] // self.block * self.block
+        if full:
+            self._code(keys[:, :, :full].float().unflatten(2, (-1, self.block)))
+        self.pending[:, :, : self.seen - self.coded] = keys[:, :, full:]
+
+    def _allocate(self, keys, shape):
+        batch, heads, head_dim = shape
+        if head_dim % 8:
+            raise ValueError(f"{head_dim} channels can't be packed: head_dim must be a multiple of 8")
+        device, self.shape, self.capacity = keys.device, shape, 0
+        self.arrays = {"positions": torch.zeros(batch, 1, 0, dtype=torch.int32, device=device)}
+        self.pending = keys.new_zeros(batch, heads, self.block, head_dim)
+        self.rotation = rotation(head_dim, device)
+        self.coder, self.centres = (Normal(bits, head_dim, device) for bits in (self.bits, CENTRE_BITS))
+        # The levels that each of the 256 bytes stands for, `[256, 8 / bits]`, in the order of `pack`.
+        shifts = torch.arange(0, 8, self.bits, device=device)
+        codes = torch.arange(256, device=device)[:, None] >> shifts & 2**self.bits - 1
+        self.levels = self.coder.levels[codes]
+
+    def _grow(self, needed):
+        blocks = max(0, -(-(needed - self.capacity) // self.growth))
+        if not blocks:
+            return
+        for name, array in self.arrays.items():
+            rows = array.shape[2] * self.growth // self.capacity if self.capacity else self.growth
+            more = array.new_zeros(*array.shape[:2], blocks * rows, *array.shape[3:])
+            self.arrays[name] = torch.cat([array, more], 2)
+        self.capacity += blocks * self.growth
+
+    def _code(self, blocks):
+        tokens = blocks.shape[2] * self.block
+        positions = self.arrays["positions"][:, :, self.coded : self.coded + tokens]
+        member = (positions >= self.num_sinks).unflatten(2, (-1, self.block))[..., None]
+        for name, rows in self.encode(blocks, member).items():
+            rate = tokens // rows.shape[2]
+            if name not in self.arrays:
+                shape = (*rows.shape[:2], self.capacity // rate, *rows.shape[3:])
+                self.arrays[name] = rows.new_zeros(shape)
+            self.arrays[name].narrow(2, self.coded // rate, rows.shape[2]).copy_(rows)
+        self.coded += tokens
+
+    def encode(self, blocks, member):
+        """What is kept of the keys of full blocks: {name: `[batch, kv_heads, rows, ...]`}.
+
+        blocks: float32 `[batch, kv_heads, n, block, head_dim]`.
+        member: bool `[batch, 1, n, block, 1]`, the tokens that count in a centre.
+        """
+        blocks = blocks @ matrix(self.rotation, torch.float32)
+        finite = blocks.isfinite() & member
+        mean = blocks.where(finite, 0).sum(3) / finite.sum(3).clamp(min=1)
+        centre = self.centres.encode(mean.clamp(-LARGEST, LARGEST))
+        keys = (blocks - self.centres.decode(*centre, torch.float32)[..., None, :]).flatten(2, 3)
+        codes, scale = self.coder.encode(keys)
+        levels = self.coder.decode(codes, torch.ones_like(scale), torch.float32)
+        factor = keys.square().sum(-1) / (keys * levels).sum(-1).clamp(min=TINY)
+        factor = factor.clamp(max=LARGEST).half()
+        return {"signature": codes, "factor": factor, "centre": centre[0], "centre_scale": centre[1]}
+
+    # Asking
+
+    def scores(self, query):
+        """Estimates of query times key, not scaled, exact in the open block: float32
+        `[batch, kv_heads, group, n, tokens]`.
+
+        query: `[batch, num_heads, n, head_dim]`, num_heads a multiple (group) of kv_heads.
+        """
+        query = query.float().unflatten(1, (self.shape[1], -1))
+        group, flat = query.shape[2:4], query.flatten(2, 3)
+        held = flat @ self.pending[:, :, : self.seen - self.coded].float().transpose(-1, -2)
+        parts = [self.estimate(flat), held] if self.coded else [held]
+        return torch.cat(parts, -1).unflatten(2, group)
+
+    def estimate(self, query):
+        """The same for the tokens of full blocks, `[batch, kv_heads, m, coded]`.
+
+        query: float32 `[batch, kv_heads, m, head_dim]`.
+        """
+        query = query @ matrix(self.rotation, torch.float32)
+        base = query @ self.centre().transpose(-1, -2)
+        return self.likeness(query).unflatten(-1, (-1, self.block)).add_(base[..., None]).flatten(-2)
+
+    def likeness(self, query):
+        """Rotated query times centred key, `[batch, kv_heads, m, coded]`."""
+        return self.lookup(query) * self.used("factor").float()[:, :, None]
+
+    def lookup(self, query):
+        """Rotated query times the levels of each signature, `[batch, kv_heads, m, coded]`.
+
+        One lookup per byte, not one product per coordinate: what each of the 256 bytes adds is worked out
+        once per query, as in product quantization (Jegou et al. 2011).
+        """
+        signature, count = self.used("signature"), query.shape[2]
+        sums = query.unflatten(-1, (8 // self.bits, -1)).transpose(-1, -2) @ self.levels.T
+        sums = sums.permute(0, 1, 3, 4, 2).reshape(-1, count)  # [batch * kv_heads * bytes * 256, m]
+        first = torch.arange(0, len(sums), 256, dtype=torch.int32, device=sums.device)
+        places = signature.int() + first.view(*signature.shape[:2], 1, -1)
+        found = embedding_bag(places.flatten(0, 2), sums, mode="sum")
+        return found.view(*signature.shape[:3], count).transpose(-1, -2)
+
+    def centre(self):
+        """Centres of the full blocks, rotated, float32 `[batch, kv_heads, blocks, head_dim]`."""
+        codes, scale = (self.used(name, self.block) for name in ("centre", "centre_scale"))
+        return self.centres.decode(codes, scale, torch.float32)
+
+    def used(self, name, tokens=1):
+        """The rows of an array that are filled, one per so many `tokens`."""
+        return self.arrays[name][:, :, : self.coded // tokens]
+
+    def rank(self, query, scaling, start=0, end=None, resident=None):
+        """What ranks the tokens, float32 `[batch, kv_heads, n, tokens]`: -inf for padding and out of range.
+
+        scaling: of the logits.
+        start: position of the first token that may be chosen, an integer or `[batch, 1]`.
+        end: position after the last one, `[batch or 1, n]`, for each query its own; None: no limit.
+        resident: log-sum-exp of the exact, scaled logits of the tokens that a query attends to anyway,
+            `[batch, num_heads, n]`. "softmax" then weights a query head by the attention left for others.
+        """
+        estimate = self.scores(query) * scaling
+        positions = self.arrays["positions"][:, :, : self.seen]
+        start = torch.as_tensor(start, device=positions.device).clamp(min=0)
+        outside = positions < (start[..., None] if start.ndim else start)  # padding, at -1, among them
+        outside = (outside if end is None else outside | (positions >= end[..., None]))[:, None]
+        if self.pooling == "softmax":
+            estimate = estimate.masked_fill(outside[:, :, None], torch.finfo(estimate.dtype).min)
+            total = estimate.logsumexp(-1, keepdim=True)
+            if resident is not None:
+                total = torch.logaddexp(total, resident.float().unflatten(1, estimate.shape[1:3])[..., None])
+            pooled = (estimate - total).exp_().sum(2)
+        else:
+            pooled = estimate.amax(2) if self.pooling == "max" else estimate.sum(2)
+        return pooled.masked_fill_(outside, -torch.inf)
+
+    def choose(self, query, scaling, start=0, end=None, resident=None):
+        """The `top` tokens of highest rank, highest first, -1 where there are fewer: int64
+        `[batch, kv_heads, n, min(top, tokens)]`, numbers in the order of `add`. Parameters as in `rank`."""
+        ranks, tokens = self.rank(query, scaling, start, end, resident).topk(min(self.top, self.seen), -1)
+        return tokens.masked_fill_(ranks == -torch.inf, -1)
+
+    # Upkeep
+
+    def nbytes(self):
+        """Bytes held, room for tokens to come and the keys of the open block included."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def reorder(self, index):
+        """Row i becomes what row `index[i]` was, in place (beam search)."""
+        for tensor in self._tensors():
+            tensor.copy_(tensor.index_select(0, index.to(tensor.device)))
+
+    def reset(self):
+        """Forgets every token and keeps the memory."""
+        self.coded = self.seen = 0
+
+    def _tensors(self):
+        return [self.pending, *self.arrays.values()] if self.shape else []
+
+
+class BothSigns(KeyIndex):
+    """The signs of the query, too, and not its coordinates: SimHash (Charikar 2002) with lengths."""
+
+    def likeness(self, query):
+        alike = self.lookup(query.sign()) / (query.shape[-1] * self.coder.levels[-1])
+        length = self.used("factor").float()[:, :, None] * (2 / torch.pi * query.shape[-1] ** 0.5)
+        return (alike * (torch.pi / 2)).sin_() * length * query.norm(dim=-1, keepdim=True)
+
+
+class PageBounds(KeyIndex):
+    """The largest product with a vector that keeps within the bounds of a page's keys (Quest)."""
+
+    page = 16
+
+    def encode(self, blocks, member):
+        pages = blocks.flatten(2, 3).unflatten(2, (-1, self.page))
+        return {"least": pages.amin(3).half(), "most": pages.amax(3).half()}
+
+    def estimate(self, query):
+        least, most = (self.used(name, self.page).float().transpose(-1, -2) for name in ("least", "most"))
+        return (query.clamp(min=0) @ most + query.clamp(max=0) @ least).repeat_interleave(self.page, -1)
+
+
+class ExactKeys(KeyIndex):
+    """The keys themselves: what an index could reach at best, at the bytes of the keys."""
+
+    def encode(self, blocks, member):
+        return {"keys": blocks.flatten(2, 3)}
+
+    def estimate(self, query):
+        return query @ self.used("keys").transpose(-1, -2)

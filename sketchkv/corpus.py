@@ -8,7 +8,9 @@ never sees, file by file through `data/manifest.json`, whose sha256 sums make ev
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
+import sys
 import sysconfig
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -36,6 +38,23 @@ _MAX_SHARED_LINES = 0.15  # above: a copy of what training saw, whatever package
 
 class CorpusError(RuntimeError):
     """The text that was asked for is missing, altered or too short."""
+
+
+def installed(path):
+    """Where `path` (relative to the installed packages) is: a list, since a layered environment has several folders
+    of packages, all of them on `sys.path`."""
+    return [found for folder in _package_folders() if (found := Path(folder, path)).is_file()]
+
+
+def _package_folders():
+    return dict.fromkeys([SITE_PACKAGES, *map(Path, filter(None, sys.path))])
+
+
+def cache_folder(kind):
+    """Where what was fetched or converted lies, `kind` being "models" or "texts": below `$SKETCHKV_CACHE`, else below
+    `build` of a checkout, else below `~/.cache/sketchkv`."""
+    checkout = DATA.parent / "build" if (DATA.parent / "pyproject.toml").is_file() else None
+    return Path(os.environ.get("SKETCHKV_CACHE") or checkout or "~/.cache/sketchkv").expanduser() / kind
 
 
 def _read_source(path):
@@ -82,15 +101,15 @@ def training_texts():
 def held_out_texts(split):
     """Yields `(path, text)` of the manifest's files in `split` ("development" or "test"), in the manifest's order.
 
-    `path` is relative to the installed packages. Each file's raw bytes are checked against its sha256. Raises
+    `path` is relative to the installed packages, in whichever folder of `sys.path` they lie. Each file's raw bytes are checked against its sha256. Raises
     `CorpusError` naming the file, what was expected and what was found.
     """
     manifest = read_manifest()
     for entry in manifest["files"][split]:
-        path = SITE_PACKAGES / entry["path"]
-        content = path.read_bytes() if path.is_file() else None
-        found = content is not None and hashlib.sha256(content).hexdigest()
-        if found != entry["sha256"]:
+        contents = [path.read_bytes() for path in installed(entry["path"])]
+        by_sum = {hashlib.sha256(content).hexdigest(): content for content in contents}
+        if entry["sha256"] not in by_sum:
+            found = ", ".join(by_sum)
             package = entry["path"].split("/")[0]
             expected = manifest["packages"][split][package]
             raise CorpusError(
@@ -98,7 +117,7 @@ def held_out_texts(split):
                 f"It belongs to {package} {expected}; installed is {_version(package)}. `make env` installs the pinned "
                 f"packages; if the version agrees, the file was changed: remove {package} and run `make env` again."
             )
-        yield entry["path"], content.decode("utf-8")
+        yield entry["path"], by_sum[entry["sha256"]].decode("utf-8")
 
 
 def read_manifest():

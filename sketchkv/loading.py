@@ -1,6 +1,9 @@
-"""Loading a model and its tokenizer: the embedded one, a local folder in hub layout, or a pinned hub model."""
+"""Loading a model and its tokenizer: the embedded one, a pretrained one of the package index (`pretrained.py`), a local
+folder in hub layout, or a pinned hub model."""
 
 import hashlib
+import json
+import os
 from pathlib import Path
 
 import httpx
@@ -8,8 +11,9 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import get_session
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+PACKAGED = ("smollm2", "gemma3")  # from the package index: `pretrained.MODELS`
 EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "model"
 
 # Commits on the hub: a repository there may change under its name. Any other model is pinned as "name@commit".
@@ -38,6 +42,9 @@ _OTHERS = (
 _MODEL_FILES = (*_WEIGHTS, *_TOKENIZER, *_OTHERS)
 
 
+SUMS = "SHA256SUMS"  # in a folder, in the form of the tool sha256sum: what its files must be
+
+
 class LoadError(RuntimeError):
     """A model, its tokenizer or a device can't be had as asked; the message says what to do instead."""
 
@@ -45,21 +52,32 @@ class LoadError(RuntimeError):
 def load(name_or_path="embedded", device="auto", dtype=None):
     """Returns `(model, tokenizer)`: a causal language model in eval mode, its parameters without gradients.
 
-    `name_or_path` is "embedded" (`data/model` of this repository), a local folder in hub layout (config.json,
-    *.safetensors, tokenizer files), or a hub name: one of `HUB_REVISIONS`, or "name@commit". A hub model that is in
-    the hub's cache needs no network.
+    `name_or_path` is
+    - "embedded": `data/model` of this repository;
+    - "smollm2" or "gemma3": a pretrained model of the package index (`pretrained.MODELS`);
+    - a local folder in hub layout (config.json, *.safetensors, tokenizer files); if it has a file SHA256SUMS, its
+      files are checked;
+    - a hub name: one of `HUB_REVISIONS`, or "name@commit". What is in the hub's cache needs no network.
     `device` is "auto" (CUDA if there is one), "cpu", "cuda", "cuda:N" or a `torch.device`.
     `dtype` is one of `DTYPES`, by name or as `torch.dtype`; None means float32 whatever the files hold, since quality
     is measured against a float32 reference.
 
-    Raises `LoadError` for a missing or incomplete model, an unreachable hub, an absent device, an unknown dtype.
+    Code that comes with a model is never run. Raises `LoadError` for a missing, incomplete or damaged model, one that
+    needs code of its own, an unreachable hub, an absent device, an unknown dtype or one that the model overflows.
     """
     device, dtype = resolve_device(device), _resolve_dtype(dtype)
     folder = _model_folder(name_or_path)
+    _check_files(folder, name_or_path)
+    _check_config(folder, dtype)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = _tokenizer(folder, name_or_path)
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except Exception as error:  # transformers raises whatever its parsers raise
         raise LoadError(f"{_shown(name_or_path)} can't be read from {folder}: {error}") from error
@@ -69,12 +87,22 @@ def load(name_or_path="embedded", device="auto", dtype=None):
             f"The weights in {folder} don't fit its config.json: {len(missing)} parameters are missing, first "
             f"{missing[0]}. {_remedy(name_or_path)}"
         )
+    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+        raise LoadError(
+            f"The tokenizer in {folder} has {len(tokenizer)} ids, and the model embeds {rows}: they don't belong "
+            f"together. {_remedy(name_or_path)}"
+        )
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
 def revision(name_or_path="embedded"):
     """What identifies the model in results: the commit of a hub model, else 12 hex digits of a sha256 over every file
-    in its folder that `load` reads (weights, configuration, tokenizer). Raises `LoadError` as `load` does."""
+    in its folder that `load` reads (weights, configuration, tokenizer); of "smollm2" and "gemma3", 12 digits of their
+    GGUF file's sha256, installed or not. Raises `LoadError` as `load` does."""
+    if name_or_path in PACKAGED:
+        from sketchkv import pretrained  # only where asked for
+
+        return pretrained.MODELS[name_or_path].sha256[:12]
     name, commit = _pinned(name_or_path)
     if commit and not _is_local(name_or_path):
         return commit
@@ -89,6 +117,13 @@ def digest(files, digits=12):
         with open(files[name], "rb") as file:
             total.update(f"{name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()[:digits]
+
+
+def write_sums(folder):
+    """Writes the sha256 of every file that `load` reads in `folder`: from then on `load` checks them."""
+    files = sorted({path for pattern in _MODEL_FILES for path in folder.glob(pattern)})
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}\n" for file in files]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
 
 
 def resolve_device(device="auto"):
@@ -154,30 +189,76 @@ def _is_local(name_or_path):
         return True
     name = str(name_or_path)
     looks_like_path = name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1
-    return looks_like_path or (name not in HUB_REVISIONS and Path(name).exists())
+    return looks_like_path or (name not in HUB_REVISIONS and os.path.exists(name))
 
 
 def _model_folder(name_or_path):
-    """Folder with everything `load` needs, fetched from the hub where a hub name is given."""
+    """Folder with everything `load` needs, converted or fetched from the hub where it is not there yet."""
+    if name_or_path in PACKAGED:
+        from sketchkv import pretrained
+
+        return pretrained.model_folder(name_or_path)
     if not _is_local(name_or_path):
         name, commit = _pinned(name_or_path)
         if not commit:
             known = ", ".join(repo for repo in HUB_REVISIONS if "wikitext" not in repo)
             raise LoadError(
-                f'"{name}" is neither "embedded", nor a folder here, nor a hub model with a pinned revision ({known}). '
-                f'Pin another hub model as "{name or "name"}@<commit>", or use MODEL=embedded.'
+                f'"{name}" is neither "embedded", "smollm2" or "gemma3", nor a folder here, nor a hub model with a '
+                f'pinned revision ({known}). Pin another hub model as "{name or "name"}@<commit>", or use '
+                "MODEL=embedded."
             )
         folder = hub_folder(
-            name, _MODEL_FILES, commit=commit, complete=lambda cached: not _missing(cached),
+            name,
+            _MODEL_FILES,
+            commit=commit,
+            complete=lambda cached: not _missing(cached),
             instead="Offline, use MODEL=embedded, or MODEL=<local folder in hub layout>.",
-        )  # fmt: skip
+        )
     else:
-        folder = EMBEDDED if str(name_or_path) == "embedded" else Path(name_or_path).expanduser()
-        if not folder.is_dir():
+        # The functions of `os.path`, since those of `Path` raise for names that no file can have.
+        folder = EMBEDDED if str(name_or_path) == "embedded" else Path(os.path.expanduser(name_or_path))
+        if not os.path.isdir(folder):
             raise LoadError(f"There is no model folder {folder}. {_remedy(name_or_path)}")
     if missing := _missing(folder):
         raise LoadError(f"{_shown(name_or_path)} lacks {', '.join(missing)} in {folder}. {_remedy(name_or_path)}")
     return folder
+
+
+def _check_files(folder, name_or_path):
+    """Raises `LoadError` if a file differs from what the folder's own SHA256SUMS, if it has one, says."""
+    sums = folder / SUMS
+    for line in sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else ():
+        expected, name = line.split("  ", 1)
+        with open(folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise LoadError(
+                    f"{folder / name} is not the file that {SUMS} tells of: it is damaged, or was changed "
+                    f"afterwards. {_remedy(name_or_path)}"
+                )
+
+
+def _check_config(folder, dtype):
+    """Raises `LoadError` if a configuration names code to run, or if the model's activations overflow `dtype`."""
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            config = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue  # absent, or for transformers to complain about
+        if "auto_map" in config:
+            raise LoadError(
+                f"{folder / name} asks for code of the model's own (auto_map), and such code is never run. If "
+                "transformers has a class of its own for the model, remove this entry; else take another model."
+            )
+        if name == "config.json" and dtype == torch.float16 and str(config.get("model_type")).startswith("gemma"):
+            raise LoadError("Gemma's activations overflow float16: take dtype bfloat16 or float32.")
+
+
+def _tokenizer(folder, name_or_path):
+    if name_or_path not in PACKAGED:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # As `from_pretrained` does, which copies a vocabulary of 262,144 tokens three times over: 7 s instead of 2.
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **config)
 
 
 def _missing(folder):
@@ -195,6 +276,8 @@ def _shown(name_or_path):
 
 
 def _remedy(name_or_path):
+    if name_or_path in PACKAGED:
+        return "Remove the folder: it is made again."
     if str(name_or_path) == "embedded":
         return "`make model` trains the embedded model again; a fresh clone of the repository has it."
     return "Write the folder with `save_pretrained` of the model and of its tokenizer, or use MODEL=embedded."

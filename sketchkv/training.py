@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sketchkv import corpus
+from sketchkv import corpus, loading
 
 BOS = "<|endoftext|>"
 HEAD_DIM = 64
@@ -184,6 +184,7 @@ def export(model, out, log, facts):
         writer.writeheader()
         writer.writerows(log)
     (out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    loading.write_sums(out)
 
 
 def main():

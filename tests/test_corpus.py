@@ -91,7 +91,7 @@ def test_first_documents_come_from_every_test_package(tokenizer):
 def test_same_bytes_same_tokens(tokenizer):
     first, second = (documents("embedded", tokenizer, count=4, length=300) for _ in range(2))
     assert torch.equal(first.input_ids, second.input_ids) and first.names == second.names
-    text = (corpus.SITE_PACKAGES / first.names[3]).read_bytes().decode()
+    text = corpus.installed(first.names[3])[0].read_bytes().decode()
     assert first.input_ids[3].tolist() == [0, *ids_of(tokenizer, text)[:299]]
     longer = documents("embedded", tokenizer, count=4, length=400)
     assert torch.equal(longer.input_ids[:, :300], first.input_ids)
@@ -103,8 +103,8 @@ def copied_packages(tmp_path, monkeypatch, manifest):
     for entry in manifest["files"]["development"]:
         target = tmp_path / entry["path"]
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(corpus.SITE_PACKAGES / entry["path"], target)
-    monkeypatch.setattr(corpus, "SITE_PACKAGES", tmp_path)
+        shutil.copy(corpus.installed(entry["path"])[0], target)
+    monkeypatch.setattr(corpus, "_package_folders", lambda: [tmp_path])
     return tmp_path
 
 
@@ -131,6 +131,25 @@ def test_altered_file_is_named(copied_packages, tokenizer, manifest, spoil):
         "make env",
     ):
         assert part in str(caught.value)
+
+
+def test_files_are_found_in_every_layer_of_an_environment(copied_packages, monkeypatch, tokenizer, manifest):
+    """A package may lie in the second folder of packages, and another version of it in the first."""
+    first, second = (manifest["files"]["development"][i]["path"] for i in (0, 1))
+    upper = copied_packages / "upper"
+    for path, content in ((first, None), (second, "another version")):
+        (upper / path).parent.mkdir(parents=True)
+        (upper / path).write_text(content or (copied_packages / path).read_text())
+    (copied_packages / first).unlink()
+    monkeypatch.setattr(corpus, "_package_folders", lambda: [upper, copied_packages])
+    assert documents("embedded", tokenizer, "development", count=3, length=64).names[:2] == [first, second]
+
+
+def test_packages_are_looked_for_on_the_whole_path(tmp_path, monkeypatch):
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "a.py").write_text("x = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert corpus.installed("some/a.py") == [tmp_path / "some" / "a.py"] and corpus.installed("some/b.py") == []
 
 
 def test_missing_manifest_says_how_it_is_written(monkeypatch, tmp_path):
@@ -168,6 +187,7 @@ def test_manifest_is_made_by_its_rules(tmp_path, monkeypatch, tokenizer):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     monkeypatch.setattr(corpus, "SITE_PACKAGES", tmp_path)
+    monkeypatch.setattr(corpus, "_package_folders", lambda: [tmp_path])
     monkeypatch.setattr(corpus, "HELD_OUT", {"development": ("dev",), "test": ("one", "two")})
     monkeypatch.setattr(corpus, "MANIFEST", tmp_path / "manifest.json")
 
@@ -248,21 +268,57 @@ def test_too_few_documents_says_how_many_there_are(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text(WORDS * 10)
     available = 1 + len(ids_of(tokenizer, WORDS * 10))
     with pytest.raises(
-        CorpusError, match=f"0 documents of 5000 tokens.*lower the length.*longest of {available} tokens"
+        CorpusError, match=f"0 documents of 5000 tokens.*lower the length.*longest text has {available} tokens"
     ):
         documents(tmp_path / "a.txt", tokenizer, length=5000)
     (tmp_path / "b.txt").write_text(WORDS * 20)
-    with pytest.raises(CorpusError, match=r"has 2 documents of 100 tokens, and 3 were asked for: lower.*2 texts"):
+    with pytest.raises(CorpusError, match=r"has 2 documents of 100 tokens, and 3 were asked for: lower"):
         documents(tmp_path, tokenizer, count=3, length=100)
 
 
+@pytest.mark.parametrize("chunk", [3, 1 << 18])
 @pytest.mark.parametrize(
-    ("content", "told"), [(b"", "is empty"), (b" \n\n", "is empty"), (b"abc \xff\xfe", r"not UTF-8 text \(byte 4\)")]
+    ("content", "told"),
+    [
+        (b"", "is empty"),
+        (b" \n\n", "is empty"),
+        (b"abc \xff\xfe", r"not UTF-8 text \(byte 4\)"),
+        (b"ab\xc3\xa9 \xc3", r"not UTF-8 text \(byte 5\)"),
+        ("a b c\n".encode("utf-16-le"), "NUL bytes"),
+    ],
 )
-def test_unusable_file_is_named(tmp_path, tokenizer, content, told):
+def test_unusable_file_is_named(tmp_path, monkeypatch, tokenizer, content, told, chunk):
+    monkeypatch.setattr(texts, "_CHUNK", chunk)
     (tmp_path / "a.txt").write_bytes(content)
     with pytest.raises(CorpusError, match=f"a.txt.*{told}"):
         documents(tmp_path / "a.txt", tokenizer)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("ab1é_.'  \n\n\r\t", min_size=30, max_size=300), st.integers(1, 40))
+def test_reading_in_pieces_gives_the_tokens_of_the_whole(tmp_path_factory, tokenizer, text, chunk):
+    file = tmp_path_factory.mktemp("text") / "a.txt"
+    file.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "_CHUNK", chunk)
+        # Four pieces without a place to cut at are cut anyway: not with this much room for one of them.
+        patch.setattr(texts, "_ROOM", 10**9)
+        pieces = list(texts._chunks(file))
+    assert "".join(pieces) == text
+    assert [i for piece in pieces for i in ids_of(tokenizer, piece)] == ids_of(tokenizer, text)
+
+
+@pytest.mark.parametrize("line", [WORDS, WORDS.replace("\n", " "), "words" * 20])
+def test_a_file_is_read_only_as_far_as_needed(tmp_path, monkeypatch, tokenizer, line):
+    """With its end undecodable, or in lines that never end."""
+    monkeypatch.setattr(texts, "_CHUNK", 4096)
+    monkeypatch.setattr(texts, "_ROOM", 16384)
+    file = tmp_path / "a.txt"
+    file.write_bytes(line.encode() * 3000 + b"\xff")
+    assert len(documents(file, tokenizer, count=3, length=200).names) == 3
+    assert documents(tmp_path, tokenizer, length=200).names == ["a.txt"]
+    with pytest.raises(CorpusError, match="not UTF-8"):
+        documents(file, tokenizer, length=200)
 
 
 def test_undecodable_file_in_a_folder_is_named(tmp_path, tokenizer):
@@ -277,11 +333,11 @@ def test_folder_without_text(tmp_path, tokenizer):
         documents(tmp_path, tokenizer)
 
 
-@pytest.mark.parametrize("name", ["wikitext-103", "./no-such-file.txt"])
+@pytest.mark.parametrize("name", ["wikitext-103", "./no-such-file.txt", "~nobodyhere/a.txt", "x" * 5000, "a\0b", ""])
 def test_unknown_data_set_lists_the_allowed(tokenizer, name):
     for ask in (lambda: documents(name, tokenizer), lambda: text_revision(name)):
         with pytest.raises(
-            CorpusError, match="Unknown data set.*embedded, wikitext-2-raw-v1, or a text file or folder"
+            CorpusError, match="Unknown data set.*embedded, django-docs, wikitext-2-raw-v1, or a text file or folder"
         ):
             ask()
 

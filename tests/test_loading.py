@@ -1,5 +1,7 @@
 """Loading: the embedded model, local folders and the hub's cache in hub layout, pinned revisions, and clear errors."""
 
+import io
+import json
 import os
 import shutil
 import socket
@@ -25,7 +27,7 @@ needs_weights = pytest.mark.skipif(
 def write_model(folder, arch="gpt2", **changes):
     """A tiny untrained model with the embedded tokenizer, written as a hub folder; returns the model."""
     torch.manual_seed(0)
-    common = dict(vocab_size=4096, bos_token_id=0, eos_token_id=0, **changes)
+    common = dict(vocab_size=4096, bos_token_id=0, eos_token_id=0) | changes
     if arch == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **common))
     else:
@@ -128,7 +130,63 @@ def test_truncated_weights_are_refused(folder):
     assert caught.value.__cause__ is not None
 
 
-@pytest.mark.parametrize("name", ["./no-such-folder", "~/no/such/folder", "no/such/folder"])
+@pytest.mark.parametrize("broken", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_folder_is_never_run(folder, monkeypatch, broken):
+    """Not even if the terminal says yes: transformers asks there."""
+    ran = folder / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    config = json.loads((folder / broken).read_text())
+    own = "own.Own" if broken == "config.json" else ["own.Own", None]
+    config["auto_map"] = {"AutoConfig": own, "AutoModelForCausalLM": own, "AutoTokenizer": own}
+    (folder / broken).write_text(json.dumps(config | {"model_type": "own"}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(LoadError, match=f"{broken} asks for code of the model's own .auto_map.*never run.*remove"):
+        load(folder)
+    assert not ran.exists()
+
+
+def test_pickled_weights_are_never_read(folder):
+    """A file that only looks like the weights does not open the way to pytorch_model.bin."""
+    torch.save(GPT2LMHeadModel.from_pretrained(folder).state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "extra.safetensors")
+    with pytest.raises(LoadError, match="can't be read"):
+        load(folder)
+
+
+def test_flipped_bytes_are_found_where_a_folder_has_checksums(folder):
+    loading.write_sums(folder)
+    assert load(folder, device="cpu")[0].config.n_embd == 32
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-64:] = bytes(byte ^ 255 for byte in content[-64:])
+    (folder / "model.safetensors").write_bytes(content)
+    with pytest.raises(LoadError, match="model.safetensors is not the file that SHA256SUMS tells of.*save_pretrained"):
+        load(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(LoadError, match="lacks weights"):
+        load(folder)
+
+
+def test_embedded_model_has_checksums():
+    names = {line.split()[1] for line in (EMBEDDED / loading.SUMS).read_text().splitlines()}
+    assert names >= {"model.safetensors", "config.json", *TOKENIZER_FILES}
+
+
+def test_tokenizer_with_more_ids_than_the_model_is_refused(tmp_path):
+    write_model(tmp_path, vocab_size=4000)
+    with pytest.raises(LoadError, match="tokenizer in .* has 4096 ids, and the model embeds 4000"):
+        load(tmp_path, device="cpu")
+
+
+def test_gemma_in_float16_is_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gemma3_text"}))
+    with pytest.raises(LoadError, match="Gemma.*overflow float16.*bfloat16 or float32"):
+        load(folder, dtype="float16")
+
+
+@pytest.mark.parametrize(
+    "name", ["./no-such-folder", "~/no/such/folder", "no/such/folder", "~nobodyhere/x", "./" + "x" * 5000, "./a\0b"]
+)
 def test_absent_folder(name):
     with pytest.raises(LoadError, match="no model folder"):
         load(name)
@@ -204,9 +262,10 @@ def test_pinned_name_is_never_a_folder(tmp_path, monkeypatch, empty_cache):
 # --- the hub ---------------------------------------------------------------------------------------------------------
 
 
-def test_unpinned_hub_name_says_how_to_pin(empty_cache):
-    with pytest.raises(LoadError, match="someone/model@<commit>.*MODEL=embedded"):
-        load("someone/model")
+@pytest.mark.parametrize("name", ["someone/model", "x" * 5000, ""])
+def test_unpinned_hub_name_says_how_to_pin(empty_cache, name):
+    with pytest.raises(LoadError, match=f"{name or 'name'}@<commit>.*MODEL=embedded"):
+        load(name)
 
 
 def test_unreachable_hub_is_told_quickly_with_the_offline_way(empty_cache):
@@ -220,6 +279,7 @@ def test_unreachable_hub_is_told_quickly_with_the_offline_way(empty_cache):
 def test_silent_hub_is_told_quickly(empty_cache, monkeypatch):
     """A line that accepts and never answers: the hub's client alone would wait for minutes."""
     monkeypatch.setattr(loading, "HUB_TIMEOUT", 1.0)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         began = time.monotonic()

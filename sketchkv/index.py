@@ -44,8 +44,6 @@ class KeyIndex:
         self.growth = -(-GROWTH // block) * block
         self.shape, self.coded, self.seen = None, 0, 0
 
-    # Writing
-
     def add(self, keys, positions):
         """Takes in n new tokens.
 
@@ -122,8 +120,6 @@ class KeyIndex:
         factor = keys.square().sum(-1) / (keys * levels).sum(-1).clamp(min=TINY)
         factor = factor.clamp(max=LARGEST).half()
         return {"signature": codes, "factor": factor, "centre": centre[0], "centre_scale": centre[1]}
-
-    # Asking
 
     def scores(self, query):
         """Estimates of query times key, not scaled, exact in the open block: float32
@@ -202,8 +198,6 @@ class KeyIndex:
         `[batch, kv_heads, n, min(top, tokens)]`, numbers in the order of `add`. Parameters as in `rank`."""
         ranks, tokens = self.rank(query, scaling, start, end, resident).topk(min(self.top, self.seen), -1)
         return tokens.masked_fill_(ranks == -torch.inf, -1)
-
-    # Upkeep
 
     def nbytes(self):
         """Bytes held, room for tokens to come and the keys of the open block included."""

@@ -76,7 +76,7 @@ class KeyIndex:
         self.arrays = {"positions": torch.zeros(batch, 1, 0, dtype=torch.int32, device=device)}
         self.pending = keys.new_zeros(batch, heads, self.block, head_dim)
         self.rotation = rotation(head_dim, device)
-        self.coder, self.centres = (Normal(bits, head_dim, device) for bits in (self.bits, CENTRE_BITS))
+        self.coder, self.centres = (Normal(bits, device) for bits in (self.bits, CENTRE_BITS))
         # The levels that each of the 256 bytes stands for, `[256, 8 / bits]`, in the order of `pack`.
         shifts = torch.arange(0, 8, self.bits, device=device)
         codes = torch.arange(256, device=device)[:, None] >> shifts & 2**self.bits - 1

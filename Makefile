@@ -34,6 +34,7 @@ help:  ## show this list
 	@echo "  DEVICE=auto        auto, cpu or cuda"
 	@echo "  PROFILE=study      study, or smoke (a few minutes)"
 	@echo "  VENV=.venv  PYTHON=python3.11"
+	@echo "  SKETCHKV_CACHE=build   (environment) where pretrained models and fetched texts lie"
 
 env: $(READY)  ## create or update the environment in .venv
 

@@ -1,8 +1,9 @@
 """The embedded text: Python source of the packages that the environment pins.
 
-Training text is read from the packages as they are installed. Evaluation text comes from whole packages that training
-never sees, file by file through `data/manifest.json`, whose sha256 sums make every machine score the same bytes.
-`python -m sketchkv.corpus` writes the manifest again, which is needed when the pin of a held-out package changes.
+Training text is read from the packages as they are installed. Evaluation text comes from whole packages that
+training never sees, file by file through `data/manifest.json`, whose sha256 sums make every machine score the
+same bytes. `python -m sketchkv.corpus` writes the manifest again, which is needed when the pin of a held-out
+package changes.
 """
 
 import hashlib
@@ -19,7 +20,8 @@ SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
 DATA = Path(__file__).resolve().parent.parent / "data"
 MANIFEST = DATA / "manifest.json"
 
-# Whole packages are held out. `development` documents are for choosing settings, `test` documents for reporting.
+# Whole packages are held out. `development` documents are for choosing settings, `test` documents for
+# reporting.
 HELD_OUT = {
     "development": ("tornado", "rich", "jinja2", "click", "sacrebleu", "papermill", "nbconvert"),
     "test": ("networkx", "distributed", "hypothesis", "seaborn"),
@@ -41,8 +43,8 @@ class CorpusError(RuntimeError):
 
 
 def installed(path):
-    """Where `path` (relative to the installed packages) is: a list, since a layered environment has several folders
-    of packages, all of them on `sys.path`."""
+    """Where `path` (relative to the installed packages) is: a list, since a layered environment has several
+    folders of packages, all of them on `sys.path`."""
     return [found for folder in _package_folders() if (found := Path(folder, path)).is_file()]
 
 
@@ -51,8 +53,8 @@ def _package_folders():
 
 
 def cache_folder(kind):
-    """Where what was fetched or converted lies, `kind` being "models" or "texts": below `$SKETCHKV_CACHE`, else below
-    `build` of a checkout, else below `~/.cache/sketchkv`."""
+    """Where what was fetched or converted lies, `kind` being "models" or "texts": below `$SKETCHKV_CACHE`,
+    else below `build` of a checkout, else below `~/.cache/sketchkv`."""
     checkout = DATA.parent / "build" if (DATA.parent / "pyproject.toml").is_file() else None
     return Path(os.environ.get("SKETCHKV_CACHE") or checkout or "~/.cache/sketchkv").expanduser() / kind
 
@@ -75,10 +77,13 @@ def _source_files(package):
 
 
 def training_texts():
-    """Texts of all installed packages that are not held out: a list of str, neighbours in a package side by side."""
+    """Texts of all installed packages that are not held out: a list of str, neighbours in a package side by
+    side."""
     held_out = {name for names in HELD_OUT.values() for name in names}
     packages = sorted(
-        p.name for p in SITE_PACKAGES.iterdir() if (p.is_dir() or p.suffix == ".py") and not p.name.endswith("-info")
+        p.name
+        for p in SITE_PACKAGES.iterdir()
+        if (p.is_dir() or p.suffix == ".py") and not p.name.endswith("-info")
     )
     texts, seen = [], set()
     for package in packages:
@@ -99,10 +104,12 @@ def training_texts():
 
 
 def held_out_texts(split):
-    """Yields `(path, text)` of the manifest's files in `split` ("development" or "test"), in the manifest's order.
+    """Yields `(path, text)` of the manifest's files in `split` ("development" or "test"), in the manifest's
+    order.
 
-    `path` is relative to the installed packages, in whichever folder of `sys.path` they lie. Each file's raw bytes are checked against its sha256. Raises
-    `CorpusError` naming the file, what was expected and what was found.
+    `path` is relative to the installed packages, in whichever folder of `sys.path` they lie. Each file's raw
+    bytes are checked against its sha256. Raises `CorpusError` naming the file, what was expected and what was
+    found.
     """
     manifest = read_manifest()
     for entry in manifest["files"][split]:
@@ -113,9 +120,12 @@ def held_out_texts(split):
             package = entry["path"].split("/")[0]
             expected = manifest["packages"][split][package]
             raise CorpusError(
-                f"Held-out file {entry['path']}: expected sha256 {entry['sha256']}, found {found or 'no file'}. "
-                f"It belongs to {package} {expected}; installed is {_version(package)}. `make env` installs the pinned "
-                f"packages; if the version agrees, the file was changed: remove {package} and run `make env` again."
+                f"Held-out file {entry['path']}: expected sha256 {entry['sha256']}, found "
+                f"{found or 'no file'}. "
+                f"It belongs to {package} {expected}; installed is {_version(package)}. `make env` "
+                "installs the pinned "
+                f"packages; if the version agrees, the file was changed: remove {package} and run `make "
+                "env` again."
             )
         yield entry["path"], by_sum[entry["sha256"]].decode("utf-8")
 
@@ -130,10 +140,10 @@ def read_manifest():
 def build_manifest():
     """Chooses the held-out files by fixed rules and returns the manifest as a dict.
 
-    Candidates are hand-written files of at least 9 kB outside test folders that define a function (tables don't) and
-    share few lines with the training texts: held-out packages contain vendored copies, and others vendor copies of
-    them. Packages take turns, long files first; inside a package the order is by the hash of the path, and so is the
-    order in the manifest, so that its first n files are a fair sample.
+    Candidates are hand-written files of at least 9 kB outside test folders that define a function (tables
+    don't) and share few lines with the training texts: held-out packages contain vendored copies, and others
+    vendor copies of them. Packages take turns, long files first; inside a package the order is by the hash of
+    the path, and so is the order in the manifest, so that its first n files are a fair sample.
     """
     trained = set(chain.from_iterable(map(_long_lines, training_texts())))
     manifest = {"packages": {}, "files": {}}
@@ -156,7 +166,8 @@ def build_manifest():
 
 
 def _candidates(package, trained):
-    """Files of a held-out package that may be evaluated on; `trained` is the set of long lines seen in training."""
+    """Files of a held-out package that may be evaluated on; `trained` is the set of long lines seen in
+    training."""
     for path in _source_files(package):
         if _TEST_FOLDERS & set(path.relative_to(SITE_PACKAGES).parts) or path.stat().st_size < _MIN_BYTES:
             continue

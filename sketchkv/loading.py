@@ -1,5 +1,5 @@
-"""Loading a model and its tokenizer: the embedded one, a pretrained one of the package index (`pretrained.py`), a local
-folder in hub layout, or a pinned hub model."""
+"""Loading a model and its tokenizer: the embedded one, a pretrained one of the package index
+(`pretrained.py`), a local folder in hub layout, or a pinned hub model."""
 
 import hashlib
 import json
@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 PACKAGED = ("smollm2", "gemma3")  # from the package index: `pretrained.MODELS`
 EMBEDDED = Path(__file__).resolve().parent.parent / "data" / "model"
 
-# Commits on the hub: a repository there may change under its name. Any other model is pinned as "name@commit".
+# Commits on the hub: a repository there may change under its name. Any other model is pinned as
+# "name@commit".
 HUB_REVISIONS = {
     "gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
     "openai-community/gpt2": "607a30d783dfa663caf39e06633721c8d4cfcd7e",
@@ -26,10 +27,16 @@ HUB_REVISIONS = {
     "Qwen/Qwen2.5-0.5B": "060db6499f32faf8b98477b0a26969ef7d8b9987",
     "Salesforce/wikitext": "b08601e04326c79dfdd32d625aee71d232d685c3",
 }
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
 HUB_TIMEOUT = 4.0  # seconds within which the hub must give a sign of life, before anything is asked of it
 
-# What `from_pretrained` reads, and so what `revision` hashes. A tokenizer is one file, or a vocabulary and merges.
+# What `from_pretrained` reads, and so what `revision` hashes. A tokenizer is one file, or a vocabulary and
+# merges.
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 _OTHERS = (
@@ -40,8 +47,6 @@ _OTHERS = (
     "added_tokens.json",
 )
 _MODEL_FILES = (*_WEIGHTS, *_TOKENIZER, *_OTHERS)
-
-
 SUMS = "SHA256SUMS"  # in a folder, in the form of the tool sha256sum: what its files must be
 
 
@@ -55,15 +60,16 @@ def load(name_or_path="embedded", device="auto", dtype=None):
     `name_or_path` is
     - "embedded": `data/model` of this repository;
     - "smollm2" or "gemma3": a pretrained model of the package index (`pretrained.MODELS`);
-    - a local folder in hub layout (config.json, *.safetensors, tokenizer files); if it has a file SHA256SUMS, its
-      files are checked;
+    - a local folder in hub layout (config.json, *.safetensors, tokenizer files); if it has a file SHA256SUMS,
+      its files are checked;
     - a hub name: one of `HUB_REVISIONS`, or "name@commit". What is in the hub's cache needs no network.
     `device` is "auto" (CUDA if there is one), "cpu", "cuda", "cuda:N" or a `torch.device`.
-    `dtype` is one of `DTYPES`, by name or as `torch.dtype`; None means float32 whatever the files hold, since quality
-    is measured against a float32 reference.
+    `dtype` is one of `DTYPES`, by name or as `torch.dtype`; None means float32 whatever the files hold, since
+    quality is measured against a float32 reference.
 
-    Code that comes with a model is never run. Raises `LoadError` for a missing, incomplete or damaged model, one that
-    needs code of its own, an unreachable hub, an absent device, an unknown dtype or one that the model overflows.
+    Code that comes with a model is never run. Raises `LoadError` for a missing, incomplete or damaged model,
+    one that needs code of its own, an unreachable hub, an absent device, an unknown dtype or one that the
+    model overflows.
     """
     device, dtype = resolve_device(device), _resolve_dtype(dtype)
     folder = _model_folder(name_or_path)
@@ -84,21 +90,23 @@ def load(name_or_path="embedded", device="auto", dtype=None):
     # transformers only warns about these, and fills them with random numbers.
     if missing := sorted(info["missing_keys"]):
         raise LoadError(
-            f"The weights in {folder} don't fit its config.json: {len(missing)} parameters are missing, first "
+            f"The weights in {folder} don't fit its config.json: {len(missing)} parameters are missing, "
+            "first "
             f"{missing[0]}. {_remedy(name_or_path)}"
         )
     if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
         raise LoadError(
-            f"The tokenizer in {folder} has {len(tokenizer)} ids, and the model embeds {rows}: they don't belong "
+            f"The tokenizer in {folder} has {len(tokenizer)} ids, and the model embeds {rows}: they don't "
+            "belong "
             f"together. {_remedy(name_or_path)}"
         )
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 
 def revision(name_or_path="embedded"):
-    """What identifies the model in results: the commit of a hub model, else 12 hex digits of a sha256 over every file
-    in its folder that `load` reads (weights, configuration, tokenizer); of "smollm2" and "gemma3", 12 digits of their
-    GGUF file's sha256, installed or not. Raises `LoadError` as `load` does."""
+    """What identifies the model in results: the commit of a hub model, else 12 hex digits of a sha256 over
+    every file in its folder that `load` reads (weights, configuration, tokenizer); of "smollm2" and "gemma3",
+    12 digits of their GGUF file's sha256, installed or not. Raises `LoadError` as `load` does."""
     if name_or_path in PACKAGED:
         from sketchkv import pretrained  # only where asked for
 
@@ -111,7 +119,8 @@ def revision(name_or_path="embedded"):
 
 
 def digest(files, digits=12):
-    """`digits` hex digits of a sha256 over the names and raw bytes of `files`: a dict of name to path, in any order."""
+    """`digits` hex digits of a sha256 over the names and raw bytes of `files`: a dict of name to path, in any
+    order."""
     total = hashlib.sha256()
     for name in sorted(files):
         with open(files[name], "rb") as file:
@@ -127,18 +136,21 @@ def write_sums(folder):
 
 
 def resolve_device(device="auto"):
-    """The `torch.device` meant by "auto", "cpu", "cuda", "cuda:N" or a `torch.device`; `LoadError` if it is absent."""
+    """The `torch.device` meant by "auto", "cpu", "cuda", "cuda:N" or a `torch.device`; `LoadError` if it is
+    absent."""
     name, count = str(device), torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
     kind, _, index = name.partition(":")
     if name != "cpu" and (kind != "cuda" or (index and not index.isdecimal()) or name.endswith(":")):
         raise LoadError(
-            f'Unknown device "{name}": allowed are auto, cpu, cuda and cuda:N (DEVICE=auto takes what is there).'
+            f'Unknown device "{name}": allowed are auto, cpu, cuda and cuda:N (DEVICE=auto takes what is '
+            "there)."
         )
     if kind == "cuda" and int(index or 0) >= count:
         raise LoadError(
-            f'Device "{name}" was asked for, but {count} CUDA devices are usable here: take DEVICE=auto or cpu.'
+            f'Device "{name}" was asked for, but {count} CUDA devices are usable here: take DEVICE=auto or '
+            "cpu."
         )
     return torch.device(name)
 
@@ -146,12 +158,17 @@ def resolve_device(device="auto"):
 def hub_folder(repo, patterns, complete, instead, kind="model", commit=None):
     """Local folder of a hub repository at its pinned commit, downloaded only if the hub's cache lacks it.
 
-    `patterns` names the files wanted, `complete(folder)` says whether a cached folder holds enough of them, `instead`
-    is the way out that the error names. Raises `LoadError` with its cause, within seconds when the hub is out of reach.
+    `patterns` names the files wanted, `complete(folder)` says whether a cached folder holds enough of them,
+    `instead` is the way out that the error names. Raises `LoadError` with its cause, within seconds when the
+    hub is out of reach.
     """
     commit = commit or HUB_REVISIONS[repo]
     wanted = dict(
-        repo_id=repo, repo_type=kind, revision=commit, allow_patterns=list(patterns), ignore_patterns=["onnx/*"]
+        repo_id=repo,
+        repo_type=kind,
+        revision=commit,
+        allow_patterns=list(patterns),
+        ignore_patterns=["onnx/*"],
     )
     try:
         folder = Path(snapshot_download(**wanted, local_files_only=True))
@@ -165,7 +182,8 @@ def hub_folder(repo, patterns, complete, instead, kind="model", commit=None):
         return Path(snapshot_download(**wanted))
     except (httpx.HTTPError, OSError, ValueError) as error:
         raise LoadError(
-            f"The {kind} \"{repo}\" at revision {commit[:12]} is not in the hub's cache and can't be fetched from "
+            f"The {kind} \"{repo}\" at revision {commit[:12]} is not in the hub's cache and can't be "
+            "fetched from "
             f"{constants.ENDPOINT} ({type(error).__name__}). {instead}"
         ) from error
 
@@ -184,7 +202,8 @@ def _pinned(name_or_path):
 
 
 def _is_local(name_or_path):
-    """Whether a folder is meant. A pinned hub name is never one, so that `gpt2` means the same in every folder."""
+    """Whether a folder is meant. A pinned hub name is never one, so that `gpt2` means the same in every
+    folder."""
     if isinstance(name_or_path, Path) or str(name_or_path) == "embedded":
         return True
     name = str(name_or_path)
@@ -203,7 +222,8 @@ def _model_folder(name_or_path):
         if not commit:
             known = ", ".join(repo for repo in HUB_REVISIONS if "wikitext" not in repo)
             raise LoadError(
-                f'"{name}" is neither "embedded", "smollm2" or "gemma3", nor a folder here, nor a hub model with a '
+                f'"{name}" is neither "embedded", "smollm2" or "gemma3", nor a folder here, nor a hub '
+                "model with a "
                 f'pinned revision ({known}). Pin another hub model as "{name or "name"}@<commit>", or use '
                 "MODEL=embedded."
             )
@@ -220,7 +240,9 @@ def _model_folder(name_or_path):
         if not os.path.isdir(folder):
             raise LoadError(f"There is no model folder {folder}. {_remedy(name_or_path)}")
     if missing := _missing(folder):
-        raise LoadError(f"{_shown(name_or_path)} lacks {', '.join(missing)} in {folder}. {_remedy(name_or_path)}")
+        raise LoadError(
+            f"{_shown(name_or_path)} lacks {', '.join(missing)} in {folder}. {_remedy(name_or_path)}"
+        )
     return folder
 
 
@@ -238,7 +260,8 @@ def _check_files(folder, name_or_path):
 
 
 def _check_config(folder, dtype):
-    """Raises `LoadError` if a configuration names code to run, or if the model's activations overflow `dtype`."""
+    """Raises `LoadError` if a configuration names code to run, or if the model's activations overflow
+    `dtype`."""
     for name in ("config.json", "tokenizer_config.json"):
         try:
             config = json.loads((folder / name).read_text(encoding="utf-8"))
@@ -246,17 +269,24 @@ def _check_config(folder, dtype):
             continue  # absent, or for transformers to complain about
         if "auto_map" in config:
             raise LoadError(
-                f"{folder / name} asks for code of the model's own (auto_map), and such code is never run. If "
-                "transformers has a class of its own for the model, remove this entry; else take another model."
+                f"{folder / name} asks for code of the model's own (auto_map), and such code is never run. "
+                "If "
+                "transformers has a class of its own for the model, remove this entry; else take another "
+                "model."
             )
-        if name == "config.json" and dtype == torch.float16 and str(config.get("model_type")).startswith("gemma"):
+        if (
+            name == "config.json"
+            and dtype == torch.float16
+            and str(config.get("model_type")).startswith("gemma")
+        ):
             raise LoadError("Gemma's activations overflow float16: take dtype bfloat16 or float32.")
 
 
 def _tokenizer(folder, name_or_path):
     if name_or_path not in PACKAGED:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    # As `from_pretrained` does, which copies a vocabulary of 262,144 tokens three times over: 7 s instead of 2.
+    # As `from_pretrained` does, which copies a vocabulary of 262,144 tokens three times over: 7 s instead of
+    # 2.
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), **config)
 

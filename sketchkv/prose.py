@@ -1,7 +1,8 @@
 """The data set "django-docs": prose out of the documentation in Django's source distribution (BSD-3-Clause).
 
-`python -m sketchkv.prose` fetches the pinned archive into the cache folder through pip. It is read from there, and
-checked against its sha256 each time; nothing in it is run, but for what pip does to learn the archive's metadata.
+`python -m sketchkv.prose` fetches the pinned archive into the cache folder through pip. It is read from
+there, and checked against its sha256 each time; nothing in it is run, but for what pip does to learn the
+archive's metadata.
 """
 
 import functools
@@ -30,17 +31,19 @@ _LINK = re.compile(r"`([^`<]+?)(?:\s*<[^`]*>)?`__?")
 def documentation(split):
     """Yields `(topic, path, text)` of the pages in `split`: "development" (two fifths of them) or "test".
 
-    A topic is a folder of the documentation. Pages come in the order of a hash of their paths, so that the first ones
-    are a fair sample. Raises `CorpusError` where the archive is missing or altered.
+    A topic is a folder of the documentation. Pages come in the order of a hash of their paths, so that the
+    first ones are a fair sample. Raises `CorpusError` where the archive is missing or altered.
     """
     archive = cache_folder("texts") / ARCHIVE
     if not archive.is_file():
         raise CorpusError(
-            f"{ARCHIVE} is not in {archive.parent}: `make {DATASET}` (or `python -m sketchkv.prose`) fetches it."
+            f"{ARCHIVE} is not in {archive.parent}: `make {DATASET}` (or `python -m sketchkv.prose`) "
+            "fetches it."
         )
     if (found := _sha256(archive)) != SHA256:
         raise CorpusError(
-            f"{archive} has the sha256 {found} instead of {SHA256}: remove it, and run `make {DATASET}` again."
+            f"{archive} has the sha256 {found} instead of {SHA256}: remove it, and run `make {DATASET}` "
+            "again."
         )
     pages = _pages(archive)
     ranks = {path: hashlib.sha256(path.as_posix().encode()).digest() for path in pages}

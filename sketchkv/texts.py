@@ -37,26 +37,29 @@ def documents(dataset, tokenizer, split="test", count=None, length=1024):
 
     `dataset` is
     - "embedded": one document per held-out file of the manifest, its bytes checked;
-    - "django-docs": one document per page of Django's documentation, its prose alone; then, of the pages that are
-      shorter, as many of one topic as make a document;
+    - "django-docs": one document per page of Django's documentation, its prose alone; then, of the pages that
+      are shorter, as many of one topic as make a document;
     - "wikitext-2-raw-v1": one document per article, from the hub at a pinned revision;
-    - a folder in the layout of that hub repository (`wikitext-2-raw-v1/test-*.parquet`, or those files themselves);
+    - a folder in the layout of that hub repository (`wikitext-2-raw-v1/test-*.parquet`, or those files
+      themselves);
     - a text file (UTF-8): cut into consecutive documents;
     - a folder of text files: one document per file, hidden files left out, in the order of their paths.
-    The last two have the single split "test": the same text for both would tune settings on what is reported. They are
-    read only as far as the documents asked for need.
+    The last two have the single split "test": the same text for both would tune settings on what is
+    reported. They are read only as far as the documents asked for need.
 
-    Every document begins with the tokenizer's BOS token, if it has one, counted in `length`. Special tokens spelled out
-    in a text are read as plain text. Texts are cut to `length`; shorter ones are skipped.
+    Every document begins with the tokenizer's BOS token, if it has one, counted in `length`. Special tokens
+    spelled out in a text are read as plain text. Texts are cut to `length`; shorter ones are skipped.
 
-    Raises `CorpusError` for a missing, altered, empty, undecodable or unknown text, and for too few documents.
+    Raises `CorpusError` for a missing, altered, empty, undecodable or unknown text, and for too few
+    documents.
     """
     if split not in SPLITS:
         raise CorpusError(f'Unknown split "{split}": allowed are {", ".join(SPLITS)}.')
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if length <= len(bos) or (count is not None and count < 1):
         raise CorpusError(
-            f"length={length}, count={count}: length must be at least {len(bos) + 1}, count at least 1 (None: all)."
+            f"length={length}, count={count}: length must be at least {len(bos) + 1}, count at least 1 "
+            "(None: all)."
         )
 
     body = length - len(bos)
@@ -84,7 +87,8 @@ def documents(dataset, tokenizer, split="test", count=None, length=1024):
                 joined, parts = [], []
     if not rows or len(rows) < (count or 0):
         raise CorpusError(
-            f'"{dataset}" ({split}) has {len(rows)} documents of {length} tokens, and {count or "at least 1"} were '
+            f'"{dataset}" ({split}) has {len(rows)} documents of {length} tokens, and '
+            f"{count or 'at least 1'} were "
             f"asked for: lower the length or the count, or take more text (DATASET=embedded has enough). "
             f"Its longest text has {max(lengths)} tokens."
         )
@@ -92,12 +96,13 @@ def documents(dataset, tokenizer, split="test", count=None, length=1024):
 
 
 def _cut(tokenizer, chunks, body):
-    """Yields `(start, ids)` of the pieces of `body` tokens that `chunks` (str, in order, cut where tokens may be) hold,
-    the last one shorter; chunks are taken only as they are needed."""
+    """Yields `(start, ids)` of the pieces of `body` tokens that `chunks` (str, in order, cut where tokens may
+    be) hold, the last one shorter; chunks are taken only as they are needed."""
     ids, start = [], 0
     for chunk in chunks:
         # The tokenizer's own special tokens stay off: whether it adds a BOS by itself must not matter.
-        ids += tokenizer(chunk, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        encoded = tokenizer(chunk, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        ids += encoded["input_ids"]
         while len(ids) >= body:
             yield start, ids[:body]
             ids, start = ids[body:], start + body
@@ -105,8 +110,9 @@ def _cut(tokenizer, chunks, body):
 
 
 def text_revision(dataset="embedded"):
-    """What identifies the bytes of a data set in results: the commit of a hub data set, else 12 hex digits of a sha256
-    over the manifest's entries, the archive or the local files. Raises `CorpusError` for an unknown data set."""
+    """What identifies the bytes of a data set in results: the commit of a hub data set, else 12 hex digits of
+    a sha256 over the manifest's entries, the archive or the local files. Raises `CorpusError` for an unknown
+    data set."""
     if dataset == "embedded":
         entries = corpus.read_manifest()["files"]
         lines = [f"{split} {file['path']} {file['sha256']}\n" for split in SPLITS for file in entries[split]]
@@ -123,8 +129,8 @@ def text_revision(dataset="embedded"):
 
 
 def _read(dataset, split):
-    """Yields `(topic, name, chunks)` of a data set's texts: the str in `chunks` make the text. Short texts of one topic
-    may be joined; where it is None, they may not."""
+    """Yields `(topic, name, chunks)` of a data set's texts: the str in `chunks` make the text. Short texts of
+    one topic may be joined; where it is None, they may not."""
     if dataset == "embedded":
         yield from ((None, name, [text]) for name, text in corpus.held_out_texts(split))
         return
@@ -138,11 +144,14 @@ def _read(dataset, split):
     path = _local(dataset)
     if path.is_dir() and _parquet_files(path, "*"):
         if not (files := _parquet_files(path, _PARQUET_SPLIT[split])):
-            raise CorpusError(f"{path} has no {_PARQUET_SPLIT[split]}-*.parquet, which the split {split} is read from.")
+            raise CorpusError(
+                f"{path} has no {_PARQUET_SPLIT[split]}-*.parquet, which the split {split} is read from."
+            )
         yield from ((None, name, [text]) for name, text in _articles(files))
     elif split != "test":
         raise CorpusError(
-            f'"{dataset}" has the single split "test": for "{split}" take another text, such as DATASET=embedded.'
+            f'"{dataset}" has the single split "test": for "{split}" take another text, such as '
+            "DATASET=embedded."
         )
     elif path.is_file():
         yield None, path.name, _chunks(path, alone=True)
@@ -164,7 +173,9 @@ def _local(dataset):
 def _text_files(folder):
     """Every file below a folder, hidden ones left out."""
     files = [
-        p for p in folder.rglob("*") if p.is_file() and not any(x.startswith(".") for x in p.relative_to(folder).parts)
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and not any(x.startswith(".") for x in p.relative_to(folder).parts)
     ]
     if not files:
         raise CorpusError(f"The folder {folder} holds no text files.")
@@ -181,21 +192,24 @@ def _chunks(file, alone=False):
                 rest += decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 raise CorpusError(
-                    f"{file} is not UTF-8 text (byte {read - pending + error.start}): convert it, or take it out of "
+                    f"{file} is not UTF-8 text (byte {read - pending + error.start}): convert it, or take "
+                    "it out of "
                     "the data set."
                 ) from error
             if "\0" in rest:
                 raise CorpusError(
-                    f"{file} holds NUL bytes, so it is no plain text: convert it, or take it out of the data set."
+                    f"{file} holds NUL bytes, so it is no plain text: convert it, or take it out of the "
+                    "data set."
                 )
             read += len(data)
             is_blank = is_blank and not rest.strip()
             if not data:
                 break
-            # Tokenizers join white space to white space, newlines to punctuation and a space to the word after it:
-            # but none joins what follows a letter or digit to it, if it is white space.
-            ends = list(re.finditer(r"(?<=[^\W_])(?=\n)", rest)) or list(re.finditer(r"(?<=[^\W_])(?=\s)", rest))
-            if end := ends[-1].start() if ends else len(rest) * (len(rest) >= _ROOM):
+            # Tokenizers join white space to white space, newlines to punctuation and a space to the word
+            # after it: but none joins what follows a letter or digit to it, if it is white space.
+            lines, words = (re.finditer(rf"(?<=[^\W_])(?={space})", rest) for space in (r"\n", r"\s"))
+            ends = [place.start() for place in lines] or [place.start() for place in words]
+            if end := ends[-1] if ends else len(rest) * (len(rest) >= _ROOM):
                 yield rest[:end]
                 rest = rest[end:]
     if alone and is_blank:

@@ -7,9 +7,9 @@ import shutil
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from huggingface_hub import constants
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
@@ -40,7 +40,7 @@ def ids_of(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-# --- held-out text ---------------------------------------------------------------------------------------------------
+# --- held-out text ------------------------------------------------------------------------------------------
 
 
 def test_held_out_text_was_not_trained_on(training_texts, manifest):
@@ -69,7 +69,9 @@ def test_splits_are_disjoint_and_of_their_packages(manifest):
         files = manifest["files"][split]
         assert len(sums[split]) == len(files) and 64 <= len(files) <= 96
         assert (
-            {file["path"].split("/")[0] for file in files} == set(manifest["packages"][split]) <= set(HELD_OUT[split])
+            {file["path"].split("/")[0] for file in files}
+            == set(manifest["packages"][split])
+            <= set(HELD_OUT[split])
         )
         assert not any("tests" in file["path"].split("/") for file in files)
 
@@ -149,7 +151,9 @@ def test_packages_are_looked_for_on_the_whole_path(tmp_path, monkeypatch):
     (tmp_path / "some").mkdir()
     (tmp_path / "some" / "a.py").write_text("x = 1")
     monkeypatch.syspath_prepend(tmp_path)
-    assert corpus.installed("some/a.py") == [tmp_path / "some" / "a.py"] and corpus.installed("some/b.py") == []
+    assert (
+        corpus.installed("some/a.py") == [tmp_path / "some" / "a.py"] and corpus.installed("some/b.py") == []
+    )
 
 
 def test_missing_manifest_says_how_it_is_written(monkeypatch, tmp_path):
@@ -203,10 +207,13 @@ def test_manifest_is_made_by_its_rules(tmp_path, monkeypatch, tokenizer):
 
     # With room for fewer files, long ones go first and packages take turns.
     monkeypatch.setattr(corpus, "_FILES", 2)
-    assert sorted(file["path"] for file in corpus.build_manifest()["files"]["test"]) == ["one/long.py", "two/last.py"]
+    assert sorted(file["path"] for file in corpus.build_manifest()["files"]["test"]) == [
+        "one/long.py",
+        "two/last.py",
+    ]
 
 
-# --- the BOS token ---------------------------------------------------------------------------------------------------
+# --- the BOS token ------------------------------------------------------------------------------------------
 
 
 def test_bos_is_never_doubled(tokenizer):
@@ -234,7 +241,7 @@ def test_special_token_spelled_out_in_a_text_is_plain_text(tmp_path, tokenizer):
     assert (found.input_ids[0] == 0).sum() == 1
 
 
-# --- local text ------------------------------------------------------------------------------------------------------
+# --- local text ---------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=25, deadline=None)
@@ -268,7 +275,8 @@ def test_too_few_documents_says_how_many_there_are(tmp_path, tokenizer):
     (tmp_path / "a.txt").write_text(WORDS * 10)
     available = 1 + len(ids_of(tokenizer, WORDS * 10))
     with pytest.raises(
-        CorpusError, match=f"0 documents of 5000 tokens.*lower the length.*longest text has {available} tokens"
+        CorpusError,
+        match=f"0 documents of 5000 tokens.*lower the length.*longest text has {available} tokens",
     ):
         documents(tmp_path / "a.txt", tokenizer, length=5000)
     (tmp_path / "b.txt").write_text(WORDS * 20)
@@ -333,17 +341,21 @@ def test_folder_without_text(tmp_path, tokenizer):
         documents(tmp_path, tokenizer)
 
 
-@pytest.mark.parametrize("name", ["wikitext-103", "./no-such-file.txt", "~nobodyhere/a.txt", "x" * 5000, "a\0b", ""])
+@pytest.mark.parametrize(
+    "name", ["wikitext-103", "./no-such-file.txt", "~nobodyhere/a.txt", "x" * 5000, "a\0b", ""]
+)
 def test_unknown_data_set_lists_the_allowed(tokenizer, name):
     for ask in (lambda: documents(name, tokenizer), lambda: text_revision(name)):
         with pytest.raises(
-            CorpusError, match="Unknown data set.*embedded, django-docs, wikitext-2-raw-v1, or a text file or folder"
+            CorpusError,
+            match="Unknown data set.*embedded, django-docs, wikitext-2-raw-v1, or a text file or folder",
         ):
             ask()
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"split": "train"}, {"split": "validation"}, {"length": 1}, {"length": 0}, {"count": 0}, {"count": -1}]
+    "wrong",
+    [{"split": "train"}, {"split": "validation"}, {"length": 1}, {"length": 0}, {"count": 0}, {"count": -1}],
 )
 def test_impossible_requests(tokenizer, wrong):
     with pytest.raises(CorpusError, match="allowed are development, test|at least"):
@@ -357,20 +369,34 @@ def test_local_text_has_a_single_split(tmp_path, tokenizer):
         documents(tmp_path, tokenizer, "development", length=64)
 
 
-# --- WikiText-2 ------------------------------------------------------------------------------------------------------
+# --- WikiText-2 ---------------------------------------------------------------------------------------------
 
 
 def article(title, sentences):
     """Rows as the hub's parquet files have them."""
     body = f" {title} is a robin of the family <unk> , and 3 @,@ 000 of them live here . \n" * sentences
-    return ["", f" = {title} = \n", "", body, "", " = = Range = = \n", "", body, " = not a heading = \n", body, ""]
+    return [
+        "",
+        f" = {title} = \n",
+        "",
+        body,
+        "",
+        " = = Range = = \n",
+        "",
+        body,
+        " = not a heading = \n",
+        body,
+        "",
+    ]
 
 
 def write_wikitext(folder, test, validation=None):
     (folder / "wikitext-2-raw-v1").mkdir(parents=True)
     for split, rows in {"test": test, "validation": validation}.items():
         if rows is not None:
-            pd.DataFrame({"text": rows}).to_parquet(folder / "wikitext-2-raw-v1" / f"{split}-00000-of-00001.parquet")
+            pd.DataFrame({"text": rows}).to_parquet(
+                folder / "wikitext-2-raw-v1" / f"{split}-00000-of-00001.parquet"
+            )
     return folder
 
 
@@ -388,7 +414,11 @@ def test_wikitext_folder_gives_one_document_per_article(tmp_path, tokenizer):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.sampled_from(["", " = A = \n", " = = B = = \n", " text \n", " = C \n", " = D = e \n"]), max_size=30))
+@given(
+    st.lists(
+        st.sampled_from(["", " = A = \n", " = = B = = \n", " text \n", " = C \n", " = D = e \n"]), max_size=30
+    )
+)
 def test_articles_keep_every_row_in_order(tmp_path_factory, rows):
     """Whatever the rows: nothing is lost or moved, and each article but the first opens with its heading."""
     folder = write_wikitext(tmp_path_factory.mktemp("wikitext"), rows)
@@ -404,7 +434,9 @@ def test_wikitext_folder_without_the_split_or_the_column(tmp_path, tokenizer):
         documents(tmp_path / "a", tokenizer, "development")
     folder = write_wikitext(tmp_path / "b", article("Erithacus", 9)) / "wikitext-2-raw-v1"
     pd.DataFrame({"line": ["x"]}).to_parquet(folder / "test-00000-of-00001.parquet")
-    with pytest.raises(CorpusError, match="test-00000-of-00001.parquet can't be read as parquet with a column `text`"):
+    with pytest.raises(
+        CorpusError, match="test-00000-of-00001.parquet can't be read as parquet with a column `text`"
+    ):
         documents(tmp_path / "b", tokenizer)
 
 
@@ -414,14 +446,16 @@ def test_wikitext_from_the_hubs_cache_and_without_it(tmp_path, monkeypatch, toke
     with pytest.raises(CorpusError, match="Salesforce/wikitext.*DATASET=embedded") as caught:
         documents("wikitext-2-raw-v1", tokenizer)
     assert caught.value.__cause__ is not None
-    snapshot = tmp_path / "datasets--Salesforce--wikitext" / "snapshots" / HUB_REVISIONS["Salesforce/wikitext"]
+    snapshot = (
+        tmp_path / "datasets--Salesforce--wikitext" / "snapshots" / HUB_REVISIONS["Salesforce/wikitext"]
+    )
     write_wikitext(snapshot, article("Erithacus", 9))
     assert documents("wikitext-2-raw-v1", tokenizer, length=200).names == ["Erithacus"]
     with pytest.raises(CorpusError, match="hub's cache"):  # the other split is not cached
         documents("wikitext-2-raw-v1", tokenizer, "development", length=200)
 
 
-# --- revisions -------------------------------------------------------------------------------------------------------
+# --- revisions ----------------------------------------------------------------------------------------------
 
 
 def test_text_revision_follows_the_bytes(tmp_path, monkeypatch):
@@ -433,7 +467,9 @@ def test_text_revision_follows_the_bytes(tmp_path, monkeypatch):
     seen.append(text_revision(tmp_path))
     (tmp_path / "a.txt").write_text("One")
     seen += [text_revision(tmp_path), text_revision(tmp_path / "a.txt")]
-    assert len(set(seen)) == 5 and seen[0] == seen[1]  # one file, alone or in its folder: the same name and bytes
+    assert (
+        len(set(seen)) == 5 and seen[0] == seen[1]
+    )  # one file, alone or in its folder: the same name and bytes
     write_wikitext(tmp_path / "w", article("Erithacus", 3))
     before = text_revision(tmp_path / "w")
     shutil.rmtree(tmp_path / "w")

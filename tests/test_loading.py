@@ -1,4 +1,5 @@
-"""Loading: the embedded model, local folders and the hub's cache in hub layout, pinned revisions, and clear errors."""
+"""Loading: the embedded model, local folders and the hub's cache in hub layout, pinned revisions, and clear
+errors."""
 
 import io
 import json
@@ -20,7 +21,8 @@ from sketchkv.loading import EMBEDDED, HUB_REVISIONS, LoadError, load, resolve_d
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 needs_weights = pytest.mark.skipif(
-    not (EMBEDDED / "model.safetensors").exists(), reason="the embedded model is not trained yet: `make model`"
+    not (EMBEDDED / "model.safetensors").exists(),
+    reason="the embedded model is not trained yet: `make model`",
 )
 
 
@@ -32,9 +34,16 @@ def write_model(folder, arch="gpt2", **changes):
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **common))
     else:
         model = LlamaForCausalLM(
-            LlamaConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-                        intermediate_size=32, tie_word_embeddings=True, **common)
-        )  # fmt: skip
+            LlamaConfig(
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                intermediate_size=32,
+                tie_word_embeddings=True,
+                **common,
+            )
+        )
     model.save_pretrained(folder)
     for name in TOKENIZER_FILES:
         shutil.copy(EMBEDDED / name, folder)
@@ -55,7 +64,7 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
-# --- local folders ---------------------------------------------------------------------------------------------------
+# --- local folders ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
@@ -140,7 +149,9 @@ def test_code_in_a_folder_is_never_run(folder, monkeypatch, broken):
     config["auto_map"] = {"AutoConfig": own, "AutoModelForCausalLM": own, "AutoTokenizer": own}
     (folder / broken).write_text(json.dumps(config | {"model_type": "own"}))
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
-    with pytest.raises(LoadError, match=f"{broken} asks for code of the model's own .auto_map.*never run.*remove"):
+    with pytest.raises(
+        LoadError, match=f"{broken} asks for code of the model's own .auto_map.*never run.*remove"
+    ):
         load(folder)
     assert not ran.exists()
 
@@ -159,7 +170,9 @@ def test_flipped_bytes_are_found_where_a_folder_has_checksums(folder):
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-64:] = bytes(byte ^ 255 for byte in content[-64:])
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(LoadError, match="model.safetensors is not the file that SHA256SUMS tells of.*save_pretrained"):
+    with pytest.raises(
+        LoadError, match="model.safetensors is not the file that SHA256SUMS tells of.*save_pretrained"
+    ):
         load(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(LoadError, match="lacks weights"):
@@ -185,14 +198,15 @@ def test_gemma_in_float16_is_refused(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["./no-such-folder", "~/no/such/folder", "no/such/folder", "~nobodyhere/x", "./" + "x" * 5000, "./a\0b"]
+    "name",
+    ["./no-such-folder", "~/no/such/folder", "no/such/folder", "~nobodyhere/x", "./" + "x" * 5000, "./a\0b"],
 )
 def test_absent_folder(name):
     with pytest.raises(LoadError, match="no model folder"):
         load(name)
 
 
-# --- the embedded model ----------------------------------------------------------------------------------------------
+# --- the embedded model -------------------------------------------------------------------------------------
 
 
 def test_missing_embedded_weights_name_make_model(tmp_path, monkeypatch):
@@ -225,10 +239,12 @@ def test_embedded_model_predicts_held_out_text():
 @needs_weights
 def test_embedded_model_fits_its_size_limit():
     folders = (EMBEDDED, EMBEDDED.parent / "model-rotary")
-    assert sum(file.stat().st_size for folder in folders for file in folder.iterdir() if file.is_file()) <= 48e6
+    assert (
+        sum(file.stat().st_size for folder in folders for file in folder.iterdir() if file.is_file()) <= 48e6
+    )
 
 
-# --- revisions -------------------------------------------------------------------------------------------------------
+# --- revisions ----------------------------------------------------------------------------------------------
 
 
 def test_revision_of_a_folder_follows_all_that_is_loaded_and_nothing_else(folder):
@@ -248,7 +264,9 @@ def test_revision_of_a_hub_model_is_its_commit(empty_cache):
 
 
 def test_pins_are_full_commits():
-    assert all(len(commit) == 40 and set(commit) <= set("0123456789abcdef") for commit in HUB_REVISIONS.values())
+    assert all(
+        len(commit) == 40 and set(commit) <= set("0123456789abcdef") for commit in HUB_REVISIONS.values()
+    )
 
 
 def test_pinned_name_is_never_a_folder(tmp_path, monkeypatch, empty_cache):
@@ -259,7 +277,7 @@ def test_pinned_name_is_never_a_folder(tmp_path, monkeypatch, empty_cache):
     assert load("./gpt2", device="cpu")[0].config.n_embd == 32
 
 
-# --- the hub ---------------------------------------------------------------------------------------------------------
+# --- the hub ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["someone/model", "x" * 5000, ""])
@@ -297,7 +315,8 @@ def test_partly_cached_model_is_not_taken_for_whole(empty_cache):
 
 
 def test_hub_cache_serves_the_pinned_revision_offline(tmp_path):
-    """In a process of its own, since the hub's client reads these variables once: gpt2 is cached, distilgpt2 isn't."""
+    """In a process of its own, since the hub's client reads these variables once: gpt2 is cached, distilgpt2
+    isn't."""
     cache = tmp_path / "models--gpt2"
     write_model(cache / "snapshots" / HUB_REVISIONS["gpt2"])
     write_model(cache / "snapshots" / ("f" * 40), n_inner=8)  # what another revision holds must not be taken
@@ -313,14 +332,16 @@ except loading.LoadError as error:
     print(error)
 """
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     loaded, told = done.stdout.splitlines()
     assert loaded == f"None 4096 {HUB_REVISIONS['gpt2']}"
     assert "MODEL=embedded" in told and "OfflineModeIsEnabled" in told
 
 
-# --- devices ---------------------------------------------------------------------------------------------------------
+# --- devices ------------------------------------------------------------------------------------------------
 
 
 def test_device_auto_takes_what_is_there():

@@ -1,4 +1,5 @@
-"""Models of the package index: their tokenizers beside llama.cpp's, their conversion, and what is told without them."""
+"""Models of the package index: their tokenizers beside llama.cpp's, their conversion, and what is told
+without them."""
 
 import hashlib
 import json
@@ -52,7 +53,10 @@ def test_loss_is_that_of_llama_cpp_and_loading_is_quick(loaded):
 
 def test_special_tokens_and_chat(loaded):
     name, model, tokenizer, _ = loaded
-    assert tokenizer.bos_token_id == model.config.bos_token_id and tokenizer.eos_token_id == model.config.eos_token_id
+    assert (
+        tokenizer.bos_token_id == model.config.bos_token_id
+        and tokenizer.eos_token_id == model.config.eos_token_id
+    )
     if name == "gemma3":
         assert tokenizer("a")["input_ids"] == [2, *tokenizer("a", add_special_tokens=False)["input_ids"]]
         assert tokenizer("</s>", add_special_tokens=False)["input_ids"] == [212]
@@ -60,7 +64,9 @@ def test_special_tokens_and_chat(loaded):
         assert model.config.layer_types.count("full_attention") == 3 and model.config.sliding_window == 512
     else:
         assert tokenizer("a")["input_ids"] == tokenizer("a", add_special_tokens=False)["input_ids"]
-        chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)["input_ids"]
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)[
+            "input_ids"
+        ]
         assert tokenizer.decode(chat).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
         assert chat[0] == tokenizer.bos_token_id and chat.count(tokenizer.eos_token_id) == 2
 
@@ -71,7 +77,7 @@ def test_card_tells_name_and_licence(loaded):
     assert {"smollm2": "SmolLM2-135M-Instruct with Q4_1 weights", "gemma3": "Gemma 3 270M"}[loaded[0]] in card
 
 
-# --- without the packages --------------------------------------------------------------------------------------------
+# --- without the packages -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -83,7 +89,9 @@ def nothing_here(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", loading.PACKAGED)
 def test_missing_package_names_the_command(nothing_here, name):
-    with pytest.raises(LoadError, match=f"{pretrained.MODELS[name].requirements[0]}.*not installed.*`make {name}`"):
+    with pytest.raises(
+        LoadError, match=f"{pretrained.MODELS[name].requirements[0]}.*not installed.*`make {name}`"
+    ):
         load(name, device="cpu")
     assert loading.revision(name) == pretrained.MODELS[name].sha256[:12]
 
@@ -108,24 +116,58 @@ def test_missing_reader_names_the_command(nothing_here, monkeypatch):
 def spm(pieces, **fields):
     """A reader of a GGUF file with a SentencePiece vocabulary: (token, score, type)."""
     tokens, scores, types = zip(*pieces)
-    fields |= dict(model="llama", tokens=list(tokens), scores=list(scores), token_type=list(types),
-                   bos_token_id=0, eos_token_id=1, unknown_token_id=2, padding_token_id=1, add_bos_token=True)  # fmt: skip
+    fields |= dict(
+        model="llama",
+        tokens=list(tokens),
+        scores=list(scores),
+        token_type=list(types),
+        bos_token_id=0,
+        eos_token_id=1,
+        unknown_token_id=2,
+        padding_token_id=1,
+        add_bos_token=True,
+    )
     return SimpleNamespace(
-        fields={f"tokenizer.ggml.{name}": SimpleNamespace(contents=lambda value=value: value) for name, value in fields.items()}
+        fields={
+            f"tokenizer.ggml.{name}": SimpleNamespace(contents=lambda value=value: value)
+            for name, value in fields.items()
+        }
     )
 
 
 def test_sentencepiece_merges_follow_the_scores():
-    pieces = [("<bos>", -1000, 3), ("<eos>", -1000, 3), ("<unk>", -1000, 3), ("\n\n", -1000, 4), ("<0xC3>", 0, 6),
-              ("<0xA9>", 0, 6), ("<0x0A>", 0, 6), ("ab", -5, 1), ("bc", -4, 1), ("abc", -9, 1), ("▁a", -6, 1),
-              ("a", -10, 1), ("b", -11, 1), ("c", -12, 1), ("▁", -13, 1)]  # fmt: skip
+    pieces = [
+        ("<bos>", -1000, 3),
+        ("<eos>", -1000, 3),
+        ("<unk>", -1000, 3),
+        ("\n\n", -1000, 4),
+        ("<0xC3>", 0, 6),
+        ("<0xA9>", 0, 6),
+        ("<0x0A>", 0, 6),
+        ("ab", -5, 1),
+        ("bc", -4, 1),
+        ("abc", -9, 1),
+        ("▁a", -6, 1),
+        ("a", -10, 1),
+        ("b", -11, 1),
+        ("c", -12, 1),
+        ("▁", -13, 1),
+    ]
     tokenizer = pretrained._tokenizer(spm(pieces))
 
     def tokens(text):
         return tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
 
     assert tokens("abc") == ["<bos>", "abc"]  # "bc" first, then "a" + "bc"
-    assert tokens("ab a") == ["<bos>", "ab", "▁a"] and tokens(" ab") == ["<bos>", "▁", "ab"]  # the better score first
-    assert tokens("é\n") == ["<bos>", "<0xC3>", "<0xA9>", "<0x0A>"] and tokens("\n\n\n") == ["<bos>", "\n\n", "<0x0A>"]
+    assert tokens("ab a") == ["<bos>", "ab", "▁a"] and tokens(" ab") == [
+        "<bos>",
+        "▁",
+        "ab",
+    ]  # the better score first
+    assert tokens("é\n") == ["<bos>", "<0xC3>", "<0xA9>", "<0x0A>"] and tokens("\n\n\n") == [
+        "<bos>",
+        "\n\n",
+        "<0x0A>",
+    ]
     assert tokenizer.decode(tokenizer("a é\n\nb")["input_ids"], skip_special_tokens=True) == "a é\n\nb"
     assert tokenizer("<bos>", split_special_tokens=True)["input_ids"][1:] != [0]

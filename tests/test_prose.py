@@ -11,7 +11,9 @@ from sketchkv.loading import EMBEDDED
 from sketchkv.texts import SPLITS, documents, text_revision
 
 ARCHIVE = corpus.cache_folder("texts") / prose.ARCHIVE
-needs_archive = pytest.mark.skipif(not ARCHIVE.is_file(), reason="the archive is not here: `make django-docs`")
+needs_archive = pytest.mark.skipif(
+    not ARCHIVE.is_file(), reason="the archive is not here: `make django-docs`"
+)
 
 PAGE = """
 ==============
@@ -82,7 +84,9 @@ def test_splits_share_no_page_and_hold_enough():
             assert found.input_ids.shape == (count, length)
             used = [path for name in found.names for path in name.split(" + ")]
             assert len(set(used)) == len(used) and set(used) <= pages[split]  # no page twice
-            assert all(len({path.rpartition("/")[0] for path in name.split(" + ")}) == 1 for name in found.names)
+            assert all(
+                len({path.rpartition("/")[0] for path in name.split(" + ")}) == 1 for name in found.names
+            )
 
 
 @needs_archive

@@ -40,8 +40,8 @@ INTERACTIVE = ROOT / "build" / "interactive"
 
 DEVICES = ("auto", "cpu", "cuda")
 PROFILES = ("smoke", "study")
-DATASETS = ("embedded", texts.WIKITEXT)
-HUB_MODELS = tuple(name for name in loading.HUB_REVISIONS if "wikitext" not in name)
+DATASETS = texts.NAMED
+HUB_MODELS = (*loading.PACKAGED, *(name for name in loading.HUB_REVISIONS if "wikitext" not in name))
 MAKE_DEFAULTS = {"model": "embedded", "dataset": "embedded", "device": "auto", "profile": "study"}
 
 GENERATED = ("data/results", "data/model/README.md", "figures", "report/report.html", "report/report.md", "report/report.pdf")

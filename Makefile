@@ -67,7 +67,7 @@ bench: $(READY)  ## measure speed on the device at hand, into data/benchmarks
 model: $(READY)  ## train the embedded model again
 	$(BIN)/python -m sketchkv.training
 
-figures/%.png figures/%.svg: $(READY) FORCE  ## make one figure again, by the notebook that draws it
+figures/%.svg: $(READY) FORCE  ## make one figure again, by the notebook that draws it
 	@$(RUN) --figure '$*'
 
 clean:  ## remove what runs leave in build/; keeps training checkpoints, results, figures, report and .venv

@@ -240,8 +240,23 @@ def test_same_inputs_give_the_same_bytes(tmp_path):
     figures.use_style()
     for name in ("a", "b"):
         write_results(tmp_path / name)
-    for file in ("data/results/error.csv", "data/results/error.json", "figures/error.svg", "figures/error.png"):
+    for file in ("data/results/error.csv", "data/results/error.json", "figures/error.svg"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_text_in_a_figure_is_text_and_many_points_become_a_picture():
+    figures.use_style()
+    sizes = []
+    for count in (10, 100_000):
+        fig, ax = plt.subplots()
+        ax.scatter(range(count), torch.rand(count, generator=torch.Generator().manual_seed(0)))
+        ax.set_xlabel("tokens of the prefix")
+        svg = figures.render(fig, "many").decode()
+        plt.close(fig)
+        assert ">tokens of the prefix</text>" in svg and "font: " in svg and "'DejaVu Sans', 'Verdana'" in svg
+        assert ("data:image/png" in svg) == (count > 10)
+        sizes.append(len(svg))
+    assert sizes[0] < 20_000 and sizes[1] < figures.HEAVY
 
 
 def test_two_runs_give_identical_quality_tables(tmp_path):
@@ -285,20 +300,20 @@ def test_two_runs_of_the_study_give_identical_tables(tmp_path):
 def test_sidecars_say_where_a_result_comes_from(finished, tmp_path):
     sidecar = results.read_json(tmp_path / "figures" / "error.json")
     assert sidecar["notebook"] == "01_tiny" and sidecar["inputs"]["profile"] == "smoke" and sidecar["commit"]
-    assert sidecar["command"] == "make figures/error.png PROFILE=smoke"
+    assert sidecar["command"] == "make figures/error.svg PROFILE=smoke"
     assert sidecar["tables"] == {"error": results.sha256(tmp_path / "data" / "results" / "error.csv")}
     table = results.load_table("error", tmp_path, timings=False)
     assert list(table.columns) == ["width", "error"] and table["error"][1] == 1 / 3
 
 
 def test_committed_figures_say_where_they_come_from():
-    pictures = sorted((ROOT / "figures").glob("*.png"))
+    pictures = sorted((ROOT / "figures").glob("*.svg"))
     assert pictures
     for picture in pictures:
         sidecar = results.read_json(picture.with_suffix(".json"))
         assert {"caption", "notebook", "inputs", "commit", "command", "tables"} <= set(sidecar), picture.name
         assert (ROOT / "notebooks" / f"{sidecar['notebook']}.ipynb").exists(), picture.name
-        assert f"figures/{picture.name}" in sidecar["command"] and picture.with_suffix(".svg").exists()
+        assert f"figures/{picture.name}" in sidecar["command"]
         for table, digest in sidecar["tables"].items():
             source = ROOT / "data" / "results" / f"{table}.csv"
             assert results.sha256(source) == digest, f"{picture.name} was not drawn from today's {table}"
@@ -348,13 +363,13 @@ def test_prose_follows_the_results(finished, tmp_path):
     for old, new in zip(before, after):  # Markdown, HTML, Typst
         assert "12.3%" in old and "12.3%" not in new and "90.0%" in new
         assert "0.875" not in old and "0.875" in new
-        assert "make figures/error.png PROFILE=smoke" in new and "01_tiny.ipynb" in new
+        assert "make figures/error.svg PROFILE=smoke" in new and "01_tiny.ipynb" in new
     written = tmp_path / "report" / "report.md", tmp_path / "report" / "report.html"
     for path, text in zip(written, after):
         results.atomic_write(path, text)
     assert report.problems(*written) == []
-    assert 'href="#one"' in after[1] and "data:image/svg+xml;base64," in after[1]
-    (tmp_path / "figures" / "error.png").unlink()
+    assert 'href="#one"' in after[1] and "data:image/svg+xml;charset=utf-8,<svg " in after[1]
+    (tmp_path / "figures" / "error.svg").unlink()
     written[1].write_text(after[1] + '<img src="https://example.org/x.png"> {{ fact }}')
     assert len(report.problems(*written)) == 4
     written[1].write_text(after[1] + " " * report.LARGEST)
@@ -427,7 +442,7 @@ def test_report_renders_from_the_committed_results(committed):
     results.atomic_write(committed / "report" / "report.html", page)
     assert report.problems(committed / "report" / "report.md", committed / "report" / "report.html") == []
     drawn = [image["source"] for image in json.loads(typst.query(paper.encode(), "image", root=str(committed)))]
-    assert sorted(Path(source).stem for source in drawn) == sorted(p.stem for p in (committed / "figures").glob("*.png"))
+    assert sorted(Path(source).stem for source in drawn) == sorted(p.stem for p in (committed / "figures").glob("*.svg"))
     assert len(re.findall(rb"/Type\s*/Page\b", pdf.compile(paper, committed))) > 5
     claims = [int(n) for n in re.findall(r"^(\d+)\. \*\*", markdown.split("\n## ")[1], re.M)]
     assert claims == list(range(1, len(claims) + 1)) and len(claims) > 9, "a claim shares a line with another"
@@ -478,7 +493,7 @@ def copy(tmp_path):
 
 def test_make_help_lists_every_target_and_knob(copy):
     printed = make(copy).stdout
-    for target in ("reproduce", "lab", "test", "model", "figures/NAME.png", "clean", "env"):
+    for target in ("reproduce", "lab", "test", "model", "figures/NAME.svg", "clean", "env"):
         assert f"make {target} " in printed
     for knob in ("MODEL=", "DATASET=", "DEVICE=", "PROFILE="):
         assert knob in printed

@@ -10,7 +10,6 @@ The template's prose holds no number of its own. It asks for them:
 What is missing stops the rendering with the name of the notebook that makes it.
 """
 
-import base64
 import html
 import os
 import re
@@ -86,7 +85,7 @@ class Renderer:
         sidecar = self._sidecar("figure", name)
         alt = self.finding(name).replace("[", "(").replace("]", ")")
         return (
-            f'<a id="figure-{name}"></a>\n![{alt}]({self.link}/figures/{name}.png)\n\n'
+            f'<a id="figure-{name}"></a>\n![{alt}]({self.link}/figures/{name}.svg)\n\n'
             f"**{name}.** {sidecar['caption']}\n\n{self._source(sidecar)}\n"
         )
 
@@ -134,10 +133,6 @@ class Renderer:
         legend = f"**{name}.** {extent}, from `data/results/{name}.csv`. Columns: {meanings}."
         return shown.map(_shown), set(shown.select_dtypes("number").columns), legend
 
-    def _picture(self, name):
-        """The smaller of a figure's two files: thousands of points make an SVG larger and slower than its PNG."""
-        return min((self.found.paths.figures / f"{name}.{kind}" for kind in ("svg", "png")), key=lambda p: p.stat().st_size)
-
 
 class HtmlRenderer(Renderer):
     """The same functions for HTML: pictures inside the file, tables that sort."""
@@ -149,9 +144,8 @@ class HtmlRenderer(Renderer):
         self.inline = MarkdownIt("commonmark", {"html": False}).renderInline
 
     def figure(self, name):
-        sidecar, path = self._sidecar("figure", name), self._picture(name)
-        kind = {".svg": "svg+xml", ".png": "png"}[path.suffix]
-        data = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        sidecar = self._sidecar("figure", name)
+        data = _data_uri((self.found.paths.figures / f"{name}.svg").read_text(encoding="utf-8"))
         # One line: a blank one would end the block of HTML.
         return (
             f'<figure id="figure-{name}"><img alt="{html.escape(self.finding(name))}" src="{data}">'
@@ -185,8 +179,7 @@ class TypstRenderer(Renderer):
 
     def figure(self, name):
         sidecar = self._sidecar("figure", name)
-        path = "/" + self._picture(name).relative_to(self.found.root).as_posix()
-        quoted = ", ".join(pdf.quote(text) for text in (path, name, self.finding(name)))
+        quoted = ", ".join(pdf.quote(text) for text in (f"/figures/{name}.svg", name, self.finding(name)))
         caption, source = (pdf.inline(text) for text in (f"**{name}.** {sidecar['caption']}", self._source(sidecar)))
         return f"```{{=typst}}\n#picture({quoted}, [{caption}], [{source}])\n```\n"
 
@@ -202,6 +195,14 @@ class TypstRenderer(Renderer):
         body = "".join(f"{pdf.quote(value)}, " for value in text.to_numpy().ravel())
         cells = f"({widths}), ({aligned}), ({head}), {body}"
         return f"```{{=typst}}\n#results({size}pt, [{pdf.inline(legend)}], {cells})\n```\n"
+
+
+def _data_uri(svg):
+    """An SVG as the `src` of an `<img>`, a quarter smaller than in base64."""
+    text = re.sub(r"\n\s*", " ", svg[svg.index("<svg") :])
+    for mark, code in (("%", "%25"), ("#", "%23"), ('"', "%22"), ("&", "%26")):
+        text = text.replace(mark, code)
+    return f"data:image/svg+xml;charset=utf-8,{text}"
 
 
 def _shown(value):
@@ -224,7 +225,7 @@ def _notebooks(found):
             "name": name,
             "title": title.lstrip("# ") or name,
             "introduction": rest.strip(),
-            "figures": [p.stem for p in made if p.suffix == ".png" and p.parent.name == "figures"],
+            "figures": [p.stem for p in made if p.suffix == ".svg" and p.parent.name == "figures"],
             "tables": [p.stem for p in made if p.suffix == ".csv"],
             "run": run,
         })  # fmt: skip

@@ -329,7 +329,7 @@ class Run:
         return Path(path)
 
     def figure(self, name, fig, caption, tables=()):
-        """Writes a matplotlib figure as `figures/NAME.svg` and `.png` with a sidecar, and shows it inline.
+        """Writes a matplotlib figure as `figures/NAME.svg` with a sidecar, and shows it inline.
 
         `caption` states the finding, then how to read it; `tables` are the names of the tables it was drawn from.
         """
@@ -345,10 +345,8 @@ class Run:
             if not path.exists():
                 raise ValueError(f"figure {name!r} is drawn from table {table!r}, which no notebook has written yet")
             sources[table] = sha256(path)
-        svg, png = figures.render(fig, name)
-        self._write(self.paths.figures / f"{name}.svg", svg)
-        path = self._write(self.paths.figures / f"{name}.png", png)
-        command = f"make figures/{name}.png{self._knobs()}"
+        path = self._write(self.paths.figures / f"{name}.svg", figures.render(fig, name))
+        command = f"make figures/{name}.svg{self._knobs()}"
         self._sidecar(path.with_suffix(".json"), name, command, caption=" ".join(caption.split()), tables=sources)
         figures.show(fig)
 

@@ -87,8 +87,9 @@ def _draw(fig, name):
     absent = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         fig.savefig(file, format="svg", bbox_inches="tight", metadata=absent)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", re.sub(r"\n\s+", "\n", file.getvalue()))
     # A hundredth of a point is enough for any coordinate.
-    return re.sub(r'(?<= )(?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), file.getvalue())
+    return re.sub(r'(?<= )(?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
 
 
 def show(fig):

@@ -137,8 +137,6 @@ class Renderer:
 class HtmlRenderer(Renderer):
     """The same functions for HTML: pictures inside the file, tables that sort."""
 
-    most_rows = 100
-
     def __init__(self, found):
         super().__init__(found, "")
         self.inline = MarkdownIt("commonmark", {"html": False}).renderInline
@@ -175,7 +173,7 @@ class HtmlRenderer(Renderer):
 class TypstRenderer(Renderer):
     """The same functions for the PDF: blocks of Typst markup, whose pictures are found from the results' root."""
 
-    most_rows, most_columns = 8, 12
+    most_rows, most_columns = 5, 12
 
     def figure(self, name):
         sidecar = self._sidecar("figure", name)

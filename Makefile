@@ -4,6 +4,7 @@ MODEL ?= embedded
 DATASET ?= embedded
 DEVICE ?= auto
 PROFILE ?= study
+ARGS ?=
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -32,7 +33,7 @@ help:  ## show this list
 	@echo "  MODEL=embedded     embedded, a hub name such as gpt2, or a local folder"
 	@echo "  DATASET=embedded   embedded, wikitext-2-raw-v1, or a text file or folder"
 	@echo "  DEVICE=auto        auto, cpu or cuda"
-	@echo "  PROFILE=study      study, or smoke (a few minutes)"
+	@echo "  PROFILE=study      study, or smoke (a few minutes, written to build/smoke)"
 	@echo "  VENV=.venv  PYTHON=python3.11"
 
 env: $(READY)  ## create or update the environment in .venv
@@ -53,9 +54,12 @@ $(READY): requirements.lock pyproject.toml
 reproduce: $(READY)  ## run the study and render the report; goes on where it stopped
 	@$(RUN)
 
-lab: $(READY)  ## open the notebooks in JupyterLab
+lab: $(READY)  ## open the notebooks in JupyterLab; ARGS="--port 9999" and the like go to it
+	@case " $(ARGS) " in *" --allow-root "*) ;; *) test "$$(id -u)" != 0 || { \
+		echo "error: JupyterLab does not start as root: use another account," \
+			"or, where only you can reach this machine, make lab ARGS=\"--allow-root $(ARGS)\"" >&2; exit 1; } ;; esac
 	@mkdir -p '$(IPYTHONDIR)'
-	$(BIN)/python -m jupyterlab --notebook-dir=notebooks
+	$(BIN)/python -m jupyterlab --notebook-dir=notebooks $(ARGS)
 
 test: $(READY)  ## run the tests and every notebook
 	@mkdir -p '$(IPYTHONDIR)'

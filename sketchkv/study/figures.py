@@ -72,6 +72,11 @@ def markers(names):
     return {name: method_style(name)["marker"] for name in names}
 
 
+def mark(fig, words):
+    """Writes `words` across the figure, faintly."""
+    fig.text(0.5, 0.5, words, ha="center", va="center", rotation=20, color="#b22222", alpha=0.4, fontsize="x-large", zorder=10)
+
+
 def render(fig, name):
     """The SVG of a figure, bytes: its text is text, to be searched and read aloud; free of dates, versions and random ids."""
     svg = _draw(fig, name)

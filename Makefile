@@ -24,7 +24,7 @@ export MALLOC_TRIM_THRESHOLD_ := 1073741824
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce lab test bench model clean FORCE
+.PHONY: help env reproduce lab test test-oldest lint bench model clean FORCE
 
 help:  ## show this list
 	@sed -nE 's/^([a-z][^ :]*).*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/%/NAME/' | expand -t 26
@@ -64,6 +64,21 @@ lab: $(READY)  ## open the notebooks in JupyterLab; ARGS="--port 9999" and the l
 test: $(READY)  ## run the tests and every notebook
 	@mkdir -p '$(IPYTHONDIR)'
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests notebooks
+
+test-oldest:  ## test the cache with the oldest torch and transformers that pyproject.toml allows, in build/oldest
+	$(PYTHON) -m venv --clear build/oldest
+	build/oldest/bin/python -m pip install --disable-pip-version-check $$($(PYTHON) .ci/oldest) \
+		pytest pytest-timeout hypothesis setuptools
+	build/oldest/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	build/oldest/bin/python -m pytest --timeout=600 $(CORE_TESTS)
+
+# Those that need none of the study.
+CORE_TESTS = $(shell grep -LE 'sketchkv\.(study|texts|corpus|training)|pandas|scipy|nbformat|gridpoints' tests/test_*.py)
+
+lint: $(READY)  ## check style and types: ruff, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(READY)  ## measure speed on the device at hand, into data/benchmarks
 	$(BIN)/python -m sketchkv.study.bench

@@ -574,7 +574,10 @@ def test_one_list_of_pins():
             (only,) = pin.specifier
             assert only.operator == "==", line
             pins[pin.name.lower().replace("_", "-")] = only.version
-    for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"] + ["setuptools"]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core = {Requirement(text).name for text in project["dependencies"]}
+    assert core == {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
+    for text in sum(project["optional-dependencies"].values(), [*project["dependencies"], "setuptools"]):
         needed = Requirement(text)
         assert needed.specifier.contains(pins[needed.name.lower()]), text
     conda = (ROOT / "environment.yml").read_text()
@@ -595,7 +598,7 @@ def copy(tmp_path):
 
 def test_make_help_lists_every_target_and_knob(copy):
     printed = make(copy).stdout
-    for target in ("reproduce", "lab", "test", "model", "figures/NAME.svg", "clean", "env"):
+    for target in ("reproduce", "lab", "test", "test-oldest", "lint", "model", "figures/NAME.svg", "clean", "env"):
         assert f"make {target} " in printed
     for knob in ("MODEL=", "DATASET=", "DEVICE=", "PROFILE="):
         assert knob in printed

@@ -117,10 +117,10 @@ def test_a_killed_grid_loses_no_finished_point_and_leaves_no_half_file(tmp_path)
     """)
     (tmp_path / "run.py").write_text(script)
     command = [sys.executable, str(tmp_path / "run.py")]
-    killed = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
+    killed = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=140)
     assert killed.returncode == -signal.SIGKILL
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
     assert len(kept) >= 2 and all(json.loads(text)["result"] for text in kept.values())
-    again = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
+    again = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=140)
     assert str([{"nll": w / 3} for w in range(1, 5)]) in again.stdout, again.stderr
     assert all(path.read_bytes() == text for path, text in kept.items())

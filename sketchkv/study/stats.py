@@ -38,7 +38,7 @@ def intervals(table, by, value, seed=0):
     `by`, "mean", "low", "high" and "n" (documents), groups in the order in which they first appear."""
     by = [by] if isinstance(by, str) else list(by)
     rows = [
-        (*group, *paired_interval(part[value].to_numpy(), seed), len(part))
+        (*group, *paired_interval(part[value].to_numpy(copy=True), seed), len(part))
         for group, part in table.groupby(by, sort=False, dropna=False)
     ]
     return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])

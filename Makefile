@@ -4,6 +4,7 @@ MODEL ?= embedded
 DATASET ?= embedded
 DEVICE ?= auto
 PROFILE ?= study
+ARGS ?=
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -23,7 +24,7 @@ export MALLOC_TRIM_THRESHOLD_ := 1073741824
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce lab test bench model models smollm2 gemma3 django-docs clean FORCE
+.PHONY: help env reproduce lab test test-oldest lint bench model models smollm2 gemma3 django-docs clean FORCE
 
 help:  ## show this list
 	@sed -nE 's/^([a-z][^ :]*).*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/%/NAME/' | expand -t 26
@@ -32,7 +33,7 @@ help:  ## show this list
 	@echo "  MODEL=embedded     embedded, smollm2, gemma3, a hub name such as gpt2, or a local folder"
 	@echo "  DATASET=embedded   embedded, django-docs, wikitext-2-raw-v1, or a text file or folder"
 	@echo "  DEVICE=auto        auto, cpu or cuda"
-	@echo "  PROFILE=study      study, or smoke (a few minutes)"
+	@echo "  PROFILE=study      study, or smoke (a few minutes, written to build/smoke)"
 	@echo "  VENV=.venv  PYTHON=python3.11"
 	@echo "  SKETCHKV_CACHE=build   (environment) where pretrained models and fetched texts lie"
 
@@ -57,13 +58,31 @@ ASKED = $(filter smollm2 gemma3,$(MODEL)) $(filter django-docs,$(DATASET))
 reproduce: $(READY) $(ASKED)  ## run the study and render the report; goes on where it stopped
 	@$(RUN)
 
-lab: $(READY)  ## open the notebooks in JupyterLab
+lab: $(READY)  ## open the notebooks in JupyterLab; ARGS="--port 9999" and the like go to it
+	@case " $(ARGS) " in *" --allow-root "*) ;; *) test "$$(id -u)" != 0 || { \
+		echo "error: JupyterLab does not start as root: use another account," \
+			"or, where only you can reach this machine, make lab ARGS=\"--allow-root $(ARGS)\"" >&2; exit 1; } ;; esac
 	@mkdir -p '$(IPYTHONDIR)'
-	$(BIN)/python -m jupyterlab --notebook-dir=notebooks
+	$(BIN)/python -m jupyterlab --notebook-dir=notebooks $(ARGS)
 
 test: $(READY)  ## run the tests and every notebook
 	@mkdir -p '$(IPYTHONDIR)'
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests notebooks
+
+test-oldest:  ## test the cache with the oldest torch and transformers that pyproject.toml allows, in build/oldest
+	$(PYTHON) -m venv --clear build/oldest
+	build/oldest/bin/python -m pip install --disable-pip-version-check $$($(PYTHON) .ci/oldest) \
+		pytest pytest-timeout hypothesis setuptools
+	build/oldest/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	build/oldest/bin/python -m pytest --timeout=600 $(CORE_TESTS)
+
+# Those that need none of the study.
+CORE_TESTS = $(shell grep -LE 'sketchkv\.(study|texts|corpus|training)|pandas|scipy|nbformat|gridpoints' tests/test_*.py)
+
+lint: $(READY)  ## check style and types: ruff, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: $(READY)  ## measure speed on the device at hand, into data/benchmarks
 	$(BIN)/python -m sketchkv.study.bench
@@ -79,7 +98,7 @@ smollm2 gemma3: $(READY)
 django-docs: $(READY)  ## fetch Django's source distribution (11 MB), whose documentation is a text to score
 	$(BIN)/python -m sketchkv.prose
 
-figures/%.png figures/%.svg: $(READY) FORCE  ## make one figure again, by the notebook that draws it
+figures/%.svg: $(READY) FORCE  ## make one figure again, by the notebook that draws it
 	@$(RUN) --figure '$*'
 
 clean:  ## remove what runs leave in build/; keeps training checkpoints, results, figures, report and .venv

@@ -13,7 +13,8 @@ from pathlib import Path
 import gridpoints
 import pytest
 
-from sketchkv.study import grid, results
+from sketchkv.study import closure
+from sketchkv.study import store as grid
 
 HERE = Path(__file__).parent
 
@@ -52,33 +53,30 @@ def test_a_point_is_computed_once_per_parameters_source_and_model(tmp_path, quic
     ask([64], revision="another model")
     assert log.read_text().split()[3:] == ["64"]
     assert len(list(tmp_path.rglob("*.json"))) == 4
-    path, _ = results.point_path("sweep", {"width": 64}, tmp_path, None, gridpoints.share)
-    quick.setattr(results, "point_fingerprint", lambda function: "other source")
-    assert results.point_path("sweep", {"width": 64}, tmp_path, None, gridpoints.share)[0] != path
+    quick.setattr(closure, "of_function", lambda function: "other source")
+    ask([64])
+    assert log.read_text().split()[4:] == ["64"]
 
 
-def test_figures_and_report_are_no_part_of_a_point(monkeypatch):
-    before = results.point_fingerprint(gridpoints.share)
-    changed = {"cache.py", "methods.py", "gridpoints.py"}
-    sha256 = results.sha256
-    for name in ("cache.py", "methods.py", "gridpoints.py", "figures.py", "report.py"):
-        monkeypatch.setattr(results, "sha256", lambda path, name=name: "x" if path.name == name else sha256(path))
-        assert (results.point_fingerprint(gridpoints.share) != before) == (name in changed), name
+@pytest.mark.parametrize("workers", [-1, 0, 1.5, "two", True])
+def test_a_number_of_workers_that_is_none_is_told(tmp_path, workers):
+    with pytest.raises(grid.GridError, match="give 1 or more"):
+        asked(tmp_path, [1], workers=workers)
 
 
 @pytest.mark.parametrize(
     "damage", [lambda t: t[: len(t) // 2], lambda t: t.replace("0.25", "0.75"), lambda t: "", lambda t: "[]"]
 )
 def test_corrupted_point_is_named_and_counts_as_missing(tmp_path, damage):
-    path, identity = results.point_path("sweep", {"width": 1}, tmp_path, None, gridpoints.share)
-    results.write_point(path, identity, {"nll": 0.25})
+    path, identity = grid.point_path("sweep", {"width": 1}, tmp_path, None, "code")
+    grid.write_point(path, identity, {"nll": 0.25})
     path.write_text(damage(path.read_text()))
     with pytest.warns(UserWarning, match=re.escape(path.name)):
-        assert results.read_point(path) is None
-    results.write_point(path, identity, {"nll": 0.25})
+        assert grid.read_point(path) is None
+    grid.write_point(path, identity, {"nll": 0.25})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert results.read_point(path) == {"nll": 0.25}
+        assert grid.read_point(path) == {"nll": 0.25}
 
 
 def test_the_table_does_not_depend_on_the_number_of_workers_and_a_lost_worker_is_replaced(tmp_path):
@@ -112,17 +110,17 @@ def test_a_scheduler_in_the_environment_is_used(tmp_path, quick):
 def test_a_killed_grid_loses_no_finished_point_and_leaves_no_half_file(tmp_path):
     script = textwrap.dedent(f"""
         import gridpoints
-        from sketchkv.study import grid
+        from sketchkv.study import store as grid
         if __name__ == "__main__":
             points = [{{"width": w, "marker": {str(tmp_path / "killed")!r}}} for w in range(1, 5)]
             print(grid.compute("sweep", gridpoints.kill_everything, points, folder={str(tmp_path)!r}, workers=2))
     """)
     (tmp_path / "run.py").write_text(script)
     command = [sys.executable, str(tmp_path / "run.py")]
-    killed = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
+    killed = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=140)
     assert killed.returncode == -signal.SIGKILL
     kept = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
     assert len(kept) >= 2 and all(json.loads(text)["result"] for text in kept.values())
-    again = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=120)
+    again = subprocess.run(command, capture_output=True, text=True, start_new_session=True, timeout=140)
     assert str([{"nll": w / 3} for w in range(1, 5)]) in again.stdout, again.stderr
     assert all(path.read_bytes() == text for path, text in kept.items())

@@ -1,5 +1,6 @@
 """The study's machinery: knobs, runner, results with provenance, report. Tiny notebooks in a temporary folder."""
 
+import errno
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import time
 import tomllib
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -23,12 +25,12 @@ from hypothesis import strategies as st
 from jupyter_client.kernelspec import KernelSpecManager
 from packaging.requirements import Requirement
 
-from sketchkv.study import evaluate, figures, grid, pdf, report, results, run
+from sketchkv.study import closure, evaluate, figures, notebooks, pdf, record, report, run, sources, stats, store
 
-ROOT = results.ROOT
+ROOT = sources.ROOT
 PARAMETERS = 'model = "embedded"\ndataset = "embedded"\ndevice = "auto"\nprofile = "smoke"\nseed = 0\noutput = ""'
-START = """from sketchkv.study import results
-run = results.start("{name}", model=model, dataset=dataset, device=device, profile=profile, seed=seed, output=output)
+START = """from sketchkv.study import record
+run = record.start("{name}", model=model, dataset=dataset, device=device, profile=profile, seed=seed, output=output)
 """
 
 
@@ -53,7 +55,7 @@ def write_notebook(root, name, *cells):
 
 def write_results(root):
     """A finished run with a table, a figure and a fact, without a kernel."""
-    started = results.start("01_tiny", output=str(root))
+    started = record.start("01_tiny", output=str(root))
     frame = pd.DataFrame({"width": [64, 128], "error": [0.25, 1 / 3], "seconds": [0.5, 0.6]})
     columns = {"width": "counters per row", "error": "share of the mass", "seconds": "seconds"}
     started.table("error", frame, columns, timings=["seconds"])
@@ -92,6 +94,20 @@ def finished(_finished, tmp_path):
         (["--only", "99"], "01_tiny"),
         (["--figure", "none"], "drawn"),
         (["--only", "01", "-p", "typo=7"], "profile"),
+        (["--only", "01", "-p", "sede=7"], "did you mean 'seed'?"),
+        (["--only", ""], "01_tiny"),
+        (["--only", "tyny"], "did you mean 'tiny'?"),
+        (["--figure", "drown.svg"], "did you mean 'drawn'?"),
+        (["--figure", ""], "drawn"),
+        (["--profile", "studdy"], "did you mean 'study'?"),
+        (["--model", "gtp2"], "did you mean 'gpt2'?"),
+        (["-p", "seed=abc"], "a whole number of 0 or more"),
+        (["-p", "seed=-1"], "a whole number of 0 or more"),
+        (["-p", "seed=1.5"], "a whole number of 0 or more"),
+        (["-p", "seed=true"], "a whole number of 0 or more"),
+        (["-p", "seed"], "NAME=VALUE"),
+        (["-p", "profile=smoke"], "--profile"),
+        (["-p", "output=elsewhere"], "follows from the profile"),
     ],
 )
 def test_unknown_value_is_an_error_that_lists_the_allowed(tmp_path, capsys, monkeypatch, arguments, allowed):
@@ -111,17 +127,19 @@ def test_study_runs_resumes_and_stops_at_a_failing_cell(tmp_path, capsys, monkey
     first = write_notebook(tmp_path, "01_first", START.format(name="01_first") + table, "run.finish()")
     failing = write_notebook(tmp_path, "02_failing", "x = 40", "print('got here')\nraise ValueError(f'boom {x + 2}')")
     write_notebook(tmp_path, "03_never", "raise SystemError('ran after a failure')")
-    monkeypatch.setattr(results, "package_fingerprint", lambda **_: "fixed")
+    monkeypatch.setattr(closure, "of_notebook", lambda _: "fixed")
     assert run.main(["--profile", "smoke"], root=tmp_path) == 1
 
+    output = tmp_path / "build" / "smoke"  # a smoke run leaves everything else alone
+    assert {p.name for p in tmp_path.iterdir()} == {"build", "notebooks"}
     printed = capsys.readouterr()
     assert "raise ValueError(f'boom {x + 2}')" in printed.err and "ValueError: boom 42" in printed.err
     assert "02_failing" in printed.err and "[1/3] 01_first: done" in printed.out
-    executed = {p.name for p in (tmp_path / "build" / "executed").iterdir()}
+    executed = {p.name for p in (output / "build" / "executed").iterdir()}
     assert executed == {"01_first.ipynb", "02_failing.failed.ipynb"}
-    assert "got here" in (tmp_path / "build" / "executed" / "02_failing.failed.ipynb").read_text()
-    assert {p.name for p in (tmp_path / "build" / "done").iterdir()} == {"01_first.json"}
-    assert results.load_table("t", tmp_path)["a"].tolist() == [0]
+    assert "got here" in (output / "build" / "executed" / "02_failing.failed.ipynb").read_text()
+    assert {p.name for p in (output / "build" / "done").iterdir()} == {"01_first.json"}
+    assert record.load_table("t", output)["a"].tolist() == [0]
 
     # Resumed: the first is left alone, and no longer once anything that it follows from is different.
     ran = []
@@ -130,28 +148,26 @@ def test_study_runs_resumes_and_stops_at_a_failing_cell(tmp_path, capsys, monkey
     assert run.main(["--profile", "smoke"], root=tmp_path) == 0
     assert ran == ["02_failing", "03_never"]
     parameters = {"model": "embedded", "dataset": "embedded", "device": "auto", "profile": "smoke"}
-    parameters["output"] = str(tmp_path)
-    assert run.is_done(first, parameters, tmp_path)
-    assert not run.is_done(first, parameters | {"profile": "study"}, tmp_path)
-    assert not run.is_done(failing, parameters, tmp_path)
-    for name in ("package_fingerprint", "versions"):
+    parameters["output"] = str(output)
+    assert run.is_done(first, parameters, output)
+    assert not run.is_done(first, parameters | {"profile": "study"}, output)
+    assert not run.is_done(failing, parameters, output)
+    for module, name in (
+        (closure, "of_notebook"), (sources, "versions"), (sources, "model_revision"), (sources, "data_revision"),
+    ):  # fmt: skip
         with monkeypatch.context() as changed:
-            changed.setattr(results, name, lambda *_: "other")
-            assert not run.is_done(first, parameters, tmp_path)
-    for name in ("model_revision", "data_revision"):
-        with monkeypatch.context() as changed:
-            changed.setattr(results, name, lambda *_: "other")
-            assert not run.is_done(first, parameters, tmp_path)
-    output = tmp_path / "data" / "results" / "t.csv"
-    content = output.read_text()
-    output.write_text("a\n7\n")
-    assert not run.is_done(first, parameters, tmp_path)
-    output.unlink()
-    assert not run.is_done(first, parameters, tmp_path)
-    output.write_text(content)
-    assert run.is_done(first, parameters, tmp_path)
+            changed.setattr(module, name, lambda *_: "other")
+            assert not run.is_done(first, parameters, output)
+    table_file = output / "data" / "results" / "t.csv"
+    content = table_file.read_text()
+    table_file.write_text("a\n7\n")
+    assert not run.is_done(first, parameters, output)
+    table_file.unlink()
+    assert not run.is_done(first, parameters, output)
+    table_file.write_text(content)
+    assert run.is_done(first, parameters, output)
     write_notebook(tmp_path, "01_first", START.format(name="01_first") + table + "  # edited", "run.finish()")
-    assert not run.is_done(first, parameters, tmp_path)
+    assert not run.is_done(first, parameters, output)
 
 
 def test_bad_input_is_told_without_a_traceback(tmp_path, capsys):
@@ -165,11 +181,97 @@ def test_bad_input_is_told_without_a_traceback(tmp_path, capsys):
     assert "Traceback" in (tmp_path / "build" / "executed" / "01_tiny.failed.ipynb").read_text()
 
 
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys, monkeypatch):
+    write_notebook(tmp_path, "01_tiny", "")
+    monkeypatch.setattr(run, "execute", lambda *_: pytest.fail("ran all the same"))
+    (tmp_path / "data").write_text("a file where a folder should be")
+    assert run.main([], root=tmp_path) == 1
+    assert f"make {tmp_path / 'data'} a folder that you may write to" in capsys.readouterr().err
+    (tmp_path / "data").unlink()
+    monkeypatch.setattr(run.os, "access", lambda path, _: Path(path) != tmp_path)  # a read-only file system
+    assert run.main([], root=tmp_path) == 1
+    assert f"make {tmp_path} a folder" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_with_the_file_and_the_remedy(tmp_path, capsys, monkeypatch):
+    notebook = write_notebook(tmp_path, "01_tiny", "")
+
+    def execute(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "the notebook")
+
+    monkeypatch.setattr(run.papermill, "execute_notebook", execute)
+    assert run.main([], root=tmp_path) == 1
+    printed = capsys.readouterr().err
+    assert "can't write the notebook (No space left on device): free some space" in printed and notebook.name in printed
+    assert "Traceback" not in printed
+
+    def fsync(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sources.os, "fsync", fsync)
+    with pytest.raises(sources.WriteError, match="can't write .*/t.csv .*No space left.*: free some space, then run"):
+        sources.atomic_write(tmp_path / "results" / "t.csv", "x")
+    assert list((tmp_path / "results").iterdir()) == []
+    with pytest.raises(sources.WriteError, match=f"make {re.escape(str(notebook / 'results'))} a folder"):
+        sources.atomic_write(notebook / "results" / "t.csv", "x")
+    assert run._SAYS_ALL.count("WriteError") == 1
+
+
+def test_a_smoke_run_leaves_the_study_alone_and_says_so(tmp_path):
+    """Two notebooks as `make reproduce` and `make figures/NAME.svg` run them, in a folder with results of a study."""
+    draw = """import matplotlib.pyplot as plt
+fig, ax = plt.subplots()
+ax.plot([0, seed])
+run.figure("drawn", fig, caption="It rises.")
+run.finish()"""
+    write_notebook(tmp_path, "01_tiny", START.format(name="01_tiny") + draw)
+    write_notebook(tmp_path, "02_other", START.format(name="02_other") + "run.fact('a', 1)\nrun.finish()")
+    for name in ("figures/drawn.svg", "data/results/facts_02_other.json", "report/report.md"):
+        sources.atomic_write(tmp_path / name, "the study's")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert run.main(["--profile", "smoke", "--figure", "drawn"], root=tmp_path) == 0
+    assert run.main(["--profile", "smoke"], root=tmp_path) == 0
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert {p.relative_to(tmp_path).parts[0] for p in set(after) - set(before)} == {"build"}
+    assert {p: after[p] for p in before} == before
+    smoke = tmp_path / "build" / "smoke"
+    assert ">smoke: too few documents" in (smoke / "figures" / "drawn.svg").read_text()
+    template = tmp_path / "template.md.j2"
+    template.write_text("# Title\n\nText.\n\n{{ figure('drawn') }}")
+    markdown, page, paper = report.compose(smoke, smoke / "report", template)
+    assert markdown.startswith("# Smoke run: Title\n\n**Warning: this is a smoke run.**")
+    assert "<title>Smoke run: Title</title>" in page and page.index("Warning: this is") < page.index("Text.")
+    assert 'report.with("Smoke run: Title")' in paper and paper.index("Warning: this is") < paper.index("Text.")
+    ignored = subprocess.run(["git", "check-ignore", "-q", "build/smoke/figures/drawn.svg"], cwd=ROOT)
+    assert ignored.returncode in (0, 128)  # 128: this is no checkout
+
+
+def test_a_mistyped_parameter_in_a_first_cell_run_by_hand_is_told(monkeypatch):
+    path = run.notebook_named("02", ROOT)
+    (first,) = (c.source for c in notebooks.cells(path) if "parameters" in c.metadata.get("tags", []))
+    shell = SimpleNamespace(user_ns={"In": ["", first, "injected = 3", 'profile = "smoke"\noutput = ""']})
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    record.start(path.stem)
+    shell.user_ns["In"].append(first + "\nevict_evry = 32")
+    with pytest.raises(sources.KnobError, match="reads evict_evry.*did you mean 'evict_every'"):
+        record.start(path.stem)
+    for seed in ("abc", -1, 1.5, True):
+        with pytest.raises(sources.KnobError, match="whole number of 0 or more"):
+            record.start("01_tiny", seed=seed)
+
+
+def test_every_parameter_of_a_notebook_is_read_by_it():
+    for path in notebooks.find(ROOT):
+        first = [c.source for c in notebooks.cells(path) if "parameters" in c.metadata.get("tags", [])]
+        assert first and notebooks.unread(path, first) == [], path.name
+        run.check_parameters(path, notebooks.parameters(path))
+
+
 def test_a_changed_source_table_makes_its_reader_run_again(finished, tmp_path, monkeypatch):
     reader = write_notebook(tmp_path, "02_reader", "")
 
     def execute(_, partial, **__):
-        opened = results.start("02_reader", output=str(tmp_path))
+        opened = record.start("02_reader", output=str(tmp_path))
         opened.load_table("error")
         opened.finish()
         partial.write_text("{}")
@@ -207,12 +309,12 @@ def test_kernel_in_the_users_home_is_not_taken(tmp_path):
 
 def test_kill_in_the_middle_of_a_write_leaves_the_old_file_and_frees_the_lock(tmp_path):
     target = tmp_path / "data" / "results" / "t.csv"
-    results.atomic_write(target, "old")
+    sources.atomic_write(target, "old")
     child = os.fork()
     if child == 0:  # writes the temporary file, then waits to be killed
-        results.os.fsync = lambda _: (target.with_name("writing").touch(), time.sleep(60))
+        sources.os.fsync = lambda _: (target.with_name("writing").touch(), time.sleep(60))
         with run.alone(tmp_path):
-            results.atomic_write(target, "new" * 100_000)
+            sources.atomic_write(target, "new" * 100_000)
         os._exit(1)
     while not target.with_name("writing").exists():
         time.sleep(0.01)
@@ -224,15 +326,15 @@ def test_kill_in_the_middle_of_a_write_leaves_the_old_file_and_frees_the_lock(tm
     target.with_name("writing").unlink()
     assert target.read_text() == "old" and len(list(target.parent.iterdir())) == 2
     with run.alone(tmp_path):
-        results.remove_leftovers(tmp_path)
+        record.remove_leftovers(tmp_path)
     assert [p.name for p in target.parent.iterdir()] == ["t.csv"]
 
 
 def test_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
-    results.atomic_write(tmp_path / "f", "old")
-    monkeypatch.setattr(results.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    sources.atomic_write(tmp_path / "f", "old")
+    monkeypatch.setattr(sources.os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
-        results.atomic_write(tmp_path / "f", "new")
+        sources.atomic_write(tmp_path / "f", "new")
     assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path / "f").read_text() == "old"
 
 
@@ -240,8 +342,23 @@ def test_same_inputs_give_the_same_bytes(tmp_path):
     figures.use_style()
     for name in ("a", "b"):
         write_results(tmp_path / name)
-    for file in ("data/results/error.csv", "data/results/error.json", "figures/error.svg", "figures/error.png"):
+    for file in ("data/results/error.csv", "data/results/error.json", "figures/error.svg"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_text_in_a_figure_is_text_and_many_points_become_a_picture():
+    figures.use_style()
+    sizes = []
+    for count in (10, 100_000):
+        fig, ax = plt.subplots()
+        ax.scatter(range(count), torch.rand(count, generator=torch.Generator().manual_seed(0)))
+        ax.set_xlabel("tokens of the prefix")
+        svg = figures.render(fig, "many").decode()
+        plt.close(fig)
+        assert ">tokens of the prefix</text>" in svg and "'DejaVu Sans', 'Verdana'" in svg
+        assert ("data:image/png" in svg) == (count > 10)
+        sizes.append(len(svg))
+    assert sizes[0] < 20_000 and sizes[1] < figures.HEAVY
 
 
 def test_two_runs_give_identical_quality_tables(tmp_path):
@@ -253,10 +370,10 @@ def test_two_runs_give_identical_quality_tables(tmp_path):
     grid_points = [{"method": method, "documents": 2, "length": 160} for method in methods]
 
     def write(root, parts):
-        opened = results.start("03_tiny", output=str(root))
+        opened = record.start("03_tiny", output=str(root))
         table = pd.concat([pd.DataFrame(part).assign(method=i) for i, part in enumerate(parts)], ignore_index=True)
         opened.table("quality", table, evaluate.COLUMNS | {"method": "index"}, timings=evaluate.TIMINGS)
-        return results.load_table("quality", root, timings=False)
+        return record.load_table("quality", root, timings=False)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker does
@@ -264,48 +381,48 @@ def test_two_runs_give_identical_quality_tables(tmp_path):
         here = write(tmp_path / "a", [evaluate.evaluate(**params) for params in grid_points])
     finally:
         torch.set_num_threads(threads)
-    elsewhere = grid.compute("quality", evaluate.evaluate, grid_points, folder=tmp_path / "points", workers=1)
+    elsewhere = store.compute("quality", evaluate.evaluate, grid_points, folder=tmp_path / "points", workers=1)
     pd.testing.assert_frame_equal(here, write(tmp_path / "b", elsewhere), check_exact=True)
     assert (here.evicted > 0).all() and here.groupby("method").nll.mean().is_unique
 
 
 def test_two_runs_of_the_study_give_identical_tables(tmp_path):
     """Notebook 04 at smoke size, as `make reproduce` runs it: own kernel, own workers, nothing kept from the first run."""
-    notebook = run.notebook_named("04", results.ROOT)
+    notebook = run.notebook_named("04", sources.ROOT)
     for name in ("a", "b"):
-        knobs = {**results.MAKE_DEFAULTS, "device": "cpu", "profile": "smoke", "output": str(tmp_path / name)}
+        knobs = {**record.MAKE_DEFAULTS, "device": "cpu", "profile": "smoke", "output": str(tmp_path / name)}
         run.reproduce([notebook], knobs, tmp_path / name)
     tables = sorted(path.stem for path in (tmp_path / "a" / "data" / "results").glob("*.csv"))
     assert "baselines" in tables
     for table in tables:
-        first, second = (results.load_table(table, tmp_path / name, timings=False) for name in ("a", "b"))
+        first, second = (record.load_table(table, tmp_path / name, timings=False) for name in ("a", "b"))
         pd.testing.assert_frame_equal(first, second, check_exact=True)
 
 
 def test_sidecars_say_where_a_result_comes_from(finished, tmp_path):
-    sidecar = results.read_json(tmp_path / "figures" / "error.json")
+    sidecar = sources.read_json(tmp_path / "figures" / "error.json")
     assert sidecar["notebook"] == "01_tiny" and sidecar["inputs"]["profile"] == "smoke" and sidecar["commit"]
-    assert sidecar["command"] == "make figures/error.png PROFILE=smoke"
-    assert sidecar["tables"] == {"error": results.sha256(tmp_path / "data" / "results" / "error.csv")}
-    table = results.load_table("error", tmp_path, timings=False)
+    assert sidecar["command"] == "make figures/error.svg PROFILE=smoke"
+    assert sidecar["tables"] == {"error": sources.sha256(tmp_path / "data" / "results" / "error.csv")}
+    table = record.load_table("error", tmp_path, timings=False)
     assert list(table.columns) == ["width", "error"] and table["error"][1] == 1 / 3
 
 
 def test_committed_figures_say_where_they_come_from():
-    pictures = sorted((ROOT / "figures").glob("*.png"))
+    pictures = sorted((ROOT / "figures").glob("*.svg"))
     assert pictures
     for picture in pictures:
-        sidecar = results.read_json(picture.with_suffix(".json"))
+        sidecar = sources.read_json(picture.with_suffix(".json"))
         assert {"caption", "notebook", "inputs", "commit", "command", "tables"} <= set(sidecar), picture.name
         assert (ROOT / "notebooks" / f"{sidecar['notebook']}.ipynb").exists(), picture.name
-        assert f"figures/{picture.name}" in sidecar["command"] and picture.with_suffix(".svg").exists()
+        assert f"figures/{picture.name}" in sidecar["command"]
         for table, digest in sidecar["tables"].items():
             source = ROOT / "data" / "results" / f"{table}.csv"
-            assert results.sha256(source) == digest, f"{picture.name} was not drawn from today's {table}"
+            assert sources.sha256(source) == digest, f"{picture.name} was not drawn from today's {table}"
 
 
 def test_bad_results_are_refused(tmp_path):
-    opened = results.start("01_tiny", output=str(tmp_path))
+    opened = record.start("01_tiny", output=str(tmp_path))
     frame = pd.DataFrame({"a": [1]})
     with pytest.raises(ValueError, match="without a description.*'a'"):
         opened.table("t", frame, {})
@@ -323,10 +440,10 @@ def test_bad_results_are_refused(tmp_path):
 
 
 def test_finish_removes_what_the_notebook_no_longer_makes(finished):
-    opened = results.start("02_other", output=str(finished))
+    opened = record.start("02_other", output=str(finished))
     opened.fact("other", 1)
     opened.finish()
-    opened = results.start("01_tiny", output=str(finished))
+    opened = record.start("01_tiny", output=str(finished))
     opened.fact("share", 1)
     opened.finish()
     left = {p.name for p in finished.rglob("*") if p.is_file()}
@@ -348,13 +465,13 @@ def test_prose_follows_the_results(finished, tmp_path):
     for old, new in zip(before, after):  # Markdown, HTML, Typst
         assert "12.3%" in old and "12.3%" not in new and "90.0%" in new
         assert "0.875" not in old and "0.875" in new
-        assert "make figures/error.png PROFILE=smoke" in new and "01_tiny.ipynb" in new
+        assert "make figures/error.svg PROFILE=smoke" in new and "01_tiny.ipynb" in new
     written = tmp_path / "report" / "report.md", tmp_path / "report" / "report.html"
     for path, text in zip(written, after):
-        results.atomic_write(path, text)
+        sources.atomic_write(path, text)
     assert report.problems(*written) == []
-    assert 'href="#one"' in after[1] and "data:image/svg+xml;base64," in after[1]
-    (tmp_path / "figures" / "error.png").unlink()
+    assert 'href="#one"' in after[1] and "data:image/svg+xml;charset=utf-8,<svg " in after[1]
+    (tmp_path / "figures" / "error.svg").unlink()
     written[1].write_text(after[1] + '<img src="https://example.org/x.png"> {{ fact }}')
     assert len(report.problems(*written)) == 4
     written[1].write_text(after[1] + " " * report.LARGEST)
@@ -366,7 +483,7 @@ def test_pdf_has_everything_and_is_the_same_every_time(finished, tmp_path):
     pieces = ["# All of it", "## One", "[there](#two), *a* **b `c`** <https://example.org>", '{{ figure("error") }}']
     pieces += ["- x\n- y", "> q", "```\ncode\n```", '{{ table("error") }}\n\n' * 20, "## Two"]
     template.write_text("\n\n".join(pieces))
-    opened = results.start("08_report", output=str(tmp_path))
+    opened = record.start("08_report", output=str(tmp_path))
     written = report.render(opened, template)[2].read_bytes()
     again = report.compose(tmp_path, tmp_path / "report", template)[2]
     assert written == pdf.compile(again, tmp_path) and written.startswith(b"%PDF")
@@ -403,7 +520,7 @@ def test_a_tall_picture_leaves_room_for_its_caption(tmp_path, height, words, nar
 
 def test_missing_result_names_the_notebook_to_run(finished, tmp_path, monkeypatch):
     write_notebook(tmp_path, "05_later", 'run.fact("later", 1)')
-    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
     template = tmp_path / "template.md.j2"
     for asked, named in (('fact("later")', "05_later"), ('figure("never")', "no notebook makes one")):
         template.write_text(f"{{{{ {asked} }}}}")
@@ -423,11 +540,11 @@ def committed(tmp_path):
 
 def test_report_renders_from_the_committed_results(committed):
     markdown, page, paper = report.compose(committed, committed / "report")
-    results.atomic_write(committed / "report" / "report.md", markdown)
-    results.atomic_write(committed / "report" / "report.html", page)
+    sources.atomic_write(committed / "report" / "report.md", markdown)
+    sources.atomic_write(committed / "report" / "report.html", page)
     assert report.problems(committed / "report" / "report.md", committed / "report" / "report.html") == []
     drawn = [image["source"] for image in json.loads(typst.query(paper.encode(), "image", root=str(committed)))]
-    assert sorted(Path(source).stem for source in drawn) == sorted(p.stem for p in (committed / "figures").glob("*.png"))
+    assert sorted(Path(source).stem for source in drawn) == sorted(p.stem for p in (committed / "figures").glob("*.svg"))
     assert len(re.findall(rb"/Type\s*/Page\b", pdf.compile(paper, committed))) > 5
     claims = [int(n) for n in re.findall(r"^(\d+)\. \*\*", markdown.split("\n## ")[1], re.M)]
     assert claims == list(range(1, len(claims) + 1)) and len(claims) > 9, "a claim shares a line with another"
@@ -437,9 +554,9 @@ def test_report_renders_from_the_committed_results(committed):
 def test_changed_results_change_claims_and_verdicts(committed):
     before, *_ = report.compose(committed, committed / "report")
     path = committed / "data" / "results" / "facts_02_integration.json"
-    stored = results.read_json(path)
+    stored = sources.read_json(path)
     stored["facts"] |= {"loss_sketch_mean": 7.777, "sketch_against_exact": "better than"}
-    path.write_text(results.to_json(stored))
+    path.write_text(sources.to_json(stored))
     after, *_ = report.compose(committed, committed / "report")
     assert "7.777" in after and "7.777" not in before
     said = "beats exact accumulators at equal slots"
@@ -457,7 +574,10 @@ def test_one_list_of_pins():
             (only,) = pin.specifier
             assert only.operator == "==", line
             pins[pin.name.lower().replace("_", "-")] = only.version
-    for text in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"] + ["setuptools"]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    core = {Requirement(text).name for text in project["dependencies"]}
+    assert core == {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
+    for text in sum(project["optional-dependencies"].values(), [*project["dependencies"], "setuptools"]):
         needed = Requirement(text)
         assert needed.specifier.contains(pins[needed.name.lower()]), text
     conda = (ROOT / "environment.yml").read_text()
@@ -478,7 +598,7 @@ def copy(tmp_path):
 
 def test_make_help_lists_every_target_and_knob(copy):
     printed = make(copy).stdout
-    for target in ("reproduce", "lab", "test", "model", "figures/NAME.png", "clean", "env"):
+    for target in ("reproduce", "lab", "test", "test-oldest", "lint", "model", "figures/NAME.svg", "clean", "env"):
         assert f"make {target} " in printed
     for knob in ("MODEL=", "DATASET=", "DEVICE=", "PROFILE="):
         assert knob in printed
@@ -491,6 +611,23 @@ def test_make_passes_the_knobs_on(copy):
     assert "--figure 'error'" in make(copy, "-n", "figures/error.svg").stdout
 
 
+def test_make_lab_passes_arguments_on_and_says_what_root_can_do(copy):
+    planned = make(copy, "-n", "lab", "ARGS=--port 9999 --no-browser").stdout
+    assert "-m jupyterlab --notebook-dir=notebooks --port 9999 --no-browser" in planned
+    lab = re.search(r"^lab:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)[0].replace("$(READY)", "")
+    for root, arguments, starts in ((True, "", False), (True, "--allow-root", True), (False, "", True)):
+        (copy / "id").write_text(f"#!/bin/sh\necho {0 if root else 1000}\n")
+        (copy / "python").write_text("#!/bin/sh\necho started $@\n")
+        for name in ("id", "python"):
+            (copy / name).chmod(0o755)
+        (copy / "Lab").write_text(f"BIN := .\nIPYTHONDIR := build\n{lab}")
+        environment = {**os.environ, "PATH": f"{copy}:{os.environ['PATH']}"}
+        command = ["make", "-f", "Lab", "lab", f"ARGS={arguments}"]
+        done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=environment)
+        assert (done.returncode == 0) == starts == ("started -m jupyterlab" in done.stdout), done.stderr
+        assert starts or 'make lab ARGS="--allow-root' in done.stderr
+
+
 def test_missing_python_is_an_error_that_names_the_fix(copy):
     done = make(copy, "env", "PYTHON=python-that-is-not-there")
     assert done.returncode != 0 and "PYTHON=" in done.stderr and not (copy / ".venv").exists()
@@ -499,7 +636,7 @@ def test_missing_python_is_an_error_that_names_the_fix(copy):
 def test_make_clean_keeps_results_and_checkpoints(copy):
     kept = ["figures/a.png", "data/results/a.csv", "report/report.md", "build/training/checkpoint.pt"]
     for name in [*kept, "build/done/a.json", "build/interactive/a"]:
-        results.atomic_write(copy / name, "x")
+        sources.atomic_write(copy / name, "x")
     assert make(copy, "clean").returncode == 0
     assert all((copy / name).exists() for name in kept)
     assert [p.name for p in (copy / "build").iterdir()] == ["training"]

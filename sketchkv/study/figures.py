@@ -1,6 +1,7 @@
 """One figure style: seaborn, colour-blind-safe, readable at half the width of a page, the same bytes every time."""
 
 import io
+import re
 import zlib
 
 import matplotlib.pyplot as plt
@@ -12,6 +13,8 @@ PALETTE = sns.color_palette("colorblind").as_hex()
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*")
 HALF = (5.2, 3.6)  # inches: a figure that shares a row
 FULL = (10.4, 4.2)  # inches: panels side by side
+FONTS = ("DejaVu Sans", "Verdana")  # the first comes with matplotlib, the second is as wide, where a reader lacks the first
+HEAVY = 300_000  # bytes of an SVG above which its points and lines become a picture inside it
 
 # Seaborn's own error bars are a bootstrap without a seed: sns.lineplot(..., **figures.ERRORBAR)
 ERRORBAR = {"errorbar": ("ci", 95), "n_boot": 2000, "seed": 0}
@@ -43,7 +46,7 @@ def use_style():
             "figure.figsize": HALF, "figure.dpi": 100, "savefig.dpi": 200, "figure.constrained_layout.use": True,
             "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.8, "axes.spines.top": False,
             "axes.spines.right": False, "axes.titlesize": "medium", "legend.frameon": False, "lines.linewidth": 2.0,
-            "lines.markersize": 7, "image.cmap": "cividis",
+            "lines.markersize": 7, "image.cmap": "cividis", "font.sans-serif": FONTS,
         },
     )  # fmt: skip
 
@@ -69,13 +72,29 @@ def markers(names):
     return {name: method_style(name)["marker"] for name in names}
 
 
+def mark(fig, words):
+    """Writes `words` across the figure, faintly."""
+    fig.text(0.5, 0.5, words, ha="center", va="center", rotation=20, color="#b22222", alpha=0.4, fontsize="x-large", zorder=10)
+
+
 def render(fig, name):
-    """(svg, png) bytes of a figure, free of dates, versions and random ids."""
-    svg, png = io.BytesIO(), io.BytesIO()
-    with rc_context({"svg.hashsalt": name, "svg.fonttype": "path"}):
-        fig.savefig(svg, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
-        fig.savefig(png, format="png", bbox_inches="tight", dpi=200, metadata={"Software": None})
-    return svg.getvalue(), png.getvalue()
+    """The SVG of a figure, bytes: its text is text, to be searched and read aloud; free of dates, versions and random ids."""
+    svg = _draw(fig, name)
+    if len(svg) > HEAVY:
+        for artist in (artist for ax in fig.axes for artist in (*ax.collections, *ax.lines)):
+            artist.set_rasterized(True)
+        svg = _draw(fig, name)
+    return svg.encode()
+
+
+def _draw(fig, name):
+    file = io.StringIO()
+    absent = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        fig.savefig(file, format="svg", bbox_inches="tight", metadata=absent)
+    svg = re.sub(r'<g id="[^"]*">', "<g>", re.sub(r"\n\s+", "\n", file.getvalue()))
+    # A hundredth of a point is enough for any coordinate.
+    return re.sub(r'(?<= )(?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
 
 
 def show(fig):

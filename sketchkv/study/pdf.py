@@ -4,9 +4,13 @@ A fenced block whose language is `{=typst}` is passed on as it is.
 """
 
 import re
+from pathlib import Path
 
+import matplotlib
 import typst
 from markdown_it import MarkdownIt
+
+_FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # of the text in figures
 
 _MARKUP = {
     "paragraph_open": "\n", "paragraph_close": "\n", "heading_close": "]\n", "softbreak": " ", "hardbreak": "#linebreak()",
@@ -40,7 +44,7 @@ def typeset(tokens):
 
 def compile(markup, root):
     """The PDF's bytes; pictures are named by their paths from `root`. Raises RuntimeError with Typst's own message."""
-    return typst.compile(markup.encode(), root=str(root), ignore_system_fonts=True)
+    return typst.compile(markup.encode(), root=str(root), ignore_system_fonts=True, font_paths=[str(_FONTS)])
 
 
 def _markup(tokens):

@@ -10,21 +10,22 @@ The template's prose holds no number of its own. It asks for them:
 What is missing stops the rendering with the name of the notebook that makes it.
 """
 
-import base64
 import html
 import os
 import re
 from pathlib import Path
 
 import jinja2
-import nbformat
 import pandas as pd
 from markdown_it import MarkdownIt
 
-from sketchkv.study import pdf, results
-from sketchkv.study.run import find_notebooks
+from sketchkv.study import notebooks, pdf, record, sources
 
-TEMPLATE = results.ROOT / "report" / "template.md.j2"
+TEMPLATE = sources.ROOT / "report" / "template.md.j2"
+WARNING = (
+    "**Warning: this is a smoke run.** It shows that everything runs. Its numbers come from a few documents and say nothing "
+    "about the methods; those of the study are made by `make reproduce`."
+)
 LARGEST = 15_000_000  # bytes of report.html, all in one file
 
 
@@ -36,14 +37,14 @@ class Results:
     """Every result under one root, by name: `facts`, `figures` and `tables` (their sidecars), `runs` (provenance)."""
 
     def __init__(self, root):
-        self.root, self.paths = Path(root), results.Paths(root)
+        self.root, self.paths = Path(root), record.Paths(root)
         finished = sorted(self.paths.results.glob("run_*.json"))
-        self.runs = {p.stem.removeprefix("run_"): results.read_json(p) for p in finished}
-        self.figures = {p.stem: results.read_json(p) for p in sorted(self.paths.figures.glob("*.json"))}
-        self.tables = {p.stem: results.read_json(p.with_suffix(".json")) for p in self.paths.results.glob("*.csv")}
+        self.runs = {p.stem.removeprefix("run_"): sources.read_json(p) for p in finished}
+        self.figures = {p.stem: sources.read_json(p) for p in sorted(self.paths.figures.glob("*.json"))}
+        self.tables = {p.stem: sources.read_json(p.with_suffix(".json")) for p in self.paths.results.glob("*.csv")}
         self.facts, owners = {}, {}
         for path in sorted(self.paths.results.glob("facts_*.json")):
-            stored = results.read_json(path)
+            stored = sources.read_json(path)
             for name, value in stored["facts"].items():
                 if name in self.facts:
                     raise ReportError(f"fact {name!r} is written by both {owners[name]} and {stored['notebook']}")
@@ -53,10 +54,8 @@ class Results:
         self.files = sorted(f for f in files if not f.name.startswith(".") and f.name != "run_08_report.json")
 
     def missing(self, kind, name):
-        for notebook in find_notebooks(results.ROOT):
-            cells = nbformat.read(notebook, as_version=4).cells
-            source = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-            if re.search(rf"""\.{kind}\(\s*["']{re.escape(name)}["']""", source):
+        for notebook in notebooks.find(sources.ROOT):
+            if name in notebooks.makes(notebook, kind):
                 how = f"notebooks/{notebook.name} makes it: python -m sketchkv.study.run --only {notebook.stem}"
                 return ReportError(f"there is no {kind} {name!r} under {self.root}; {how}")
         return ReportError(f"there is no {kind} {name!r} under {self.root}, and no notebook makes one of that name")
@@ -86,7 +85,7 @@ class Renderer:
         sidecar = self._sidecar("figure", name)
         alt = self.finding(name).replace("[", "(").replace("]", ")")
         return (
-            f'<a id="figure-{name}"></a>\n![{alt}]({self.link}/figures/{name}.png)\n\n'
+            f'<a id="figure-{name}"></a>\n![{alt}]({self.link}/figures/{name}.svg)\n\n'
             f"**{name}.** {sidecar['caption']}\n\n{self._source(sidecar)}\n"
         )
 
@@ -134,24 +133,17 @@ class Renderer:
         legend = f"**{name}.** {extent}, from `data/results/{name}.csv`. Columns: {meanings}."
         return shown.map(_shown), set(shown.select_dtypes("number").columns), legend
 
-    def _picture(self, name):
-        """The smaller of a figure's two files: thousands of points make an SVG larger and slower than its PNG."""
-        return min((self.found.paths.figures / f"{name}.{kind}" for kind in ("svg", "png")), key=lambda p: p.stat().st_size)
-
 
 class HtmlRenderer(Renderer):
     """The same functions for HTML: pictures inside the file, tables that sort."""
-
-    most_rows = 100
 
     def __init__(self, found):
         super().__init__(found, "")
         self.inline = MarkdownIt("commonmark", {"html": False}).renderInline
 
     def figure(self, name):
-        sidecar, path = self._sidecar("figure", name), self._picture(name)
-        kind = {".svg": "svg+xml", ".png": "png"}[path.suffix]
-        data = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+        sidecar = self._sidecar("figure", name)
+        data = _data_uri((self.found.paths.figures / f"{name}.svg").read_text(encoding="utf-8"))
         # One line: a blank one would end the block of HTML.
         return (
             f'<figure id="figure-{name}"><img alt="{html.escape(self.finding(name))}" src="{data}">'
@@ -181,12 +173,11 @@ class HtmlRenderer(Renderer):
 class TypstRenderer(Renderer):
     """The same functions for the PDF: blocks of Typst markup, whose pictures are found from the results' root."""
 
-    most_rows, most_columns = 8, 12
+    most_rows, most_columns = 5, 12
 
     def figure(self, name):
         sidecar = self._sidecar("figure", name)
-        path = "/" + self._picture(name).relative_to(self.found.root).as_posix()
-        quoted = ", ".join(pdf.quote(text) for text in (path, name, self.finding(name)))
+        quoted = ", ".join(pdf.quote(text) for text in (f"/figures/{name}.svg", name, self.finding(name)))
         caption, source = (pdf.inline(text) for text in (f"**{name}.** {sidecar['caption']}", self._source(sidecar)))
         return f"```{{=typst}}\n#picture({quoted}, [{caption}], [{source}])\n```\n"
 
@@ -204,6 +195,14 @@ class TypstRenderer(Renderer):
         return f"```{{=typst}}\n#results({size}pt, [{pdf.inline(legend)}], {cells})\n```\n"
 
 
+def _data_uri(svg):
+    """An SVG as the `src` of an `<img>`, a quarter smaller than in base64."""
+    text = re.sub(r"\n\s*", " ", svg[svg.index("<svg") :])
+    for mark, code in (("%", "%25"), ("#", "%23"), ('"', "%22"), ("&", "%26")):
+        text = text.replace(mark, code)
+    return f"data:image/svg+xml;charset=utf-8,{text}"
+
+
 def _shown(value):
     """A cell of a table as text."""
     if not isinstance(value, float):
@@ -215,8 +214,8 @@ def _notebooks(found):
     """What the template iterates over: the finished notebooks, in order, with title, introduction and results."""
     listed = []
     for name, run in found.runs.items():
-        path = results.ROOT / "notebooks" / f"{name}.ipynb"
-        cells = nbformat.read(path, as_version=4).cells if path.exists() else []
+        path = sources.ROOT / "notebooks" / f"{name}.ipynb"
+        cells = notebooks.cells(path) if path.exists() else []
         text = next((cell.source for cell in cells if cell.cell_type == "markdown"), "").strip()
         title, _, rest = text.partition("\n")
         made = [Path(output) for output in run["outputs"]]
@@ -224,7 +223,7 @@ def _notebooks(found):
             "name": name,
             "title": title.lstrip("# ") or name,
             "introduction": rest.strip(),
-            "figures": [p.stem for p in made if p.suffix == ".png" and p.parent.name == "figures"],
+            "figures": [p.stem for p in made if p.suffix == ".svg" and p.parent.name == "figures"],
             "tables": [p.stem for p in made if p.suffix == ".csv"],
             "run": run,
         })  # fmt: skip
@@ -240,10 +239,13 @@ def compose(source, report_folder, template=TEMPLATE):
     if not context["notebooks"]:
         raise ReportError(f"there are no results under {found.root}; run `make reproduce`")
     link = Path(os.path.relpath(found.root, report_folder)).as_posix()
-    markdown, page, paper = (
+    written = [
         environment.from_string(text).render(**context, **renderer.functions())
         for renderer in (Renderer(found, link), HtmlRenderer(found), TypstRenderer(found, link))
-    )
+    ]
+    if any(run["inputs"]["profile"] == "smoke" for run in found.runs.values()):
+        written = [re.sub(r"^# (.*)$", rf"# Smoke run: \1\n\n{WARNING}", t, count=1, flags=re.M) for t in written]
+    markdown, page, paper = written
     return re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n", _page(page), pdf.typeset(_parse(paper)[1])
 
 
@@ -252,7 +254,7 @@ def render(run, template=TEMPLATE):
 
     A notebook opened by hand renders the committed results.
     """
-    source = results.ROOT if run.paths.root == results.INTERACTIVE else run.paths.root
+    source = sources.ROOT if run.paths.root == record.INTERACTIVE else run.paths.root
     for path in [template, *Results(source).files]:
         run.read(path)
     markdown, page, paper = compose(source, run.paths.report, template)

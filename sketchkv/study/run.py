@@ -1,11 +1,11 @@
 """Runs the notebooks in order, headless: `python -m sketchkv.study.run` (or `make reproduce`).
 
 A notebook counts as done once it has run to its end and written its provenance. It is skipped as long as its source,
-its parameters, the package, the model and the data are what they were, and all its outputs are still in place.
+its parameters, what it imports of the package, the model and the data are what they were, and all its outputs are still in
+place.
 """
 
 import argparse
-import ast
 import contextlib
 import hashlib
 import itertools
@@ -16,69 +16,69 @@ import sys
 import time
 from pathlib import Path
 
-import nbformat
 import papermill
 from filelock import FileLock, Timeout
 from papermill.exceptions import PapermillExecutionError
 
 from sketchkv.corpus import CorpusError
 from sketchkv.loading import LoadError
-from sketchkv.study import results
-
+from sketchkv.study import closure, record, sources
+from sketchkv.study import notebooks as notebook_files
 
 # Errors whose messages name the way out: the traceback stays in the notebook.
-_SAYS_ALL = ("CorpusError", "GridError", "KnobError", "LoadError", "ReportError")
+_SAYS_ALL = ("CorpusError", "GridError", "KnobError", "LoadError", "ReportError", "WriteError")
+
+
+KNOBS = ("model", "dataset", "device", "profile")
 
 
 class RunError(RuntimeError):
     """The study stopped; the message says where and why."""
 
 
-LAST = "08_report"  # reads what all others wrote, whatever their number
-
-
-def find_notebooks(root):
-    """The notebooks `NN_name.ipynb` of `root`, in the order in which they run: by number, the report last."""
-    return sorted((Path(root) / "notebooks").glob("[0-9]*.ipynb"), key=lambda n: (n.stem == LAST, n.name))
-
-
-def _before(notebook):
-    """Names of the notebooks that run before `notebook`."""
-    names = (n.name for n in find_notebooks(notebook.parent.parent))
-    return list(itertools.takewhile(lambda name: name != notebook.name, names))
-
-
-def declared_parameters(notebook):
-    """Names assigned in the cell tagged `parameters`; an empty set without such a cell."""
-    for cell in nbformat.read(notebook, as_version=4).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            assigned = [node.targets for node in ast.parse(cell.source).body if isinstance(node, ast.Assign)]
-            return {target.id for targets in assigned for target in targets}
-    return set()
-
-
 def check_parameters(notebook, parameters):
-    """Raises RunError for a parameter that the notebook does not declare: papermill would only warn and ignore it."""
-    declared = declared_parameters(notebook)
-    unknown = sorted(set(parameters) - declared)
+    """Raises RunError for a parameter that the notebook does not declare, which papermill would only warn of and ignore,
+    and for a value of another kind than its default."""
+    declared = notebook_files.parameters(notebook)
+    unknown = sorted(set(parameters) - set(declared))
     if unknown:
         raise RunError(
             f"{notebook.name} has no parameter {', '.join(unknown)}; its cell tagged `parameters` declares: "
-            f"{', '.join(sorted(declared)) or 'nothing'}"
+            f"{', '.join(sorted(declared)) or 'nothing'}{sources.did_you_mean(unknown[0], declared)}"
         )
+    for name, value in parameters.items():
+        if wanted := _unlike(value, declared[name]):
+            raise RunError(f"{notebook.name}: {name}={value!r} is not {wanted}, as its default {declared[name]!r} is")
+
+
+def _unlike(value, default):
+    """What `value` should be, in words, to stand for `default`; None if it can."""
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        least = min(default, 0)
+        return None if whole and value >= least else "a whole number" + (" of 0 or more" if least == 0 else "")
+    if isinstance(default, float):
+        return None if isinstance(value, (int, float)) and not isinstance(value, bool) else "a number"
+    for kind, words in ((str, "text"), ((list, tuple), "a list")):
+        if isinstance(default, kind):
+            return None if isinstance(value, kind) else words
+    return None
 
 
 def key(notebook, parameters):
     """Hash of everything that a notebook's results follow from, what it reads from earlier notebooks aside."""
+    names = (n.name for n in notebook_files.find(notebook.parent.parent))
     identity = {
-        "source": [(c.cell_type, c.source) for c in nbformat.read(notebook, as_version=4).cells],
+        "source": [(c.cell_type, c.source) for c in notebook_files.cells(notebook)],
         "parameters": parameters,
-        "package": results.package_fingerprint(),
-        "model": results.model_revision(parameters.get("model", "embedded")),
-        "data": results.data_revision(parameters.get("dataset", "embedded")),
-        "versions": results.versions(),
+        "package": closure.of_notebook(notebook),
+        "model": sources.model_revision(parameters.get("model", "embedded")),
+        "data": sources.data_revision(parameters.get("dataset", "embedded")),
+        "versions": sources.versions(),
         # A notebook added ahead of this one may be among its sources.
-        "before": _before(notebook),
+        "before": list(itertools.takewhile(lambda name: name != notebook.name, names)),
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
@@ -90,12 +90,12 @@ def _mark(notebook, root):
 def is_done(notebook, parameters, root):
     """Whether an earlier run with the same key finished, and its outputs and sources are what they were then."""
     try:
-        mark = results.read_json(_mark(notebook, root))
+        mark = sources.read_json(_mark(notebook, root))
     except (FileNotFoundError, ValueError):
         return False
     files = {**mark["reads"], **mark["outputs"]}
     return mark["key"] == key(notebook, parameters) and all(
-        (Path(root) / name).exists() and results.sha256(Path(root) / name) == digest for name, digest in files.items()
+        (Path(root) / name).exists() and sources.sha256(Path(root) / name) == digest for name, digest in files.items()
     )
 
 
@@ -105,7 +105,7 @@ def isolate():
     A kernel of the same name in the user's home, a startup script of IPython or an inherited matplotlib backend would
     change the results; nothing is written to the home folder either.
     """
-    private = results.ROOT / "build" / "jupyter"
+    private = sources.ROOT / "build" / "jupyter"
     (private / "ipython").mkdir(parents=True, exist_ok=True)
     os.environ.pop("JUPYTER_PATH", None)
     os.environ.update(
@@ -142,16 +142,18 @@ def execute(notebook, parameters, root):
             os.replace(partial, failed)
         if isinstance(error, PapermillExecutionError):
             raise RunError(_describe(error, notebook, failed)) from None
+        if isinstance(error, OSError):
+            raise RunError(f"{notebook.name} stopped: {sources.cannot_write(error.filename or executed, error)}") from error
         if isinstance(error, Exception):
             reason = f"{type(error).__name__}: {error}"
             raise RunError(f"{notebook.name} stopped: {reason}\npartial output: {failed}") from error
         raise
-    provenance = results.provenance_path(root, notebook.stem)
-    facts = results.read_json(provenance) if provenance.exists() else {"finished": 0}
+    provenance = record.provenance_path(root, notebook.stem)
+    facts = sources.read_json(provenance) if provenance.exists() else {"finished": 0}
     if facts["finished"] < began:
         os.replace(partial, failed)
         raise RunError(f"{notebook.name} ran, but never called run.finish(): its results are not complete")
-    results.atomic_write(mark, results.to_json({"key": identity, "reads": facts["reads"], "outputs": facts["outputs"]}))
+    sources.atomic_write(mark, sources.to_json({"key": identity, "reads": facts["reads"], "outputs": facts["outputs"]}))
     os.replace(partial, executed)
 
 
@@ -186,13 +188,23 @@ def alone(root):
         lock.release()
 
 
-def reproduce(notebooks, parameters, root=results.ROOT, force=False):
+def check_writable(root):
+    """Raises RunError unless the folders of results, or what there is above them, can be written to."""
+    paths = record.Paths(root)
+    for folder in (paths.results, paths.figures, paths.report, paths.root / "build"):
+        there = next(place for place in (folder, *folder.parents) if place.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise RunError(f"results can't be written to {folder}: make {there} a folder that you may write to")
+
+
+def reproduce(notebooks, parameters, root=sources.ROOT, force=False):
     """Runs `notebooks` in order with the same parameters, skipping what is done; stops at the first that fails."""
     isolate()
     for notebook in notebooks:
         check_parameters(notebook, parameters)  # before hours of work, not after
+    check_writable(root)
     with alone(root):
-        results.remove_leftovers(root)
+        record.remove_leftovers(root)
         for number, notebook in enumerate(notebooks, 1):
             label = f"[{number}/{len(notebooks)}] {notebook.stem}"
             if not force and is_done(notebook, parameters, root):
@@ -205,35 +217,54 @@ def reproduce(notebooks, parameters, root=results.ROOT, force=False):
 
 
 def notebook_named(name, root):
-    """The notebook that `name` says: its stem, or an unambiguous beginning of it."""
-    found = [n for n in find_notebooks(root) if n.stem.startswith(name.removesuffix(".ipynb"))]
+    """The notebook that `name` says: its stem, with or without the number, or an unambiguous beginning of it."""
+    stems = {n.stem: n for n in notebook_files.find(root)}
+    asked = name.removesuffix(".ipynb")
+    words = [stem.partition("_")[2] for stem in stems]
+    found = [stem for stem, word in zip(stems, words) if asked and (stem.startswith(asked) or word.startswith(asked))]
     if len(found) != 1:
-        options = ", ".join(n.stem for n in find_notebooks(root)) or "none"
-        raise RunError(f"{name!r} names {len(found) or 'no'} notebooks; there are: {options}")
-    return found[0]
+        near = "" if found else sources.did_you_mean(asked, [*stems, *words])
+        raise RunError(f"{name!r} names {len(found) or 'no'} notebooks; there are: {', '.join(stems) or 'none'}{near}")
+    return stems[found[0]]
 
 
 def notebook_of_figure(name, root):
     """The notebook that draws the figure `name`, by the figure's sidecar or by the notebooks' source."""
     name = Path(name).stem
-    sidecars = {p.stem: results.read_json(p)["notebook"] for p in results.Paths(root).figures.glob("*.json")}
-    drawn = {}
-    for notebook in find_notebooks(root):
-        source = "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code")
-        drawn |= {figure: notebook for figure in re.findall(r"""\.figure\(\s*["'](\w+)["']""", source)}
+    sidecars = {p.stem: sources.read_json(p)["notebook"] for p in record.Paths(root).figures.glob("*.json")}
+    drawn = {figure: n for n in notebook_files.find(root) for figure in notebook_files.makes(n, "figure")}
     if name in drawn:
         return drawn[name]
     if name in sidecars:
         return notebook_named(sidecars[name], root)
-    raise RunError(f"no notebook draws figure {name!r}; there are: {', '.join(sorted({*drawn, *sidecars})) or 'none'}")
+    known = sorted({*drawn, *sidecars})
+    raise RunError(
+        f"no notebook draws figure {name!r}; there are: {', '.join(known) or 'none'}{sources.did_you_mean(name, known)}"
+    )
 
 
-def main(arguments=None, root=results.ROOT):
+def own_parameters(assignments):
+    """`{name: value}` of `NAME=VALUE` texts, values read as JSON or else as text."""
+    parameters = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise RunError(f"-p takes NAME=VALUE, not {assignment!r}")
+        if name in (*KNOBS, "output"):
+            raise RunError(f"{name} is no parameter of a notebook's own: set it by --{name}" if name in KNOBS else
+                           "where results go follows from the profile; copy the repository to write elsewhere")  # fmt: skip
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
+        parameters[name] = value
+    return parameters
+
+
+def main(arguments=None, root=sources.ROOT):
     parser = argparse.ArgumentParser(prog="python -m sketchkv.study.run", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="embedded", help="embedded, a hub name such as gpt2, or a local folder")
     parser.add_argument("--dataset", default="embedded", help="embedded, wikitext-2-raw-v1, or a text file or folder")
-    parser.add_argument("--device", default="auto", help=", ".join(results.DEVICES))
-    parser.add_argument("--profile", default="study", help=", ".join(results.PROFILES))
+    parser.add_argument("--device", default="auto", help=", ".join(sources.DEVICES))
+    parser.add_argument("--profile", default="study", help="study, or smoke, which writes to build/smoke alone")
     parser.add_argument("--only", metavar="NAME", help="run one notebook, named by its stem or number")
     parser.add_argument("--figure", metavar="NAME", help="run the notebook that draws this figure")
     parser.add_argument("--force", action="store_true", help="run again what is done already")
@@ -242,32 +273,34 @@ def main(arguments=None, root=results.ROOT):
         help="a parameter of the notebook's own (repeatable)",
     )  # fmt: skip
     args = parser.parse_args(arguments)
-    parameters = {k: getattr(args, k) for k in ("model", "dataset", "device", "profile")}
+    parameters = {knob: getattr(args, knob) for knob in KNOBS}
     try:
-        results.check_knobs(**parameters)
+        sources.check_knobs(**parameters)
         for knob in ("model", "dataset"):
             # The notebooks run in their own folder, where a relative path would lead astray.
-            if parameters[knob] not in ("embedded", *results.DATASETS, *results.HUB_MODELS):
+            if parameters[knob] not in ("embedded", *sources.DATASETS, *sources.HUB_MODELS):
                 path = Path(parameters[knob]).expanduser()
                 parameters[knob] = str(path.resolve()) if path.exists() else parameters[knob]
-        parameters["output"] = str(root)
-        for assignment in args.own:
-            name, _, value = assignment.partition("=")
-            with contextlib.suppress(ValueError):
-                value = json.loads(value)
-            parameters[name] = value
-        notebooks = find_notebooks(root)
-        if args.only:
-            notebooks = [notebook_named(args.only, root)]
-        elif args.figure:
-            notebooks = [notebook_of_figure(args.figure, root)]
+        # Two documents must not replace what was found on many.
+        output = Path(root) / record.SMOKE.relative_to(sources.ROOT) if args.profile == "smoke" else Path(root)
+        parameters |= {"output": str(output), **own_parameters(args.own)}
+        notebooks = notebook_files.find(root)
         if not notebooks:
             raise RunError(f"there are no notebooks in {Path(root) / 'notebooks'}")
-        reproduce(notebooks, parameters, root, args.force)
-    except results.KnobError as error:
+        if args.only is not None:
+            notebooks = [notebook_named(args.only, root)]
+        elif args.figure is not None:
+            notebooks = [notebook_of_figure(args.figure, root)]
+        reproduce(notebooks, parameters, output, args.force)
+        if args.profile == "smoke":
+            print(f"smoke: tables, figures and report are in {output}; those of the study are what they were", flush=True)
+    except sources.KnobError as error:
         parser.error(str(error))
-    except (RunError, LoadError, CorpusError) as error:
+    except (RunError, LoadError, CorpusError, sources.WriteError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"\nerror: {sources.cannot_write(error.filename, error) if error.filename else error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on from here", file=sys.stderr)

@@ -1,0 +1,102 @@
+"""Which code a result follows from, and which way imports run."""
+
+import shutil
+from graphlib import TopologicalSorter
+from types import SimpleNamespace
+
+import nbformat
+import pytest
+
+from sketchkv.study import closure, notebooks, sources, why
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A copy of the package whose files can be edited, and a notebook beside it."""
+    shutil.copytree(closure.PACKAGE, tmp_path / "sketchkv", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(closure, "PACKAGE", tmp_path / "sketchkv")
+    return tmp_path
+
+
+def write_notebook(folder, *cells):
+    path = folder / "01_tiny.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells]), path)
+    return path
+
+
+def edited(file, old, new):
+    before = file.read_text()
+    assert old in before
+    file.write_text(before.replace(old, new, 1))
+    return before
+
+
+def test_only_what_imports_reach_changes_a_fingerprint(copy, monkeypatch):
+    monkeypatch.setitem(closure.sys.modules, "why_copied", SimpleNamespace(__file__=str(copy / "sketchkv/study/why.py")))
+    function = SimpleNamespace(__module__="why_copied")
+    notebook = write_notebook(copy, "%matplotlib inline\nimport pandas as pd", "def f():\n    from sketchkv.study import recall", "1 +")
+    report = write_notebook(copy / "sketchkv", "from sketchkv.study import report")
+    every = {"point": lambda: closure.of_function(function), "notebook": lambda: closure.of_notebook(notebook),
+             "report": lambda: closure.of_notebook(report)}  # fmt: skip
+    before = {name: fingerprint() for name, fingerprint in every.items()}
+    addition = "\nADDED = 1\n"
+    for module, reached in (
+        ("study/report.py", {"report"}),
+        ("study/pdf.py", {"report"}),
+        ("study/recall.py", {"notebook"}),  # an import inside a function
+        ("study/why.py", {"point"}),
+        ("study/methods.py", {"point", "notebook"}),  # imported by what is imported
+        ("cache.py", {"point", "notebook", "report"}),  # by sketchkv/__init__.py
+        ("training.py", set()),
+    ):
+        file = copy / "sketchkv" / module
+        text = file.read_text()
+        file.write_text(text + addition)
+        assert {name for name, fingerprint in every.items() if fingerprint() != before[name]} == reached, module
+        file.write_text(text)
+    assert before == {name: fingerprint() for name, fingerprint in every.items()}
+
+
+def test_comments_docstrings_and_layout_change_nothing(copy):
+    notebook, file = write_notebook(copy, "import sketchkv.tiny"), copy / "sketchkv" / "tiny.py"
+
+    def fingerprint(text):
+        file.write_text(text)
+        return closure.of_notebook(notebook)
+
+    plain = fingerprint("class A:\n    def f(self, x):\n        return x + 1\n")
+    for same in (
+        "# why\nclass A:\n\n    def f(self, x):\n        return (x +\n                1)\n",
+        '"""Module."""\nclass A:\n    """Class."""\n    def f(self, x):\n        """Method."""\n        return x + 1\n',
+    ):
+        assert fingerprint(same) == plain
+    for other in (
+        "class A:\n    def f(self, x):\n        return x + 2\n",
+        'class A:\n    def f(self, x):\n        "first"\n        "a text that is no docstring"\n        return x + 1\n',
+        "import sketchkv.texts\nclass A:\n    def f(self, x):\n        return x + 1\n",
+        "from . import texts\nclass A:\n    def f(self, x):\n        return x + 1\n",
+    ):
+        assert fingerprint(other) != plain
+    assert fingerprint("from .study import aims\n") != fingerprint("from .study import pdf\n")
+
+
+def test_fingerprints_of_the_study_are_of_these_files():
+    reached = set(closure.reach(closure._resolve("sketchkv.study.why")))
+    assert {"sketchkv.cache", "sketchkv.study.evaluate", "sketchkv.study.why"} <= reached
+    assert not {"sketchkv.study.report", "sketchkv.study.figures", "sketchkv.training"} & reached
+    assert closure.of_function(why.heads) == closure.of_function(why.heads)
+    absent = closure.of_notebook(sources.ROOT / "notebooks" / "absent.ipynb")
+    assert len({absent, *(closure.of_notebook(path) for path in notebooks.find(sources.ROOT))}) > 8
+
+
+def test_imports_run_one_way():
+    files = {closure._name(file): file for file in closure.PACKAGE.rglob("*.py")}
+    graph = {name: closure.imports(file) for name, file in files.items()}
+    core = [name for name in graph if not name.startswith(("sketchkv.study", "sketchkv.fast"))]
+    assert "sketchkv.cache" in core and "sketchkv.attention" in graph["sketchkv"]
+    for name in core:
+        above = {other for other in graph[name] if other.startswith(("sketchkv.study", "sketchkv.fast"))}
+        # Recorded and compiled steps are loaded when they are asked for, and only then.
+        assert not above or (name == "sketchkv.decode" and all(n.startswith("sketchkv.fast") for n in above)), (name, above)
+    study = {name: {n for n in graph[name] if n.startswith("sketchkv.study.")} for name in graph if "study" in name}
+    assert len(list(TopologicalSorter(study).static_order())) >= len(study)  # raises CycleError

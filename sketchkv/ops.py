@@ -84,11 +84,15 @@ class Eager:
         protected = (positions < tokens.first + layer.num_sinks) | (positions >= end - layer.recent_window)
         scores = scores.masked_fill(protected, torch.inf).masked_fill(positions == EMPTY, -torch.inf)
         layer.nan.logical_or_(scores.isnan().any())  # in place, where a recorded step finds it
+        self.look(layer, tokens)
+        return scores
+
+    def look(self, layer, tokens):
+        """Raises ValueError if an importance was NaN, on CUDA now and then."""
         if layer.nan.device.type == "cpu" or (
             tokens.clock is None and layer.evicted // layer.evict_every % CHECK_EVERY == 0
         ):
             layer.check()
-        return scores
 
 
 eager = Eager()

@@ -15,6 +15,14 @@ CHECK_EVERY = 16
 class Eager:
     """The operations of a layer. `layer` is the `BoundedLayer`, `tokens` what the block brings (`sketchkv.layer.Tokens`)."""
 
+    def turn(self, layer, query, key, value):
+        """Vectors of one block as the layer's codec stores and multiplies them."""
+        return layer.slots.codec.turn(query, key, value)
+
+    def turn_back(self, layer, output):
+        """What attention took from values that were turned."""
+        return layer.slots.codec.turn_back(output)
+
     def append(self, layer, keys, values, tokens):
         """Stores new tokens in the layer's slots; returns the slots as a slice."""
         return layer.slots.append(keys, values, tokens.positions)

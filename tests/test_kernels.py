@@ -9,13 +9,14 @@ from unittest import mock
 import pytest
 import torch
 
-from sketchkv import AttentionMass, Sketch
+from sketchkv import AttentionMass, Sketch, Summary
 from sketchkv.fast import attention as fast_attention
-from sketchkv.fast import eviction, launch
+from sketchkv.fast import coded, codes, eviction, launch
 from sketchkv.fast.attention import attend
 from sketchkv.fast.ops import Fused
 from sketchkv.layer import BoundedLayer, Settings, Tokens
 from sketchkv.ops import eager
+from sketchkv.quantize import matrix, normal_levels, pack, quantized
 from sketchkv.sketch import SimHash
 from sketchkv.slots import Plain, Slots
 
@@ -294,3 +295,130 @@ def test_codes_equal_simhash(dim, bits, start, count, dtype):
     # A projection that is all but zero may have either sign.
     clear = ((keys.float() @ code.projection).abs() > 1e-4).all(-1)
     assert torch.equal(items.long()[clear & inside], expected[clear & inside].long()) and clear.float().mean() > 0.9
+
+
+def coded_slots(bits, kv_heads, used, dim, dtype, holes=0.0, spare=5):
+    """Slots with random codes, scales and centre, and what they hold: float64 (keys, values), `[2, kv_heads, used, dim]`."""
+    capacity = used + spare
+    slots = Slots((2, kv_heads), capacity, (dim, dim), quantized(bits)(dtype, torch.device(DEVICE)))
+    held = []
+    for name, each in zip(("keys", "values"), bits):
+        drawn = torch.randint(2**each, (2, kv_heads, capacity, dim), dtype=torch.uint8)
+        scales = torch.randn(2, kv_heads, capacity, 1).half()
+        slots.arrays[name].copy_(pack(drawn, each))
+        slots.arrays[f"{name}_scale"].copy_(scales)
+        slots.arrays[f"{name}_scale"][:, :, used:] = torch.nan  # beyond the occupied slots lies nothing of use
+        held.append((normal_levels(each)[drawn.long()] * scales.double())[:, :, :used].to(DEVICE))
+    slots.codec.centre.normal_()
+    slots.positions.copy_(torch.arange(capacity).expand(2, kv_heads, capacity))
+    slots.positions[torch.rand(slots.positions.shape, device=DEVICE) < holes] = -1
+    slots.used = used
+    return slots, held[0] + slots.codec.centre.double(), held[1]
+
+
+def drawn_summary(slots, counts=(0.0, 40.0)):
+    """One summary slot per KV head, empty in the first row."""
+    summary = Summary()
+    summary.allocate(slots)
+    summary.keys.normal_()
+    summary.values.normal_()
+    summary.counts.copy_(torch.tensor(counts)[:, None, None])
+    return summary
+
+
+CODED = [  # bits, kv_heads, group, used, dim, splits
+    ((5, 4), 2, 3, 70, 64, None),
+    ((5, 4), 1, 1, 1, 16, None),
+    ((5, 4), 1, 2, 300, 64, 4),
+    ((3, 2), 2, 1, 40, 32, 1),
+    ((8, 6), 1, 4, 129, 128, 2),
+]
+
+
+@runs
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("size", CODED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_attention_over_codes_equals_float64(poisoned, size, dtype, filled):
+    bits, kv_heads, group, used, dim, splits = size
+    slots, keys, values = coded_slots(bits, kv_heads, used, dim, dtype, holes=0 if filled else 0.3)
+    query = (torch.randn(2, kv_heads * group, dim, device=DEVICE) * 2).to(dtype)
+    mass = torch.rand(2, kv_heads, slots.capacity, device=DEVICE)
+    before, summary = mass.clone(), drawn_summary(slots)
+    counter = torch.tensor([used - 1], dtype=torch.int32, device=DEVICE) if filled else None
+    output, received = coded.attend(query, slots, 0.2, summary, mass, 0.9, not filled, counter, splits=splits)
+    turn = matrix(slots.codec.rotations["keys"], torch.float64)
+    turned = (query.double() @ turn).view(2, kv_heads, group, dim)
+    logits = (turned @ keys.mT * 0.2).masked_fill(slots["positions"][:, :, None] < 0, torch.finfo(torch.float32).min)
+    behind = turned @ summary.keys.double().mT * 0.2 + summary.counts.double().log()[:, :, None]
+    attention = torch.cat([logits, behind], -1).softmax(-1)
+    expected = attention @ torch.cat([values, summary.values.double()], 2) @ turn.T
+    assert output.dtype == dtype and received.data_ptr() == mass.data_ptr()
+    assert_near(output.view(expected.shape), expected, dtype)
+    assert_near(received, 0.9 * before[:, :, :used] + attention[..., :used].sum(2), dtype)
+    assert torch.equal(mass[:, :, used:], before[:, :, used:])
+    plain, alone = coded.attend(query, slots, 0.2, masked=not filled, splits=splits)
+    attention = logits.softmax(-1)
+    assert_near(plain.view(expected.shape), attention @ values @ turn.T, dtype)
+    assert_near(alone, attention.sum(2), dtype)
+
+
+@runs
+@pytest.mark.parametrize("bits", [(5, 4), (8, 6), (3, 2)], ids=str)
+@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_token_is_coded_as_by_the_codec(bits, dim, filled):
+    slots = [coded_slots(bits, 3, 7, dim, torch.float32)[0] for _ in range(2)]
+    slots[1].codec.centre.copy_(slots[0].codec.centre)
+    key, value = torch.randn(2, 2, 3, dim, 1, device=DEVICE).mT  # not contiguous
+    position = torch.tensor([[7], [-1]], dtype=torch.int32, device=DEVICE)
+    slots[0].append(*slots[0].codec.turn(key, key, value)[1:], position)
+    counter = torch.tensor([7], dtype=torch.int32, device=DEVICE)
+    if filled:
+        slots[1].used = 2  # Python's count is not looked at
+    before = {name: array.clone() for name, array in slots[1].arrays.items()}
+    codes.append(key, value, position, slots[1], counter if filled else None)
+    for name, array in slots[1].arrays.items():
+        untouched = torch.arange(slots[1].capacity, device=DEVICE) != 7
+        assert torch.equal(array[:, :, untouched].nan_to_num(), before[name][:, :, untouched].nan_to_num())
+        if "scale" in name:
+            torch.testing.assert_close(array[:, :, 7], slots[0].arrays[name][:, :, 7], rtol=2e-3, atol=1e-6)
+        else:  # a channel between two levels may go to either
+            assert (array[:, :, 7] == slots[0].arrays[name][:, :, 7]).float().mean() > 0.99
+
+
+@runs
+@pytest.mark.parametrize("bits,dim", [((5, 4), 64), ((3, 8), 16)], ids=str)
+@pytest.mark.parametrize("decay,mean", [(0.9, True), (1.0, True), (1.0, False)])
+def test_importance_from_codes_equals_float64(poisoned, bits, dim, decay, mean):
+    slots, _, values = coded_slots(bits, 2, 100, dim, torch.float32)
+    policy = AttentionMass(decay, mean, value_norm=True)
+    policy.allocate(slots)
+    slots.arrays["mass"].uniform_()
+    age = 120 - slots["positions"].double()
+    exposed = (age if decay == 1 else (1 - decay**age) / (1 - decay)) if mean else 1
+    expected = slots["mass"].double() / exposed * values.norm(dim=-1)
+    clock = torch.tensor([119], dtype=torch.int32, device=DEVICE)
+    for tokens in (Tokens(None, clock[None]), Tokens(None, clock[None], clock=clock)):
+        assert_near(codes.importance(policy, slots, tokens, 120 if tokens.clock is None else 3), expected, torch.float32)
+
+
+@runs
+def test_folding_codes_equals_float64():
+    slots, keys, values = coded_slots((5, 4), 2, 50, 64, torch.float32, holes=0.2)
+    summary = drawn_summary(slots)
+    evicted = torch.rand(2, 2, 50, device=DEVICE).argsort(-1)[..., :11].int().contiguous()
+    slots.arrays["values_scale"][1, 1, evicted[1, 1, 3].long()] = torch.inf
+    index = evicted.long()
+    sound = slots["positions"].gather(-1, index) >= 0
+    sound[1, 1, 3] = False
+    counts = summary.counts[..., 0].double() + sound.sum(-1)
+    expected = []
+    for held, mean in ((keys, summary.keys), (values, summary.values)):
+        taken = held.gather(2, index[..., None].expand(-1, -1, -1, 64)) * sound[..., None]
+        total = taken.nan_to_num().sum(2) + mean[:, :, 0].double() * summary.counts.double()
+        expected.append(total / counts.clamp(min=1)[..., None])
+    codes.fold(summary, slots, evicted)
+    assert torch.equal(summary.counts[..., 0].double(), counts)
+    for mean, right in zip((summary.keys, summary.values), expected):
+        assert_near(mean[:, :, 0], right, torch.float32)

@@ -134,9 +134,10 @@ def _attend(
 
 @jit(do_not_specialize=["used"])
 def _combine(
-    received, filled, output, scratch, partial, tops, totals, r_batch, r_head, r_slot, scratch_stride, kv_heads, used, decay,
+    received, filled, output, scratch, partial, tops, totals, turn, r_batch, r_head, r_slot, scratch_stride, kv_heads, used, decay, factor,
     GROUP: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
     SPLITS: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr, FINISH: tl.constexpr, GROWS: tl.constexpr,
+    TURN: tl.constexpr,
 ):  # fmt: skip
     """Second pass over split slots. One program: FINISH slots of one KV head; the first adds up the output instead."""
     row = tl.program_id(0).to(tl.int64)
@@ -166,8 +167,12 @@ def _combine(
             share = tl.exp2(tl.load(tops + of_split, mask=group < GROUP, other=MASKED) - top)
             address = partial + of_split[:, None] * HEAD_DIM + column[None, :]
             sums += share[:, None] * tl.load(address, mask=written, other=0.0)
+        sums = sums / total[:, None]
+        if TURN:  # values were turned when they were coded
+            back = tl.load(turn + column[None, :] * HEAD_DIM + column[:, None]).to(output.dtype.element_ty)
+            sums = tl.dot(sums.to(output.dtype.element_ty), back, input_precision="ieee") * factor
         target = output + (row * GROUP + group[:, None]) * HEAD_DIM + column[None, :]
-        tl.store(target, (sums / total[:, None]).to(output.dtype.element_ty), mask=written)
+        tl.store(target, sums.to(output.dtype.element_ty), mask=written)
 
 
 @jit(do_not_specialize=["slot"])
@@ -274,22 +279,12 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
     width = max(16, triton.next_power_of_2(head_dim))
     rows = batch * kv_heads
     block = tuning.get("block", 32 if width > 64 or group == 1 and rows > 128 else 64)
-    # Putting splits together costs as much as 300 slots do. A power of two: what is a constant of the compiled kernel must
-    # take few values while the slots fill.
-    wanted = PROGRAMS // rows if used > FEW_SLOTS else FEW_PROGRAMS // rows if used >= 512 else 1
-    splits = tuning.get("splits") or 1 << max(1, min(wanted, used // 64)).bit_length() - 1
-    per_split = triton.cdiv(triton.cdiv(used, splits), block) * block
+    splits, per_split, stride, buffers = scratchpad(rows, group, used, head_dim, block, query.device, tuning.get("splits"))
     device = query.device
     output = torch.empty(batch, heads, head_dim, dtype=query.dtype, device=device)
     add = received is not None
     if not add:
         received = torch.empty(slots, dtype=torch.float32, device=device)
-    stride = triton.cdiv(used, 16) * 16  # rows that begin at a multiple of 64 bytes
-    scratch = torch.empty(rows * group, stride, dtype=torch.float32, device=device)
-    partial = tops = totals = scratch
-    if splits > 1:
-        partial = torch.empty(rows * group, splits, head_dim, dtype=torch.float32, device=device)
-        tops, totals = torch.empty(2, rows * group, splits, dtype=torch.float32, device=device)
     mask = positions is not None
     positions = positions if mask else received
     counter = received if filled is None else filled
@@ -297,14 +292,34 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
     shape = dict(GROUP=group, GROUPS=groups, HEAD_DIM=head_dim, WIDTH=width, SPLITS=splits, ADD=add, FINISH=finish)
     shape |= dict(GROWS=filled is not None)
     _attend[(rows, splits)](
-        query, keys, values, positions, counter, received, output, scratch, partial, tops, totals,
+        query, keys, values, positions, counter, received, output, *buffers,
         *query.stride(), *keys.stride(), *values.stride(), *positions.stride(), *received.stride(), stride,
         kv_heads, used, per_split, scaling * LOG2E, decay, **shape,
         BLOCK=block, STAGES=tuning.get("num_stages", 3), MASK=mask, num_warps=tuning.get("num_warps", 4),
     )  # fmt: skip
     if splits > 1:
         _combine[(rows, 1 + triton.cdiv(used, finish))](
-            received, counter, output, scratch, partial, tops, totals, *received.stride(), stride, kv_heads, used, decay,
-            **shape, PARTS=triton.next_power_of_2(splits), num_warps=4,
+            received, counter, output, *buffers, received, *received.stride(), stride, kv_heads, used, decay, 1.0,
+            **shape, TURN=False, PARTS=triton.next_power_of_2(splits), num_warps=4,
         )  # fmt: skip
     return output, received
+
+
+def scratchpad(rows, group, used, width, block, device, splits=None):
+    """How many programs share the slots of a KV head, slots of each, length of a row of logits, and what they write in
+    between: logits, and for several programs their parts of the output, maxima and sums.
+
+    rows: KV heads of all sequences; group: query heads of each; used: slots; width: of values; block: slots of one tile.
+    """
+    # Putting splits together costs as much as 300 slots do. A power of two: what is a constant of the compiled kernel must
+    # take few values while the slots fill.
+    wanted = PROGRAMS // rows if used > FEW_SLOTS else FEW_PROGRAMS // rows if used >= 512 else 1
+    splits = splits or 1 << max(1, min(wanted, used // 64)).bit_length() - 1
+    per_split = triton.cdiv(triton.cdiv(used, splits), block) * block
+    stride = triton.cdiv(used, 16) * 16  # rows that begin at a multiple of 64 bytes
+    scratch = torch.empty(rows * group, stride, dtype=torch.float32, device=device)
+    partial = tops = totals = scratch
+    if splits > 1:
+        partial = torch.empty(rows * group, splits, width, dtype=torch.float32, device=device)
+        tops, totals = torch.empty(2, rows * group, splits, dtype=torch.float32, device=device)
+    return splits, per_split, stride, (scratch, partial, tops, totals)

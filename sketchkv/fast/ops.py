@@ -4,12 +4,14 @@ Each method falls back on the eager rule where a kernel does not serve: several 
 that computes in a way of its own.
 """
 
-from sketchkv.fast import attention, eviction
+from sketchkv.fast import attention, coded, codes, eviction
 from sketchkv.layer import BoundedLayer
 from sketchkv.ops import Eager
 from sketchkv.policies import AttentionMass, Policy, Sketch
+from sketchkv.quantize import Normal, Quantized
 from sketchkv.sketch import CountMinSketch
 from sketchkv.slots import Plain
+from sketchkv.summary import Summary
 
 
 class Fused(Eager):
@@ -21,11 +23,21 @@ class Fused(Eager):
     def __init__(self, filled=None):
         self.filled = filled
 
+    def turn(self, layer, query, key, value):
+        """Kernels turn what they take to codes themselves."""
+        if query.shape[2] == 1 and _is_coded(layer):
+            return query, key, value
+        return super().turn(layer, query, key, value)
+
+    def turn_back(self, layer, output):
+        return output if output.shape[2] == 1 and _is_coded(layer) else super().turn_back(layer, output)
+
     def append(self, layer, keys, values, tokens):
         slots = layer.slots
-        if type(slots.codec) is not Plain or keys.shape[2] > 1:
+        if keys.shape[2] > 1 or not (type(slots.codec) is Plain or _is_coded(layer)):
             return super().append(layer, keys, values, tokens)
-        attention.append(keys, values, tokens.positions, slots, self.filled)
+        append = attention.append if type(slots.codec) is Plain else codes.append
+        append(keys, values, tokens.positions, slots, self.filled)
         return self._stored(slots)
 
     def _stored(self, slots):
@@ -34,22 +46,28 @@ class Fused(Eager):
 
     def attend(self, layer, query, tokens, form):
         slots, policy = layer.slots, layer.policy
-        if query.shape[2] > 1 or not _attends_plainly(layer, form):
+        plain = _is_plain(layer)
+        if query.shape[2] > 1 or not (plain or _is_coded(layer)):
             return super().attend(layer, query, tokens, form)
+        if form.softcap is not None or form.sinks is not None:
+            turned = slots.codec.turn(query, query, query)[0]
+            return slots.codec.turn_back(super().attend(layer, turned, tokens, form))
         policy.query(slots, query)
         # A subclass that observes in its own way is asked to.
         accumulates = type(policy).observe is AttentionMass.observe and not tokens.padded
-        mass, decay = (self._stretch(slots, "mass"), policy.decay) if accumulates else (None, 1.0)
-        output, received = attention.attend(
-            query[:, :, 0],
-            self._stretch(slots, "keys"),
-            self._stretch(slots, "values"),
-            form.scaling,
-            slots["positions"] if tokens.padded else None,
-            mass,
-            decay,
-            self.filled,
-        )
+        decay = policy.decay if accumulates else 1.0
+        if plain:
+            mass = self._stretch(slots, "mass") if accumulates else None
+            positions = slots["positions"] if tokens.padded else None
+            stored = self._stretch(slots, "keys"), self._stretch(slots, "values")
+            output, received = attention.attend(
+                query[:, :, 0], *stored, form.scaling, positions, mass, decay, self.filled
+            )
+        else:
+            mass = slots.arrays["mass"] if accumulates else None
+            output, received = coded.attend(
+                query[:, :, 0], slots, form.scaling, layer.summary, mass, decay, tokens.padded, self.filled
+            )
         if policy.uses_attention and not accumulates:
             received = received[:, :, None]
             real = (tokens.positions >= 0)[:, None, :, None] if tokens.padded else None
@@ -61,54 +79,74 @@ class Fused(Eager):
         return slots[name] if self.filled is None else slots.arrays[name]
 
     def evict(self, layer, tokens):
-        slots = layer.slots
+        slots, summary = layer.slots, layer.summary
         count = slots.used - layer.max_cache_size
         served = (
-            type(slots.codec) is Plain
-            and not (layer.summary or layer.selective)
+            (type(slots.codec) is Plain or _is_coded(layer))
+            and not (layer.selective or (summary and summary.protects))
             and count <= eviction.MOST_CHOSEN
             and slots.used <= eviction.MOST_SLOTS
             and type(layer).on_evict is BoundedLayer.on_evict
         )
         if not served:
             return super().evict(layer, tokens)
-        importance = _score(layer.policy, slots, tokens.end(layer)).float()
+        importance = _score(layer, tokens).float()
         if importance.stride(-1) != 1:
             importance = importance.contiguous()
         protection = layer.num_sinks, layer.recent_window, layer.nan
         evicted = eviction.lowest(importance, slots["positions"], tokens, layer.seen, count, *protection)
         self.look(layer, tokens)
+        if summary and _is_coded(layer):
+            codes.fold(summary, slots, evicted)
+        elif summary:
+            index = evicted.long()
+            taken = slots.take("keys", index), slots.take("values", index)
+            summary.fold(*taken, slots["positions"].gather(-1, index))
         eviction.compact(slots, evicted)
 
 
 fused = Fused()
 
 
-def grows(layer, padded):
+def grows(layer, padded=False):
     """Whether a step of the layer may be recorded once for any number of occupied slots, as long as none is evicted."""
     policy = type(layer.policy)
     watches = policy.uses_attention and policy.observe is not AttentionMass.observe
-    return not (padded or watches or policy.query is not Policy.query) and _attends_plainly(layer, None)
+    return not (padded or watches or policy.query is not Policy.query) and (_is_plain(layer) or _is_coded(layer))
 
 
-def _attends_plainly(layer, form):
+def _is_plain(layer):
+    """Whether a kernel attends to the layer's slots as they are."""
     slots = layer.slots
-    plain = form is None or (form.softcap is None and form.sinks is None)
+    plain = type(slots.codec) is Plain and slots.widths[0] == slots.widths[1] and not layer.summary
+    return plain and not layer.selective and type(layer).hide is BoundedLayer.hide
+
+
+def _is_coded(layer):
+    """Whether kernels work on the layer's codes: of vectors as wide as a power of two, with one summary slot at most."""
+    codec, summary, (width, other) = layer.slots.codec, layer.summary, layer.slots.widths
     return (
-        plain
-        and type(slots.codec) is Plain
-        and slots.widths[0] == slots.widths[1]
-        and not (layer.summary or layer.selective)
+        type(codec) is Quantized
+        and all(type(coder) is Normal for coder in codec.coders.values())
+        and width == other
+        and width >= 16
+        and not width & width - 1
+        and (summary is None or (type(summary) is Summary and summary.count == 1 and not summary.spread))
+        and not layer.selective
         and type(layer).hide is BoundedLayer.hide
+        and type(layer.policy).query is Policy.query
     )
 
 
-def _score(policy, slots, seen):
-    """`policy.score`, for the Count-Min Sketch in two launches."""
+def _score(layer, tokens):
+    """`policy.score`, for the Count-Min Sketch in two launches, for norms of coded values in one."""
+    policy, slots, seen = layer.policy, layer.slots, tokens.end(layer)
+    if type(policy).score is AttentionMass.score and _is_coded(layer):
+        return codes.importance(policy, slots, tokens, layer.seen)
     if type(policy) is not Sketch or type(policy.sketches[0]) is not CountMinSketch:
         return policy.score(slots, seen)
     elapsed = slots.used - slots.kept
-    if policy.key == "lsh":
+    if policy.key == "lsh" and type(slots.codec) is Plain:
         eviction.codes(slots.keys, policy.code.projection, slots.arrays["signature"], slots.kept, elapsed)
         signatures = slots["signature"]
     else:

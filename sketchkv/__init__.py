@@ -2,13 +2,12 @@
 
 from importlib import import_module
 
-from sketchkv.attention import disable, enable
 from sketchkv.cache import SketchCache
 from sketchkv.policies import H2O, AttentionMass, Policy, Random, Sketch, Window
 from sketchkv.sketch import CountMinSketch
 
 # Loaded when asked for: what a bounded cache does without.
-_LATER = {"generate": "decode", "score": "decode", "load": "loading", "Summary": "summary", "pyramid": "budgets"} | dict.fromkeys(
+_LATER = {"enable": "attention", "disable": "attention", "generate": "decode", "score": "decode", "load": "loading", "Summary": "summary", "pyramid": "budgets"} | dict.fromkeys(
     ("LRU", "TOVA", "KeyNorm", "SnapKV"), "peers"
 )
 

@@ -151,7 +151,6 @@ class BoundedLayer(CacheLayerMixin):
         Returns attention's output, `[batch, num_heads, n, width of values]`.
         """
         codec, total, outputs, start = self.slots.codec, query.shape[2], [], 0
-        query, key, value = codec.turn(query, key, value)
         while start < total:
             if self.prefill_chunk and total > self.evict_every:
                 self._widen(total - start)
@@ -162,10 +161,11 @@ class BoundedLayer(CacheLayerMixin):
             if count < total:
                 block = slice(start, start + count)
                 now, parts = tokens.part(block), [x[:, :, block] for x in parts]
+            parts = self.ops.turn(self, *parts)
             new = self.ops.append(self, *parts[1:], now)
             self.policy.enter(self.slots, new, now.ids)
             self.seen += count
-            outputs.append(self.ops.attend(self, parts[0], now, form))
+            outputs.append(self.ops.turn_back(self, self.ops.attend(self, parts[0], now, form)))
             if self.seen == codec.settles_after:
                 codec.settle(self.slots, now.first + self.num_sinks)
             if not self.slots.room:
@@ -173,7 +173,7 @@ class BoundedLayer(CacheLayerMixin):
                 self.evicted += self._narrow()
             start += count
         self.waiting = False
-        return codec.turn_back(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
 
     def hide(self, logits, tokens):
         """Masks, in place, the logits `[batch, num_kv_heads, group, n, used]` of slots that the new tokens may not see."""

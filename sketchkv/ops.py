@@ -15,6 +15,14 @@ CHECK_EVERY = 16
 class Eager:
     """The operations of a layer. `layer` is the `BoundedLayer`, `tokens` what the block brings (`sketchkv.layer.Tokens`)."""
 
+    def turn(self, layer, query, key, value):
+        """Vectors of one block as the layer's codec stores and multiplies them."""
+        return layer.slots.codec.turn(query, key, value)
+
+    def turn_back(self, layer, output):
+        """What attention took from values that were turned."""
+        return layer.slots.codec.turn_back(output)
+
     def append(self, layer, keys, values, tokens):
         """Stores new tokens in the layer's slots; returns the slots as a slice."""
         return layer.slots.append(keys, values, tokens.positions)
@@ -84,11 +92,15 @@ class Eager:
         protected = (positions < tokens.first + layer.num_sinks) | (positions >= end - layer.recent_window)
         scores = scores.masked_fill(protected, torch.inf).masked_fill(positions == EMPTY, -torch.inf)
         layer.nan.logical_or_(scores.isnan().any())  # in place, where a recorded step finds it
+        self.look(layer, tokens)
+        return scores
+
+    def look(self, layer, tokens):
+        """Raises ValueError if an importance was NaN, on CUDA now and then."""
         if layer.nan.device.type == "cpu" or (
             tokens.clock is None and layer.evicted // layer.evict_every % CHECK_EVERY == 0
         ):
             layer.check()
-        return scores
 
 
 eager = Eager()

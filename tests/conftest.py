@@ -1,5 +1,8 @@
 """Small random models of every supported architecture, built from their configurations."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 import transformers
@@ -15,6 +18,23 @@ from sketchkv.passes import Tokens
 transformers.logging.set_verbosity_error()
 VOCABULARY = 97
 ARCHITECTURES = ["gpt2", "llama", "qwen2", "qwen3"]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreter_takes_numpy():
+    """Triton's interpreter makes loop bounds of arrays with one element, which numpy 2.4 no longer converts."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    plain = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    with mock.patch.object(interpreter, "_patch_lang_tensor", patched):
+        yield
 
 
 def build(architecture, positions=512):

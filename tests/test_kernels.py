@@ -1,6 +1,5 @@
 """The fused kernel against float64: on the GPU where there is one, else through Triton's interpreter."""
 
-import copy
 import importlib.util
 import os
 import subprocess
@@ -10,15 +9,20 @@ from unittest import mock
 import pytest
 import torch
 
-from conftest import build
-
-import sketchkv
-from sketchkv import LRU, TOVA, AttentionMass, H2O, Sketch, SketchCache, Window, kernels
-from sketchkv.cache import SketchLayer
-from sketchkv.sketches import SimHash
+from sketchkv import AttentionMass, Sketch, Summary
+from sketchkv.fast import attention as fast_attention
+from sketchkv.fast import coded, codes, eviction, launch
+from sketchkv.fast.attention import attend
+from sketchkv.fast.ops import Fused
+from sketchkv.layer import BoundedLayer, Settings, Tokens
+from sketchkv.ops import eager
+from sketchkv.quantize import matrix, normal_levels, pack, quantized
+from sketchkv.sketch import SimHash
+from sketchkv.slots import Plain, Slots
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
+FAST = os.path.join(os.path.dirname(__file__), "test_fast.py")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 runs = pytest.mark.skipif(
     DEVICE == "cpu" and not (INTERPRET and HAS_TRITON),
@@ -30,28 +34,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed (it exists for Linux)")
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRET, reason="the tests below run in this very process")
 def test_with_the_interpreter():
-    # The interpreter must be chosen before triton is first imported, hence another process.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    # test_fast.py runs with it too. The interpreter must be chosen before triton is first imported, hence another process.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, FAST]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def interpreter_takes_numpy():
-    """Triton's interpreter makes loop bounds of arrays with one element, which numpy 2.4 no longer converts."""
-    if not (INTERPRET and HAS_TRITON):
-        yield
-        return
-    from triton.runtime import interpreter
-
-    plain = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        plain(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    with mock.patch.object(interpreter, "_patch_lang_tensor", patched):
-        yield
 
 
 @pytest.fixture
@@ -61,7 +47,7 @@ def poisoned():
     def empty(*args, **kwargs):
         return torch.full(*_shape(args), float("nan"), **kwargs)
 
-    with mock.patch.object(kernels.torch, "empty", empty):
+    with mock.patch.object(torch, "empty", empty):
         yield
 
 
@@ -123,7 +109,7 @@ def test_attend_equals_float64(poisoned, size, dtype, holes):
     query, keys, values, positions = draw(*shape, dtype, holes=holes)
     positions = positions if holes else None
     scaling = query.shape[-1] ** -0.5
-    output, received = kernels.attend(query, keys, values, scaling, positions, splits=splits)
+    output, received = attend(query, keys, values, scaling, positions, splits=splits)
     expected, attention = reference(query, keys, values, scaling, positions)
     assert output.dtype == dtype and received.dtype == torch.float32
     assert_near(output, expected, dtype)
@@ -138,7 +124,7 @@ def test_received_is_updated_in_place(poisoned, group, splits):
     query, keys, values, positions = draw(2, 2, group, 190, 64, torch.float32, holes=0.2)
     held = torch.rand(2, 2, 224, device=DEVICE)
     before = held.clone()
-    _, received = kernels.attend(query, keys, values, 0.1, positions, held[:, :, :190], decay=0.9, splits=splits)
+    _, received = attend(query, keys, values, 0.1, positions, held[:, :, :190], decay=0.9, splits=splits)
     assert received.data_ptr() == held.data_ptr()
     _, attention = reference(query, keys, values, 0.1, positions)
     assert_near(received, 0.9 * before[:, :, :190] + attention, torch.float32)
@@ -151,7 +137,7 @@ def test_a_row_of_padding_attends_evenly_and_extremes_stay_finite(poisoned, grou
     query, keys, values, positions = draw(3, 1, group, 150, 32, torch.float32)
     positions[1] = -1
     query[2] *= 1e4  # all but one-hot
-    output, received = kernels.attend(query, keys, values, 0.2, positions, splits=splits)
+    output, received = attend(query, keys, values, 0.2, positions, splits=splits)
     expected, attention = reference(query, keys, values, 0.2, positions)
     torch.testing.assert_close(received[1], torch.full_like(received[1], group / 150))
     for row in range(2):
@@ -165,7 +151,7 @@ def test_a_row_of_padding_attends_evenly_and_extremes_stay_finite(poisoned, grou
 def test_nan_in_a_key_shows(group):
     query, keys, values, _ = draw(1, 1, group, 100, 32, torch.float32)
     keys[0, 0, 40, 3] = float("nan")
-    output, received = kernels.attend(query, keys, values, 0.2)
+    output, received = attend(query, keys, values, 0.2)
     assert output.isnan().any() and received.isnan().any()
 
 
@@ -175,7 +161,7 @@ def test_any_strides(poisoned):
     expected, attention = reference(query, keys, values, 0.2, None)
     layouts = [tensor.transpose(-1, -2).contiguous().transpose(-1, -2) for tensor in (query, keys, values)]
     layouts[2] = values.transpose(0, 1).contiguous().transpose(0, 1)
-    output, received = kernels.attend(*layouts, 0.2)
+    output, received = attend(*layouts, 0.2)
     assert_near(output, expected, torch.float32)
     assert_near(received, attention, torch.float32)
 
@@ -190,70 +176,16 @@ def test_shapes_that_do_not_fit_are_refused():
         (query, keys, values, 1.0, positions[:, :1]),
     ):
         with pytest.raises(ValueError, match="query .*, keys"):
-            kernels.attend(*arguments)
-
-
-class Squared(AttentionMass):
-    """A policy with a memory of its own kind: the kernel must not update its mass behind its back."""
-
-    def observe(self, slots, attention):
-        super().observe(slots, attention**2)
-
-
-class Turned(Window):
-    """Scores whose slots do not lie side by side in memory."""
-
-    def score(self, slots, seen):
-        return super().score(slots, seen).neg().transpose(1, 2).contiguous().transpose(1, 2)
-
-
-POLICIES = [Sketch(width=64, depth=2), AttentionMass(), H2O(), Squared(), LRU(), TOVA(), Window()]
-
-
-@runs
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
-def test_cache_is_the_same_with_and_without_the_kernel(monkeypatch, policy, padded):
-    group = 2 if isinstance(policy, Sketch) else 1
-    tokens = torch.randn(20, 3, 2, group, 1, 16, device=DEVICE) * 2  # step, query key value, batch, heads, 1, head_dim
-    valid = torch.ones(20, 2, 1, dtype=torch.bool, device=DEVICE)
-    valid[:6, 1] = not padded
-    attend, calls, results = kernels.attend, [], []
-    monkeypatch.setattr(kernels, "attend", lambda *args, **kwargs: calls.append(1) or attend(*args, **kwargs))
-    for enabled in (True, False):
-        monkeypatch.setattr(kernels, "ENABLED", enabled)
-        layer = SketchLayer(copy.deepcopy(policy), 10, 2, 3, 3)
-        outputs = []
-        for (query, key, value), real in zip(tokens, valid):
-            key, value = layer.update(key[:, :1], value[:, :1])
-            outputs.append(layer.attend(query, key, value, real if padded else None, None, 0.25))
-        results.append((torch.cat(outputs, 2), layer.slots["positions"].sort(-1).values))
-        assert len(calls) == 20 and layer.evicted > 0  # one call per token, and none when switched off
-    (output, kept), (expected, expected_kept) = results
-    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
-    assert torch.equal(kept, expected_kept)
-
-
-@runs
-@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_a_model_decodes_the_same_with_and_without_the_kernel(monkeypatch, architecture):
-    model = sketchkv.enable(build(architecture)).to(DEVICE)
-    ids = torch.randint(1, 97, (1, 12), device=DEVICE)
-    tokens = []
-    for enabled in (True, False):
-        monkeypatch.setattr(kernels, "ENABLED", enabled)
-        cache = SketchCache(model.config, 10, num_sinks=1, recent_window=2, evict_every=3, width=64)
-        tokens.append(sketchkv.generate(model, ids, cache, max_new_tokens=8))
-        assert cache.evicted_tokens > 0
-    assert torch.equal(*tokens)
+            attend(*arguments)
 
 
 def test_without_triton_use_is_refused_with_the_way_out(monkeypatch):
-    monkeypatch.setattr(kernels, "triton", None)
+    for module in (launch, fast_attention):
+        monkeypatch.setattr(module, "triton", None)
     query = torch.randn(1, 2, 16)
-    assert not kernels.usable(query)
+    assert not launch.usable(query.device)
     with pytest.raises(RuntimeError, match="package triton"):
-        kernels.attend(query, torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), 1.0)
+        attend(query, torch.randn(1, 2, 5, 16), torch.randn(1, 2, 5, 16), 1.0)
 
 
 @runs
@@ -263,8 +195,8 @@ def test_without_triton_use_is_refused_with_the_way_out(monkeypatch):
 def test_remembering_equals_the_torch_path(mean, decay, fresh):
     """Fading, adding and asking in one kernel, twice in a row, against what `Sketch.score` does on any device."""
     policies = [Sketch(width=48, depth=3, key="token", decay=decay, mean=mean) for _ in range(2)]
-    slots = [sketchkv.slots.Slots(2, 3, 40, 16, torch.float32, DEVICE) for _ in range(2)]
-    generator = torch.Generator().manual_seed(0)
+    slots = [Slots((2, 3), 40, (16, 16), Plain(torch.float32, torch.device(DEVICE))) for _ in range(2)]
+    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
     for policy, own in zip(policies, slots):
         policy.allocate(own)
         own.used, own.kept = 40, 40 - fresh
@@ -272,12 +204,14 @@ def test_remembering_equals_the_torch_path(mean, decay, fresh):
         item, mass = torch.randint(2**30, (2, 3, 40), generator=generator), torch.rand(2, 3, 40, generator=generator)
         positions = torch.randint(-1, 60, (2, 3, 40), generator=generator)
         for own in slots:
-            for name, new in (("item", item), ("mass", mass), ("positions", positions)):
+            for name, new in (("signature", item), ("mass", mass), ("positions", positions)):
                 own.arrays[name].copy_(new)
-        slots[0].arrays["item"][:, :, 0] = slots[1].arrays["item"][:, :, 0] = 2**31 - 1  # p itself counts as 0
+        for own in slots:
+            own.arrays["signature"][:, :, 0] = 2**31 - 1  # p itself counts as 0
         expected = policies[0].score(slots[0], seen)
-        with mock.patch.object(kernels, "ENABLED", True):
-            got = policies[1].score(slots[1], torch.tensor([seen], dtype=torch.int32, device=DEVICE))
+        clock = torch.tensor([seen], dtype=torch.int32, device=DEVICE)
+        held = (slots[1]["signature"], slots[1]["mass"], slots[1]["positions"])
+        got = eviction.remember(*held, policies[1].sketches, clock, fresh, decay)
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         for one, other in zip(*(policy.tensors() for policy in policies)):
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
@@ -286,61 +220,65 @@ def test_remembering_equals_the_torch_path(mean, decay, fresh):
 
 @runs
 @pytest.mark.parametrize("used,count", [(7, 2), (40, 16), (272, 16), (300, 5)])
-def test_choosing_and_closing_equal_the_torch_path(used, count):
+@pytest.mark.parametrize("padded", [False, True])
+def test_choosing_and_closing_equal_the_torch_path(used, count, padded):
     """The slots that are chosen, and what each array holds once they are freed, as on any device; twice in a row."""
-    layers = [SketchLayer(AttentionMass(), used - count, 2, 2, count) for _ in range(2)]
-    generator = torch.Generator().manual_seed(used)
+    settings = Settings(num_sinks=2, recent_window=2, evict_every=count)
+    layers = [BoundedLayer(AttentionMass(mean=False), used - count, settings) for _ in range(2)]
+    generator = torch.Generator().manual_seed(torch.seed() % 2**31)
     key, value = torch.randn(2, 2, 3, 1, 24, generator=generator).to(DEVICE)
     for layer in layers:
         layer.update(key, value)
         layer.slots.add("wide", torch.float16, 3)
-        layer.slots.used = layer.slots.kept = 0
+    first = torch.tensor([0, 3], dtype=torch.int32, device=DEVICE)[:, None, None] if padded else 0
     for start in (0, used - count):
         fresh = used if start == 0 else count
-        order = torch.rand(2, 3, fresh, generator=generator).argsort(-1).int() + layers[0].seen
-        new = {"keys": torch.randn(2, 3, fresh, 24, generator=generator), "values": torch.randn(2, 3, fresh, 24, generator=generator),
-               "mass": torch.randint(-2, 3, (2, 3, fresh), generator=generator) / 2.0, "positions": order,
-               "wide": torch.rand(2, 3, fresh, 3, generator=generator)}  # fmt: skip
+        places = torch.rand(2, 3, fresh, generator=generator).argsort(-1).int() + layers[0].seen
+        if padded:
+            places[1][places[1] < 3] = -1
+        new = {
+            "keys": torch.randn(2, 3, fresh, 24, generator=generator),
+            "values": torch.randn(2, 3, fresh, 24, generator=generator),
+            "mass": torch.randint(-2, 3, (2, 3, fresh), generator=generator) / 2.0,
+            "positions": places,
+            "wide": torch.rand(2, 3, fresh, 3, generator=generator),
+        }
         new["mass"][0, 0, 1] = -0.0
         clock = torch.full((1,), layers[0].seen + fresh - 1, dtype=torch.int32, device=DEVICE)
+        tokens = Tokens(None, clock[None], first, padded)
         for layer in layers:
             for name, array in new.items():
                 layer.slots.arrays[name][:, :, start:used] = array.to(DEVICE)
             layer.seen += fresh
             layer.slots.used = used
-        layers[0]._evict()
-        assert layers[1]._simple()
-        layers[1]._evict(clock)
-        for one, other in zip(*(layer.slots.arrays.items() for layer in layers)):
-            part = slice(used - count) if one[0] in ("keys", "values") else slice(None)
-            assert torch.equal(one[1][:, :, part], other[1][:, :, part]), one[0]
-        assert layers[0].slots.used == layers[1].slots.used == layers[1].slots.kept == used - count
+        eager.evict(layers[0], tokens)
+        with mock.patch.object(eviction, "compact", wraps=eviction.compact) as compact:
+            Fused().evict(layers[1], tokens if start else tokens._replace(clock=clock))
+        assert compact.call_count == 1
+        stored = [sorted_by_position(layer.slots, used - count) for layer in layers]
+        for name in stored[0]:
+            assert torch.equal(stored[0][name], stored[1][name]), name
+        for layer in layers:
+            assert (layer.slots.positions[:, :, used - count :] == -1).all()
+            assert not layer.slots.arrays["mass"][:, :, used - count :].any()
+            assert layer.slots.used == layer.slots.kept == used - count
     layers[1].slots.arrays["mass"][0, 0, :4] = torch.nan
     layers[1].slots.used = used
     with pytest.raises(ValueError, match="NaN"):
-        layers[1]._evict(clock)
+        Fused().evict(layers[1], tokens)
         layers[1].check()
 
 
-@runs
-@pytest.mark.parametrize("policy", [*POLICIES, Turned()], ids=lambda policy: type(policy).__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_steps_that_will_be_recorded_keep_the_same_tokens(policy, dtype):
-    """Append, attention, choice and closing in kernels, driven by a clock, against the same steps without."""
-    tokens = (torch.randn(20, 3, 2, 2, 16, 1, device=DEVICE) * 2).to(dtype).mT  # not contiguous either
-    tokens = tokens if isinstance(policy, Turned) else tokens.contiguous()
-    results = []
-    for clock in (torch.zeros(1, dtype=torch.int32, device=DEVICE), None):
-        layer, outputs = SketchLayer(copy.deepcopy(policy), 10, 2, 3, 3), []
-        for query, key, value in tokens:
-            key, value = layer.update(key, value)
-            outputs.append(layer.attend(query, key, value, None, None, 0.25, clock))
-            if clock is not None:
-                clock += 1
-        results.append((torch.cat(outputs, 2), layer.slots["positions"].sort(-1).values, layer.evicted))
-    (output, kept, evicted), (expected, expected_kept, expected_evicted) = results
-    torch.testing.assert_close(output, expected, atol=1e-5 if dtype == torch.float32 else 1e-2, rtol=0)
-    assert torch.equal(kept, expected_kept) and evicted == expected_evicted > 0
+def sorted_by_position(slots, end):
+    """Every array of the first `end` slots, tokens in the text's order; padding, whose slots are alike, is zero."""
+    order = slots.positions[:, :, :end].argsort(dim=-1, stable=True)
+    real = slots.positions[:, :, :end].gather(-1, order) >= 0
+    found = {}
+    for name, array in slots.arrays.items():
+        index, mask = (order, real) if array.ndim == 3 else (order[..., None], real[..., None])
+        part = array[:, :, :end]
+        found[name] = torch.where(mask, part.gather(2, index.expand_as(part)), 0)
+    return found
 
 
 @runs
@@ -349,7 +287,7 @@ def test_steps_that_will_be_recorded_keep_the_same_tokens(policy, dtype):
 def test_codes_equal_simhash(dim, bits, start, count, dtype):
     keys = torch.randn(2, 3, 40, dim, device=DEVICE).to(dtype)
     items, code = torch.full((2, 3, 40), -7, dtype=torch.int32, device=DEVICE), SimHash(dim, bits, 1, DEVICE)
-    kernels.codes(keys, code.projection, items, start, count)
+    eviction.codes(keys, code.projection, items, start, count)
     expected = code(keys)
     inside = torch.zeros(40, dtype=torch.bool, device=DEVICE)
     inside[start : start + count] = True
@@ -357,3 +295,130 @@ def test_codes_equal_simhash(dim, bits, start, count, dtype):
     # A projection that is all but zero may have either sign.
     clear = ((keys.float() @ code.projection).abs() > 1e-4).all(-1)
     assert torch.equal(items.long()[clear & inside], expected[clear & inside].long()) and clear.float().mean() > 0.9
+
+
+def coded_slots(bits, kv_heads, used, dim, dtype, holes=0.0, spare=5):
+    """Slots with random codes, scales and centre, and what they hold: float64 (keys, values), `[2, kv_heads, used, dim]`."""
+    capacity = used + spare
+    slots = Slots((2, kv_heads), capacity, (dim, dim), quantized(bits)(dtype, torch.device(DEVICE)))
+    held = []
+    for name, each in zip(("keys", "values"), bits):
+        drawn = torch.randint(2**each, (2, kv_heads, capacity, dim), dtype=torch.uint8)
+        scales = torch.randn(2, kv_heads, capacity, 1).half()
+        slots.arrays[name].copy_(pack(drawn, each))
+        slots.arrays[f"{name}_scale"].copy_(scales)
+        slots.arrays[f"{name}_scale"][:, :, used:] = torch.nan  # beyond the occupied slots lies nothing of use
+        held.append((normal_levels(each)[drawn.long()] * scales.double())[:, :, :used].to(DEVICE))
+    slots.codec.centre.normal_()
+    slots.positions.copy_(torch.arange(capacity).expand(2, kv_heads, capacity))
+    slots.positions[torch.rand(slots.positions.shape, device=DEVICE) < holes] = -1
+    slots.used = used
+    return slots, held[0] + slots.codec.centre.double(), held[1]
+
+
+def drawn_summary(slots, counts=(0.0, 40.0)):
+    """One summary slot per KV head, empty in the first row."""
+    summary = Summary()
+    summary.allocate(slots)
+    summary.keys.normal_()
+    summary.values.normal_()
+    summary.counts.copy_(torch.tensor(counts)[:, None, None])
+    return summary
+
+
+CODED = [  # bits, kv_heads, group, used, dim, splits
+    ((5, 4), 2, 3, 70, 64, None),
+    ((5, 4), 1, 1, 1, 16, None),
+    ((5, 4), 1, 2, 300, 64, 4),
+    ((3, 2), 2, 1, 40, 32, 1),
+    ((8, 6), 1, 4, 129, 128, 2),
+]
+
+
+@runs
+@pytest.mark.parametrize("filled", [False, True])
+@pytest.mark.parametrize("size", CODED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_attention_over_codes_equals_float64(poisoned, size, dtype, filled):
+    bits, kv_heads, group, used, dim, splits = size
+    slots, keys, values = coded_slots(bits, kv_heads, used, dim, dtype, holes=0 if filled else 0.3)
+    query = (torch.randn(2, kv_heads * group, dim, device=DEVICE) * 2).to(dtype)
+    mass = torch.rand(2, kv_heads, slots.capacity, device=DEVICE)
+    before, summary = mass.clone(), drawn_summary(slots)
+    counter = torch.tensor([used - 1], dtype=torch.int32, device=DEVICE) if filled else None
+    output, received = coded.attend(query, slots, 0.2, summary, mass, 0.9, not filled, counter, splits=splits)
+    turn = matrix(slots.codec.rotations["keys"], torch.float64)
+    turned = (query.double() @ turn).view(2, kv_heads, group, dim)
+    logits = (turned @ keys.mT * 0.2).masked_fill(slots["positions"][:, :, None] < 0, torch.finfo(torch.float32).min)
+    behind = turned @ summary.keys.double().mT * 0.2 + summary.counts.double().log()[:, :, None]
+    attention = torch.cat([logits, behind], -1).softmax(-1)
+    expected = attention @ torch.cat([values, summary.values.double()], 2) @ turn.T
+    assert output.dtype == dtype and received.data_ptr() == mass.data_ptr()
+    assert_near(output.view(expected.shape), expected, dtype)
+    assert_near(received, 0.9 * before[:, :, :used] + attention[..., :used].sum(2), dtype)
+    assert torch.equal(mass[:, :, used:], before[:, :, used:])
+    plain, alone = coded.attend(query, slots, 0.2, masked=not filled, splits=splits)
+    attention = logits.softmax(-1)
+    assert_near(plain.view(expected.shape), attention @ values @ turn.T, dtype)
+    assert_near(alone, attention.sum(2), dtype)
+
+
+@runs
+@pytest.mark.parametrize("bits", [(5, 4), (8, 6), (3, 2)], ids=str)
+@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_token_is_coded_as_by_the_codec(bits, dim, filled):
+    slots = [coded_slots(bits, 3, 7, dim, torch.float32)[0] for _ in range(2)]
+    slots[1].codec.centre.copy_(slots[0].codec.centre)
+    key, value = torch.randn(2, 2, 3, dim, 1, device=DEVICE).mT  # not contiguous
+    position = torch.tensor([[7], [-1]], dtype=torch.int32, device=DEVICE)
+    slots[0].append(*slots[0].codec.turn(key, key, value)[1:], position)
+    counter = torch.tensor([7], dtype=torch.int32, device=DEVICE)
+    if filled:
+        slots[1].used = 2  # Python's count is not looked at
+    before = {name: array.clone() for name, array in slots[1].arrays.items()}
+    codes.append(key, value, position, slots[1], counter if filled else None)
+    for name, array in slots[1].arrays.items():
+        untouched = torch.arange(slots[1].capacity, device=DEVICE) != 7
+        assert torch.equal(array[:, :, untouched].nan_to_num(), before[name][:, :, untouched].nan_to_num())
+        if "scale" in name:
+            torch.testing.assert_close(array[:, :, 7], slots[0].arrays[name][:, :, 7], rtol=2e-3, atol=1e-6)
+        else:  # a channel between two levels may go to either
+            assert (array[:, :, 7] == slots[0].arrays[name][:, :, 7]).float().mean() > 0.99
+
+
+@runs
+@pytest.mark.parametrize("bits,dim", [((5, 4), 64), ((3, 8), 16)], ids=str)
+@pytest.mark.parametrize("decay,mean", [(0.9, True), (1.0, True), (1.0, False)])
+def test_importance_from_codes_equals_float64(poisoned, bits, dim, decay, mean):
+    slots, _, values = coded_slots(bits, 2, 100, dim, torch.float32)
+    policy = AttentionMass(decay, mean, value_norm=True)
+    policy.allocate(slots)
+    slots.arrays["mass"].uniform_()
+    age = 120 - slots["positions"].double()
+    exposed = (age if decay == 1 else (1 - decay**age) / (1 - decay)) if mean else 1
+    expected = slots["mass"].double() / exposed * values.norm(dim=-1)
+    clock = torch.tensor([119], dtype=torch.int32, device=DEVICE)
+    for tokens in (Tokens(None, clock[None]), Tokens(None, clock[None], clock=clock)):
+        assert_near(codes.importance(policy, slots, tokens, 120 if tokens.clock is None else 3), expected, torch.float32)
+
+
+@runs
+def test_folding_codes_equals_float64():
+    slots, keys, values = coded_slots((5, 4), 2, 50, 64, torch.float32, holes=0.2)
+    summary = drawn_summary(slots)
+    evicted = torch.rand(2, 2, 50, device=DEVICE).argsort(-1)[..., :11].int().contiguous()
+    slots.arrays["values_scale"][1, 1, evicted[1, 1, 3].long()] = torch.inf
+    index = evicted.long()
+    sound = slots["positions"].gather(-1, index) >= 0
+    sound[1, 1, 3] = False
+    counts = summary.counts[..., 0].double() + sound.sum(-1)
+    expected = []
+    for held, mean in ((keys, summary.keys), (values, summary.values)):
+        taken = held.gather(2, index[..., None].expand(-1, -1, -1, 64)) * sound[..., None]
+        total = taken.nan_to_num().sum(2) + mean[:, :, 0].double() * summary.counts.double()
+        expected.append(total / counts.clamp(min=1)[..., None])
+    codes.fold(summary, slots, evicted)
+    assert torch.equal(summary.counts[..., 0].double(), counts)
+    for mean, right in zip((summary.keys, summary.values), expected):
+        assert_near(mean[:, :, 0], right, torch.float32)

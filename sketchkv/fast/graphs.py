@@ -7,7 +7,7 @@ occupied, so there is one graph for each of the `evict_every` phases between two
 
 import torch
 
-from sketchkv.fast import kernels
+from sketchkv.fast.launch import usable
 from sketchkv.fast.ops import fused
 from sketchkv.passes import Tokens
 
@@ -81,7 +81,7 @@ class StepGraphs:
     def _step(self):
         layers, positions = self.cache.layers, self.clock.long().expand(len(self.token), 1)
         with self.cache.passes.announced(Tokens(self.token, self.clock[None], clock=self.clock), self):
-            if kernels.usable(self.token.device):
+            if usable(self.token.device):
                 for layer in layers:
                     layer.ops = fused
             try:

@@ -1,93 +1,154 @@
-"""The operations of a layer in few launches, by Triton kernels, for steps that are recorded.
+"""The operations of a layer in few launches, by Triton kernels.
 
-Each method falls back on the eager rule where a kernel does not serve: padding, summaries, coded slots, many slots.
+Each method falls back on the eager rule where a kernel does not serve: several tokens at once, many slots, or a subclass
+that computes in a way of its own.
 """
 
-from sketchkv.fast import kernels
+from sketchkv.fast import attention, coded, codes, eviction
+from sketchkv.layer import BoundedLayer
 from sketchkv.ops import Eager
-from sketchkv.policies import AttentionMass, Sketch
+from sketchkv.policies import AttentionMass, Policy, Sketch
+from sketchkv.quantize import Normal, Quantized
 from sketchkv.sketch import CountMinSketch
 from sketchkv.slots import Plain
+from sketchkv.summary import Summary
 
 
 class Fused(Eager):
-    """One launch to store a token, one to attend and accumulate, one each to score, choose and close holes."""
+    """One launch to store a token, one to attend and accumulate, one each to score, choose and close holes.
+
+    filled: int32 `[1]`, tokens that the layer has stored, where the device counts them; None: Python does.
+    """
+
+    def __init__(self, filled=None):
+        self.filled = filled
+
+    def turn(self, layer, query, key, value):
+        """Kernels turn what they take to codes themselves."""
+        if query.shape[2] == 1 and _is_coded(layer):
+            return query, key, value
+        return super().turn(layer, query, key, value)
+
+    def turn_back(self, layer, output):
+        return output if output.shape[2] == 1 and _is_coded(layer) else super().turn_back(layer, output)
 
     def append(self, layer, keys, values, tokens):
         slots = layer.slots
-        if tokens.clock is None or type(slots.codec) is not Plain or keys.shape[2] > 1:
+        if keys.shape[2] > 1 or not (type(slots.codec) is Plain or _is_coded(layer)):
             return super().append(layer, keys, values, tokens)
-        start = slots.used
-        kernels.append(keys, values, tokens.clock, slots.keys, slots.values, slots.positions, start)
+        append = attention.append if type(slots.codec) is Plain else codes.append
+        append(keys, values, tokens.positions, slots, self.filled)
+        return self._stored(slots)
+
+    def _stored(self, slots):
         slots.used += 1
-        return slice(start, slots.used)
+        return slice(slots.used - 1, slots.used) if self.filled is None else self.filled.long()
 
     def attend(self, layer, query, tokens, form):
         slots, policy = layer.slots, layer.policy
-        plain = form.softcap is None and form.sinks is None and slots.widths[0] == slots.widths[1]
-        served = type(slots.codec) is Plain and not layer.summary and not layer.selective and not layer.is_sliding
-        if query.shape[2] > 1 or not (plain and served):
+        plain = _is_plain(layer)
+        if query.shape[2] > 1 or not (plain or _is_coded(layer)):
             return super().attend(layer, query, tokens, form)
+        if form.softcap is not None or form.sinks is not None:
+            turned = slots.codec.turn(query, query, query)[0]
+            return slots.codec.turn_back(super().attend(layer, turned, tokens, form))
         policy.query(slots, query)
         # A subclass that observes in its own way is asked to.
         accumulates = type(policy).observe is AttentionMass.observe and not tokens.padded
-        mass, decay = (slots["mass"], policy.decay) if accumulates else (None, 1.0)
-        positions = slots["positions"] if tokens.padded else None
-        output, received = kernels.attend(
-            query[:, :, 0], slots["keys"], slots["values"], form.scaling, positions, mass, decay
-        )
+        decay = policy.decay if accumulates else 1.0
+        if plain:
+            mass = self._stretch(slots, "mass") if accumulates else None
+            positions = slots["positions"] if tokens.padded else None
+            stored = self._stretch(slots, "keys"), self._stretch(slots, "values")
+            output, received = attention.attend(
+                query[:, :, 0], *stored, form.scaling, positions, mass, decay, self.filled
+            )
+        else:
+            mass = slots.arrays["mass"] if accumulates else None
+            output, received = coded.attend(
+                query[:, :, 0], slots, form.scaling, layer.summary, mass, decay, tokens.padded, self.filled
+            )
         if policy.uses_attention and not accumulates:
             received = received[:, :, None]
             real = (tokens.positions >= 0)[:, None, :, None] if tokens.padded else None
             policy.observe(slots, received if real is None else received * real)
         return output[:, :, None]
 
+    def _stretch(self, slots, name):
+        """The slots that a kernel may look at: the occupied ones, or all where the device knows which are."""
+        return slots[name] if self.filled is None else slots.arrays[name]
+
     def evict(self, layer, tokens):
-        slots = layer.slots
+        slots, summary = layer.slots, layer.summary
         count = slots.used - layer.max_cache_size
         served = (
-            tokens.clock is not None
-            and type(slots.codec) is Plain
-            and not (tokens.padded or layer.summary or layer.selective)
-            and count <= kernels.MOST_CHOSEN
-            and slots.used <= kernels.MOST_SLOTS
-            and type(layer).on_evict is _no_account()
+            (type(slots.codec) is Plain or _is_coded(layer))
+            and not (layer.selective or (summary and summary.protects))
+            and count <= eviction.MOST_CHOSEN
+            and slots.used <= eviction.MOST_SLOTS
+            and type(layer).on_evict is BoundedLayer.on_evict
         )
         if not served:
             return super().evict(layer, tokens)
-        importance = _score(layer.policy, slots, tokens.clock + 1).float()
+        importance = _score(layer, tokens).float()
         if importance.stride(-1) != 1:
             importance = importance.contiguous()
         protection = layer.num_sinks, layer.recent_window, layer.nan
-        evicted = kernels.lowest(importance, slots["positions"], tokens.clock, count, *protection)
-        if slots.device.type == "cpu":
-            layer.check()
-        kept = slots.used - count
-        for name, array in slots.arrays.items():
-            blank = None if name in slots.kv else -1 if name == "positions" else 0
-            kernels.compact_slots(array, evicted, kept, blank)
-        slots.used = slots.kept = kept
+        evicted = eviction.lowest(importance, slots["positions"], tokens, layer.seen, count, *protection)
+        self.look(layer, tokens)
+        if summary and _is_coded(layer):
+            codes.fold(summary, slots, evicted)
+        elif summary:
+            index = evicted.long()
+            taken = slots.take("keys", index), slots.take("values", index)
+            summary.fold(*taken, slots["positions"].gather(-1, index))
+        eviction.compact(slots, evicted)
 
 
 fused = Fused()
 
 
-def _no_account():
-    from sketchkv.layer import BoundedLayer
+def grows(layer, padded=False):
+    """Whether a step of the layer may be recorded once for any number of occupied slots, as long as none is evicted."""
+    policy = type(layer.policy)
+    watches = policy.uses_attention and policy.observe is not AttentionMass.observe
+    return not (padded or watches or policy.query is not Policy.query) and (_is_plain(layer) or _is_coded(layer))
 
-    return BoundedLayer.on_evict
+
+def _is_plain(layer):
+    """Whether a kernel attends to the layer's slots as they are."""
+    slots = layer.slots
+    plain = type(slots.codec) is Plain and slots.widths[0] == slots.widths[1] and not layer.summary
+    return plain and not layer.selective and type(layer).hide is BoundedLayer.hide
 
 
-def _score(policy, slots, seen):
-    """`policy.score`, for the Count-Min Sketch in two launches."""
+def _is_coded(layer):
+    """Whether kernels work on the layer's codes: of vectors as wide as a power of two, with one summary slot at most."""
+    codec, summary, (width, other) = layer.slots.codec, layer.summary, layer.slots.widths
+    return (
+        type(codec) is Quantized
+        and all(type(coder) is Normal for coder in codec.coders.values())
+        and width == other
+        and width >= 16
+        and not width & width - 1
+        and (summary is None or (type(summary) is Summary and summary.count == 1 and not summary.spread))
+        and not layer.selective
+        and type(layer).hide is BoundedLayer.hide
+        and type(layer.policy).query is Policy.query
+    )
+
+
+def _score(layer, tokens):
+    """`policy.score`, for the Count-Min Sketch in two launches, for norms of coded values in one."""
+    policy, slots, seen = layer.policy, layer.slots, tokens.end(layer)
+    if type(policy).score is AttentionMass.score and _is_coded(layer):
+        return codes.importance(policy, slots, tokens, layer.seen)
     if type(policy) is not Sketch or type(policy.sketches[0]) is not CountMinSketch:
         return policy.score(slots, seen)
     elapsed = slots.used - slots.kept
-    if policy.key == "lsh":
-        kernels.codes(slots.keys, policy.code.projection, slots.arrays["signature"], slots.kept, elapsed)
+    if policy.key == "lsh" and type(slots.codec) is Plain:
+        eviction.codes(slots.keys, policy.code.projection, slots.arrays["signature"], slots.kept, elapsed)
         signatures = slots["signature"]
     else:
         signatures = policy.signatures(slots)
-    return kernels.remember(
-        signatures, slots["mass"], slots["positions"], policy.sketches, seen, elapsed, policy.decay
-    )
+    return eviction.remember(signatures, slots["mass"], slots["positions"], policy.sketches, seen, elapsed, policy.decay)

@@ -1,0 +1,325 @@
+"""A decode step over the slots as one fused Triton kernel: each key and value is read once.
+
+The plan is FlashDecoding's (Dao et al. 2023): online softmax, and slots split over several programs where the batch alone
+would not fill the chip. Beyond it, the kernel gives what eviction needs: the attention each slot received. That takes the
+final normaliser, so logits (1/64 of the bytes of keys and values at head_dim 64 in 16 bits) wait in a scratch buffer.
+"""
+
+import torch
+
+from sketchkv.fast.launch import INTERPRETED, jit, tl, triton
+
+LOG2E = 1.4426950408889634
+MASKED = tl.constexpr(-3e38)  # finite, so that a row with every slot masked attends evenly, as torch's softmax does
+PROGRAMS = 512  # enough to fill the chip: about 4 per multiprocessor
+FEW_SLOTS, FEW_PROGRAMS = 2048, 160  # with few slots more programs gain less than they cost
+
+
+@jit
+def _tile(pointer, row, column, row_stride, column_stride, end, COLUMNS: tl.constexpr, WIDTH: tl.constexpr):
+    """[rows, WIDTH] of a matrix with COLUMNS columns, zero outside."""
+    address = pointer + row[:, None] * row_stride + column[None, :] * column_stride
+    if COLUMNS == WIDTH:
+        return tl.load(address, mask=row[:, None] < end, other=0.0)
+    else:
+        return tl.load(address, mask=(row[:, None] < end) & (column[None, :] < COLUMNS), other=0.0)
+
+
+@jit
+def _hide(logits, positions, slot, slot_stride, end, MASK: tl.constexpr):
+    """Logits with -inf beyond `end` and MASKED where the slot holds no token; `slot` broadcasts to them."""
+    if MASK:
+        held = tl.load(positions + slot * slot_stride, mask=slot < end, other=0) >= 0
+        logits = tl.where(held, logits, MASKED)
+    return tl.where(slot < end, logits, -float("inf"))
+
+
+@jit
+def _receive(scratch, received, slot, slot_stride, used, scratch_stride, group, top, total, decay,
+             GROUP: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+    """received = decay * received + attention of the group's query heads, for `slot` [n]; top, total: [heads]."""
+    inside = (group[:, None] < GROUP) & (slot[None, :] < used)
+    logits = tl.load(
+        scratch + group[:, None] * scratch_stride + slot[None, :], mask=inside, other=-float("inf"), cache_modifier=".cg"
+    )  # fmt: skip
+    attention = tl.sum(tl.exp2(logits - top[:, None]) / total[:, None], 0)
+    address = received + slot * slot_stride
+    if ADD:
+        attention += decay * tl.load(address, mask=slot < used, other=0.0)
+    tl.store(address, attention, mask=slot < used)
+
+
+@jit(do_not_specialize=["used", "per_split"])
+def _attend(
+    query, keys, values, positions, filled, received, output, scratch, partial, tops, totals,
+    q_batch, q_head, q_dim, k_batch, k_head, k_slot, k_dim, v_batch, v_head, v_slot, v_dim,
+    p_batch, p_head, p_slot, r_batch, r_head, r_slot, scratch_stride,
+    kv_heads, used, per_split, scale, decay,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, SPLITS: tl.constexpr, MASK: tl.constexpr, ADD: tl.constexpr, FINISH: tl.constexpr,
+    GROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: one KV head of one sequence, slots [split * per_split, (split + 1) * per_split)."""
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    batch, head = row // kv_heads, row % kv_heads
+    if GROWS:
+        used = tl.load(filled) + 1
+    query += batch * q_batch + head * GROUP * q_head
+    keys += batch * k_batch + head * k_head
+    values += batch * v_batch + head * v_head
+    positions += batch * p_batch + head * p_head
+    received += batch * r_batch + head * r_head
+    scratch += row * GROUP * scratch_stride
+    output += row * GROUP * HEAD_DIM
+    start = split * per_split
+    end = tl.minimum(start + per_split, used)
+    group = tl.arange(0, GROUPS)
+    column = tl.arange(0, WIDTH)
+    if GROUP == 1:
+        # Each row of the tile keeps a softmax of its own until the end: nothing crosses threads' rows in the loop.
+        q = tl.load(query + column * q_dim, mask=column < HEAD_DIM, other=0.0).to(tl.float32) * scale
+        top = tl.full([BLOCK], MASKED, tl.float32)
+        total = tl.zeros([BLOCK], tl.float32)
+        sums = tl.zeros([BLOCK, WIDTH], tl.float32)
+        for begin in tl.range(start, end, BLOCK, num_stages=STAGES):
+            slot = begin + tl.arange(0, BLOCK)
+            k = _tile(keys, slot, column, k_slot, k_dim, end, HEAD_DIM, WIDTH)
+            v = _tile(values, slot, column, v_slot, v_dim, end, HEAD_DIM, WIDTH)
+            logits = _hide(tl.sum(k.to(tl.float32) * q[None, :], 1), positions, slot, p_slot, end, MASK)
+            tl.store(scratch + slot, logits, mask=slot < end)
+            higher = tl.maximum(top, logits)
+            old, new = tl.exp2(top - higher), tl.exp2(logits - higher)
+            total = total * old + new
+            sums = sums * old[:, None] + new[:, None] * v.to(tl.float32)
+            top = higher
+        highest = tl.max(top, 0)
+        share = tl.exp2(top - highest)
+        sums = tl.sum(sums * share[:, None], 0)[None, :]
+        total = tl.zeros([1], tl.float32) + tl.sum(total * share, 0)
+        top = tl.zeros([1], tl.float32) + highest
+    else:
+        # The matrix unit takes 16 query heads at once; rows beyond the group are zero.
+        q = _tile(query, group, column, q_head, q_dim, GROUP, HEAD_DIM, WIDTH)
+        top = tl.full([GROUPS], MASKED, tl.float32)
+        total = tl.zeros([GROUPS], tl.float32)
+        sums = tl.zeros([GROUPS, WIDTH], tl.float32)
+        for begin in tl.range(start, end, BLOCK, num_stages=STAGES):
+            slot = begin + tl.arange(0, BLOCK)
+            k = _tile(keys, slot, column, k_slot, k_dim, end, HEAD_DIM, WIDTH)
+            v = _tile(values, slot, column, v_slot, v_dim, end, HEAD_DIM, WIDTH)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            logits = _hide(logits, positions, slot[None, :], p_slot, end, MASK)
+            inside = (group[:, None] < GROUP) & (slot[None, :] < end)
+            tl.store(scratch + group[:, None] * scratch_stride + slot[None, :], logits, mask=inside)
+            higher = tl.maximum(top, tl.max(logits, 1))
+            old, new = tl.exp2(top - higher), tl.exp2(logits - higher[:, None])
+            total = total * old + tl.sum(new, 1)
+            sums = tl.dot(new.to(v.dtype), v, sums * old[:, None], input_precision="ieee")
+            top = higher
+    inside = (group[:, None] < GROUP) & (column[None, :] < HEAD_DIM)
+    if SPLITS == 1:
+        address = output + group[:, None] * HEAD_DIM + column[None, :]
+        tl.store(address, (sums / total[:, None]).to(output.dtype.element_ty), mask=inside)
+        tl.debug_barrier()  # the logits below were stored by other threads
+        for begin in range(0, used, FINISH):
+            slot = begin + tl.arange(0, FINISH)
+            _receive(scratch, received, slot, r_slot, used, scratch_stride, group, top, total, decay, GROUP, ADD)
+    else:
+        part = (row * GROUP + group) * SPLITS + split
+        tl.store(partial + part[:, None] * HEAD_DIM + column[None, :], sums, mask=inside)
+        tl.store(tops + part, top, mask=group < GROUP)
+        tl.store(totals + part, total, mask=group < GROUP)
+
+
+@jit(do_not_specialize=["used"])
+def _combine(
+    received, filled, output, scratch, partial, tops, totals, turn, r_batch, r_head, r_slot, scratch_stride, kv_heads, used, decay, factor,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr, FINISH: tl.constexpr, GROWS: tl.constexpr,
+    TURN: tl.constexpr,
+):  # fmt: skip
+    """Second pass over split slots. One program: FINISH slots of one KV head; the first adds up the output instead."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    if GROWS:
+        used = tl.load(filled) + 1
+    received += row // kv_heads * r_batch + row % kv_heads * r_head
+    group = tl.arange(0, GROUPS)
+    split = tl.arange(0, PARTS)
+    part = (row * GROUP + group[:, None]) * SPLITS + split[None, :]
+    inside = (group[:, None] < GROUP) & (split[None, :] < SPLITS)
+    part_top = tl.load(tops + part, mask=inside, other=MASKED)
+    part_total = tl.load(totals + part, mask=inside, other=0.0)
+    top = tl.max(part_top, 1)
+    total = tl.sum(part_total * tl.exp2(part_top - top[:, None]), 1)
+    total = tl.where(group < GROUP, total, 1.0)
+    scratch += row * GROUP * scratch_stride
+    if block > 0:  # the output waits for nothing that these do
+        slot = (block - 1) * FINISH + tl.arange(0, FINISH)
+        _receive(scratch, received, slot, r_slot, used, scratch_stride, group, top, total, decay, GROUP, ADD)
+    else:
+        column = tl.arange(0, WIDTH)
+        written = (group[:, None] < GROUP) & (column[None, :] < HEAD_DIM)
+        sums = tl.zeros([GROUPS, WIDTH], tl.float32)
+        for index in range(SPLITS):
+            of_split = (row * GROUP + group) * SPLITS + index
+            share = tl.exp2(tl.load(tops + of_split, mask=group < GROUP, other=MASKED) - top)
+            address = partial + of_split[:, None] * HEAD_DIM + column[None, :]
+            sums += share[:, None] * tl.load(address, mask=written, other=0.0)
+        sums = sums / total[:, None]
+        if TURN:  # values were turned when they were coded
+            back = tl.load(turn + column[None, :] * HEAD_DIM + column[:, None]).to(output.dtype.element_ty)
+            sums = tl.dot(sums.to(output.dtype.element_ty), back, input_precision="ieee") * factor
+        target = output + (row * GROUP + group[:, None]) * HEAD_DIM + column[None, :]
+        tl.store(target, sums.to(output.dtype.element_ty), mask=written)
+
+
+@jit(do_not_specialize=["slot"])
+def _append(
+    key,
+    value,
+    position,
+    filled,
+    keys,
+    values,
+    positions,
+    k_batch,
+    k_head,
+    v_batch,
+    v_head,
+    p_batch,
+    slot,
+    kv_heads,
+    capacity,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GROWS: tl.constexpr,
+):
+    """One program: the new token of one KV head of one sequence."""
+    row = tl.program_id(0).to(tl.int64)
+    batch, head = row // kv_heads, row % kv_heads
+    if GROWS:
+        slot = tl.load(filled)
+    target = row * capacity + slot
+    column = tl.arange(0, WIDTH)
+    new = tl.load(key + batch * k_batch + head * k_head + column, mask=column < KEYS)
+    tl.store(keys + target * KEYS + column, new, mask=column < KEYS)
+    new = tl.load(value + batch * v_batch + head * v_head + column, mask=column < VALUES)
+    tl.store(values + target * VALUES + column, new, mask=column < VALUES)
+    tl.store(positions + target, tl.load(position + batch * p_batch))
+
+
+def append(key, value, position, slots, filled=None):
+    """Stores one new token in the next slot of all heads, in one launch; Python's count of the slots is left as it is.
+
+    key, value: `[batch, num_kv_heads, 1, width]`, of the dtypes that `slots` holds; position: int32 `[batch or 1, 1]`.
+    slots: `sketchkv.slots.Slots` with plain keys and values.
+    filled: int32 `[1]`, how many slots are occupied, where the device counts; None: `slots.used`.
+    """
+    (batch, kv_heads), widths = slots.shape, slots.widths
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    _append[(batch * kv_heads,)](
+        key,
+        value,
+        position,
+        position if filled is None else filled,
+        slots.keys,
+        slots.values,
+        slots.positions,
+        *key.stride()[:2],
+        *value.stride()[:2],
+        position.stride(0) if position.shape[0] > 1 else 0,
+        slots.used,
+        kv_heads,
+        slots.capacity,
+        KEYS=widths[0],
+        VALUES=widths[1],
+        WIDTH=triton.next_power_of_2(max(widths)),
+        GROWS=filled is not None,
+        num_warps=1,
+    )
+
+
+def attend(query, keys, values, scaling, positions=None, received=None, decay=1.0, filled=None, **tuning):
+    """Attention of one new query per sequence over the slots: `(output, received)`.
+
+    query: `[batch, num_heads, head_dim]`; keys, values: `[batch, num_kv_heads, used, head_dim]`, views with any strides,
+    float16, bfloat16 or float32; num_heads a multiple of num_kv_heads. scaling: factor of the logits. positions: integer
+    `[batch, num_kv_heads, used]`, slots below 0 are not looked at; None: look at all.
+
+    output: `[batch, num_heads, head_dim]`, the query's dtype. received: float32 `[batch, num_kv_heads, used]`, the
+    attention of each KV head's query heads summed. If a tensor `received` is given, it becomes
+    `decay * received + attention` in place and is returned. filled: int32 `[1]`, where the device counts: as many slots and
+    one more, the new token's, are looked at, and of the others nothing is read or written. tuning: `block`, `splits`, `num_warps`, `num_stages`.
+
+    Raises RuntimeError without triton or a GPU (see `usable`), ValueError for shapes that don't fit.
+    """
+    if triton is None or not (query.is_cuda or INTERPRETED):
+        raise RuntimeError(
+            "the fused kernel needs a CUDA device and the package triton, which comes with CUDA builds of torch "
+            "(TRITON_INTERPRET=1 runs it on the CPU, for tests): use torch operations instead"
+        )
+    batch, kv_heads, used, head_dim = keys.shape
+    heads = query.shape[1]
+    slots = (batch, kv_heads, used)
+    if (
+        tuple(query.shape) != (batch, heads, head_dim)
+        or heads % kv_heads
+        or values.shape != keys.shape
+        or any(tensor is not None and tuple(tensor.shape) != slots for tensor in (positions, received))
+    ):
+        raise ValueError(
+            f"query {list(query.shape)}, keys {list(keys.shape)}, values {list(values.shape)} must be [batch, heads, dim], "
+            f"[batch, kv_heads, used, dim] twice; positions and received [batch, kv_heads, used]"
+        )
+    group = heads // kv_heads
+    groups = 1 if group == 1 else max(16, triton.next_power_of_2(group))
+    width = max(16, triton.next_power_of_2(head_dim))
+    rows = batch * kv_heads
+    block = tuning.get("block", 32 if width > 64 or group == 1 and rows > 128 else 64)
+    splits, per_split, stride, buffers = scratchpad(rows, group, used, head_dim, block, query.device, tuning.get("splits"))
+    device = query.device
+    output = torch.empty(batch, heads, head_dim, dtype=query.dtype, device=device)
+    add = received is not None
+    if not add:
+        received = torch.empty(slots, dtype=torch.float32, device=device)
+    mask = positions is not None
+    positions = positions if mask else received
+    counter = received if filled is None else filled
+    finish = 1024 if group == 1 else 128
+    shape = dict(GROUP=group, GROUPS=groups, HEAD_DIM=head_dim, WIDTH=width, SPLITS=splits, ADD=add, FINISH=finish)
+    shape |= dict(GROWS=filled is not None)
+    _attend[(rows, splits)](
+        query, keys, values, positions, counter, received, output, *buffers,
+        *query.stride(), *keys.stride(), *values.stride(), *positions.stride(), *received.stride(), stride,
+        kv_heads, used, per_split, scaling * LOG2E, decay, **shape,
+        BLOCK=block, STAGES=tuning.get("num_stages", 3), MASK=mask, num_warps=tuning.get("num_warps", 4),
+    )  # fmt: skip
+    if splits > 1:
+        _combine[(rows, 1 + triton.cdiv(used, finish))](
+            received, counter, output, *buffers, received, *received.stride(), stride, kv_heads, used, decay, 1.0,
+            **shape, TURN=False, PARTS=triton.next_power_of_2(splits), num_warps=4,
+        )  # fmt: skip
+    return output, received
+
+
+def scratchpad(rows, group, used, width, block, device, splits=None):
+    """How many programs share the slots of a KV head, slots of each, length of a row of logits, and what they write in
+    between: logits, and for several programs their parts of the output, maxima and sums.
+
+    rows: KV heads of all sequences; group: query heads of each; used: slots; width: of values; block: slots of one tile.
+    """
+    # Putting splits together costs as much as 300 slots do. A power of two: what is a constant of the compiled kernel must
+    # take few values while the slots fill.
+    wanted = PROGRAMS // rows if used > FEW_SLOTS else FEW_PROGRAMS // rows if used >= 512 else 1
+    splits = splits or 1 << max(1, min(wanted, used // 64)).bit_length() - 1
+    per_split = triton.cdiv(triton.cdiv(used, splits), block) * block
+    stride = triton.cdiv(used, 16) * 16  # rows that begin at a multiple of 64 bytes
+    scratch = torch.empty(rows * group, stride, dtype=torch.float32, device=device)
+    partial = tops = totals = scratch
+    if splits > 1:
+        partial = torch.empty(rows * group, splits, width, dtype=torch.float32, device=device)
+        tops, totals = torch.empty(2, rows * group, splits, dtype=torch.float32, device=device)
+    return splits, per_split, stride, (scratch, partial, tops, totals)

@@ -43,6 +43,9 @@ SMALL = (
 # Kinds of layers in a small model, where a configuration lists them: each that the class has by default, in turn.
 LAYERS = 4
 WINDOW = 16
+VISION = dict(
+    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+)  # fmt: skip
 # What single classes need beyond it.
 CHANGES = {
     "AXK2ForCausalLM": dict(index_topk=512),
@@ -63,7 +66,16 @@ CHANGES = {
     "Dots1ForCausalLM": dict(n_shared_experts=1),
     "GPTNeoForCausalLM": dict(attention_types=[[["global", "local"], 1]], window_size=WINDOW),
     "Gemma3nForCausalLM": dict(num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 4),
-    "GitForCausalLM": dict(vision_config=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32)),
+    "GitForCausalLM": dict(vision_config=VISION),
+    "Gemma3ForConditionalGeneration": dict(vision_config=VISION, mm_tokens_per_image=4),
+    "Gemma4ForConditionalGeneration": dict(vision_config=None, audio_config=None),
+    "Gemma4UnifiedForConditionalGeneration": dict(vision_config=None, audio_config=None),
+    "GotOcr2ForConditionalGeneration": dict(
+        vision_config=dict(
+            hidden_size=32, output_channels=16, num_hidden_layers=1, num_attention_heads=2, image_size=64, mlp_dim=32,
+            window_size=2, global_attn_indexes=[0],
+        )
+    ),  # fmt: skip
     "GraniteMoeHybridForCausalLM": dict(layer_types=["mamba", "attention"]),
     "InklingForCausalLM": dict(vocab_size=97),
     "JambaForCausalLM": dict(attn_layer_period=2, attn_layer_offset=1),
@@ -72,10 +84,13 @@ CHANGES = {
     "Lfm2ForCausalLM": dict(layer_types=["conv", "full_attention"] * 2),
     "LongcatFlashForCausalLM": dict(num_key_value_heads=4, head_dim=8, zero_expert_num=2, num_layers=2, moe_topk=2),
     "Mamba2ForCausalLM": dict(num_heads=4, head_dim=32),
+    "MllamaForCausalLM": dict(cross_attention_layers=[]),
+    "ModernBertDecoderForCausalLM": dict(local_attention=2 * WINDOW),
+    "MoshiForCausalLM": dict(sliding_window=512),  # one pass does not see its window, a cache does
     "MusicgenForCausalLM": dict(num_codebooks=1),
     "MusicgenMelodyForCausalLM": dict(num_codebooks=1),
     "Phi4MultimodalForCausalLM": dict(
-        vision_config=dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32),
+        vision_config=VISION,
         audio_config=dict(
             hidden_size=32, intermediate_size=32, num_blocks=1, num_attention_heads=2, ext_pw_out_channel=32,
             nemo_conv_channels=32,
@@ -93,14 +108,11 @@ CHANGES = {
     "ZayaForCausalLM": dict(num_experts_per_tok=1),
     "xLSTMForCausalLM": dict(num_heads=4, qk_dim_factor=1.0),
 }
+# Classes that no small model is built of, and why.
 NOT_BUILT = {
     "BltForCausalLM": "four models in one; its patcher needs bytes",
-    "CsmDepthDecoderForCausalLM": "decodes the depth of one audio frame, 33 tokens at most",
-    "Gemma3ForConditionalGeneration": "reads pictures; its text model is Gemma3ForCausalLM",
-    "Gemma3nForConditionalGeneration": "reads pictures and sound; its text model is Gemma3nForCausalLM",
-    "Gemma4ForConditionalGeneration": "reads pictures; its text model is Gemma4ForCausalLM",
-    "Gemma4UnifiedForConditionalGeneration": "reads pictures; its text model is Gemma4UnifiedForCausalLM",
-    "GotOcr2ForConditionalGeneration": "reads pictures; its text model is Qwen2ForCausalLM",
+    "CsmDepthDecoderForCausalLM": "decodes the codebooks of one audio frame, 33 tokens at most",
+    "Gemma3nForConditionalGeneration": "needs timm; its text model is Gemma3nForCausalLM",
     "Gemma4AssistantForCausalLM": "drafts for another model and reads its cache",
     "Gemma4UnifiedAssistantForCausalLM": "drafts for another model and reads its cache",
 }
@@ -115,8 +127,16 @@ def names():
 
 
 def small_config(config_class, changes):
+    """A configuration of a few thousand parameters: `SMALL`, as many layers as it takes to have each kind, and `changes`."""
     fields = {field.name: field.default for field in dataclasses.fields(config_class)}
     values = {name: value for name, value in SMALL.items() if name in fields}
+    if "text_config" in fields:
+        text = config_class.sub_configs["text_config"]
+        if text is transformers.AutoConfig:
+            text = type(config_class().get_text_config())
+        inner = {name: changes[name] for name in changes if name not in fields}
+        values["text_config"] = small_config(text, inner).to_dict()
+        changes = {name: changes[name] for name in changes if name in fields}
     if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
         values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention has a key for each head
     if fields.get("sliding_window") is not None:
@@ -191,6 +211,7 @@ VARIANTS = {
         "dynamic NTK, unused": dict(rope_parameters=NTK["rope_parameters"]),
     },
     "MellumForCausalLM": {"window": MIXED},
+    "MllamaForCausalLM": {"cross-attention": dict(cross_attention_layers=[1])},
     "MinistralForCausalLM": {"mixed": MIXED},
     "MistralForCausalLM": {"no window": dict(sliding_window=None), "wide window": dict(sliding_window=4096)},
     "MixtralForCausalLM": {"window": dict(sliding_window=WINDOW)},
@@ -227,21 +248,36 @@ VARIANTS = {
 }  # fmt: skip
 
 
+# Models that are no causal language models, which must be refused as well.
+OTHERS = {
+    "BartForConditionalGeneration": {},
+    "BertModel": {},
+    "T5ForConditionalGeneration": dict(d_kv=16, d_ff=96, num_layers=2, num_decoder_layers=2),
+    "ViTModel": VISION,
+    "WhisperForConditionalGeneration": {},
+}
+PEFT = "PEFT, wrapped first", "PEFT, enabled first"
+# Weights are multiplied by this, so that attention picks tokens: what eviction changes must show, what is rounded must not.
+SCALE = 3.0
+SCALES = {"Gemma4ForCausalLM": 1.5, "Gemma4ForConditionalGeneration": 1.5}  # scaling is 1, so that attention is sharp as it is
+
+
 def rows():
-    """(class, variant) of every configuration that can be built; the variant "" is the class's own."""
+    """(class, variant) of every configuration that is built; the variant "" is the class's own."""
     built = [name for name in names() if name not in NOT_BUILT]
-    return [(name, variant) for name in built for variant in ("", *VARIANTS.get(name, ()))]
+    own = [(name, variant) for name in built for variant in ("", *VARIANTS.get(name, ()))]
+    return own + [("LlamaForCausalLM", variant) for variant in PEFT] + [(name, "") for name in OTHERS]
 
 
-def build(name, variant="", scale=1.0):
-    """A model of class `name` with random weights, float32, in evaluation mode; its matrices are multiplied by `scale`."""
+def build(name, variant=""):
+    """A model of class `name` with random weights, float32, in evaluation mode."""
     model_class = getattr(transformers, name)
-    changes = CHANGES.get(name, {}) | (VARIANTS[name][variant] if variant else {})
+    changes = CHANGES.get(name, {}) | OTHERS.get(name, {}) | VARIANTS.get(name, {}).get(variant, {})
     torch.manual_seed(0)
     model = model_class(small_config(model_class.config_class, copy.deepcopy(changes))).eval().requires_grad_(False)
     for parameter_name, parameter in model.named_parameters():
         if parameter.ndim > 1:
-            parameter.mul_(scale)
+            parameter.mul_(SCALES.get(name, SCALE))
         elif parameter_name.endswith("sinks"):
             parameter.fill_(2.0)  # strong enough to be missed
     return model

@@ -1,14 +1,23 @@
-"""sketchkv: a KV cache under a hard cap, with sketches that remember which tokens mattered."""
+"""sketchkv: a KV cache under a hard cap, and sketches that remember which tokens mattered."""
+
+from importlib import import_module
 
 from sketchkv.attention import disable, enable
 from sketchkv.cache import SketchCache
-from sketchkv.decode import generate, score
-from sketchkv.loading import load
-from sketchkv.policies import H2O, LRU, TOVA, AttentionMass, KeyNorm, Policy, Prior, Random, Sketch, SnapKV, Window
-from sketchkv.self_tuning import SelfTuned
-from sketchkv.sketches import RACE, ConservativeSketch, CountMinSketch, CountSketch
+from sketchkv.policies import H2O, AttentionMass, Policy, Random, Sketch, Window
+from sketchkv.sketch import CountMinSketch
 
-__all__ = [
-    "H2O", "LRU", "RACE", "TOVA", "AttentionMass", "ConservativeSketch", "CountMinSketch", "CountSketch", "KeyNorm", "Policy",
-    "Prior", "Random", "SelfTuned", "Sketch", "SketchCache", "SnapKV", "Window", "disable", "enable", "generate", "load", "score",
-]  # fmt: skip
+# Loaded when asked for: what a bounded cache does without.
+_LATER = {"generate": "decode", "score": "decode", "load": "loading", "Summary": "summary", "pyramid": "budgets"} | dict.fromkeys(
+    ("LRU", "TOVA", "KeyNorm", "SnapKV"), "peers"
+)
+
+
+def __getattr__(name):
+    if name in _LATER:
+        return getattr(import_module(f"sketchkv.{_LATER[name]}"), name)
+    raise AttributeError(f"module 'sketchkv' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_LATER])

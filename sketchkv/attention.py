@@ -1,114 +1,244 @@
-"""Connects a transformers model with `SketchCache`: `enable(model)`."""
+"""Connects a transformers model with `SketchCache`: `enable(model)`.
 
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+Nothing of a pass is kept on the model, so passes may run side by side: hooks announce a pass to the cache that it was given,
+the cache marks the keys that it returns, and the attention function that sees the mark asks the layer behind it.
+"""
 
-from sketchkv import compiled
-from sketchkv.cache import SketchCache
+import inspect
+import sys
+from functools import lru_cache
 
-NAME = "sketchkv"
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sketchkv.cache import SketchCache, layer_windows, text_config
+from sketchkv.layer import Form
 
-class _Switch:
-    """Shared by the attention modules of a model: the `SketchCache` of the forward pass under way, if any."""
-
-    cache = None
-    masked = False  # whether the caller gave an attention_mask: transformers may build one that says nothing
-    compiled = False  # whether a compiled step is under way, which brings its cache by itself
-    step = None  # the model's `CompiledStep`
-    handles = ()
-    previous = None
-
-    def __getstate__(self):  # a copy of the model compiles its own
-        return vars(self) | {"step": None}
-
-    def open(self, module, args, kwargs):
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, SketchCache):
-            return
-        if module.config._attn_implementation != NAME:
-            raise RuntimeError(
-                f"the model's attention was set to {module.config._attn_implementation!r} after enable(): "
-                "call sketchkv.enable(model) again"
-            )
-        layers = module.config.get_text_config(decoder=True).num_hidden_layers
-        if len(cache.layers) != layers:
-            raise ValueError(f"the cache has {len(cache.layers)} layers, the model {layers}: SketchCache(model.config, ...)")
-        token_ids = kwargs.get("input_ids", args[0] if args else None)
-        inputs = token_ids if token_ids is not None else kwargs["inputs_embeds"]
-        cache.open(inputs.shape[1], token_ids, kwargs.get("position_ids"))
-        self.cache, self.masked = cache, kwargs.get("attention_mask") is not None
-
-    def close(self, *_):
-        if self.cache is not None:
-            self.cache.close()
-            self.cache = None
+PREFIX = "sketchkv_"  # before the name of a model's own attention implementation, where it is enabled
+# What attention functions are given that says nothing of which tokens are seen or how logits are formed.
+HARMLESS = {"is_causal", "sliding_window", "position_ids", "use_cache", "cache_position", "output_attentions"}
+USED = object()  # the mark of keys that a layer has attended to
+# Models whose attention no attribute tells apart, and what is wrong with it.
+REFUSED = {
+    "diffllama": "its layers attend twice, each time with half of the values",
+    "jetmoe": "its keys are repeated for each expert after the cache has returned them",
+    "git": "its attention does not go through transformers' attention interface",
+    "moshi": "its window is that of the cache alone: transformers gives other logits in one pass than token by token",
+}
 
 
-def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Attention function for `AttentionInterface`: bounded with a `SketchCache`, plain SDPA with anything else."""
-    switch = getattr(module, "_sketchkv", None)
-    if switch is None or (switch.cache is None and not switch.compiled):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )  # fmt: skip
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if switch.compiled:
-        return compiled.attend(query, key, value, scaling, module.layer_idx), None
-    cache = switch.cache
-    count = query.shape[2]
-    if attention_mask is not None and attention_mask.shape[-2:] != (count, count):
-        raise ValueError(
-            f"SketchCache takes a 2-D attention_mask [batch, tokens so far] or none, got a mask of shape "
-            f"{tuple(attention_mask.shape)}: 4-D masks cannot say which evicted tokens they mean"
-        )
-    # The mask is causal within the new tokens, so its last row is their padding mask.
-    valid = attention_mask[:, 0, -1] if attention_mask is not None and switch.masked else None
-    output = cache.layers[module.layer_idx].attend(query, key, value, valid, cache.token_ids, scaling, cache.clock)
+def _attention(module, query, key, value, attention_mask, *, scaling=None, softcap=None, s_aux=None, **kwargs):
+    """The attention function of an enabled model: the bounded one for keys that come from a `SketchCache`, the model's own
+    for all others."""
+    instead, visit = kwargs.pop("sketchkv_attend", None), getattr(key, "_sketchkv", None)
+    if visit is None and instead is None:
+        given = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
+        given = {name: each for name, each in given.items() if each is not None}
+        return _own(module)(module, query, key, value, attention_mask, **given, **kwargs)
+    unknown = [name for name, given in kwargs.items() if name not in HARMLESS and not _nothing(given)]
+    if unknown:
+        hint = ": call model.eval()" if unknown == ["dropout"] else ""
+        raise ValueError(f"{type(module).__name__} asks its attention for {unknown}, which a SketchCache can't give{hint}")
+    if visit is USED:
+        raise ValueError(f"{type(module).__name__} attends twice with the same keys: a SketchCache can't tell the two apart")
+    form = Form(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    if instead is not None:
+        return instead(query, key, value, form, module.layer_idx), None
+    key._sketchkv = USED
+    layer, tokens = visit
+    if key.shape[2] != tokens.positions.shape[1]:
+        raise ValueError(f"the pass was announced with {tokens.positions.shape[1]} tokens and brings {key.shape[2]}")
+    with torch.no_grad():
+        output = layer.attend(query, key, value, tokens, form)
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        output = _NoGradient.apply(output, query, key, value)
     return output.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+class _NoGradient(torch.autograd.Function):
+    """Passes attention's output on, and refuses to be differentiated: what was stored is overwritten by then."""
+
+    @staticmethod
+    def forward(ctx, output, *inputs):
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError("a SketchCache can't be trained through: train without past_key_values, or with another cache")
+
+
+def _own(module):
+    """The attention function that the model had before `enable`."""
+    name = module.config._attn_implementation.removeprefix(PREFIX)
+    if name != "eager":
+        return ALL_ATTENTION_FUNCTIONS[name]
+    for kind in type(module).__mro__:  # the file that defines the attention defines its eager function, too
+        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise ValueError(f"{type(module).__name__} has no eager attention function of its own")
+
+
+def _nothing(given):
+    """Whether an argument asks for nothing."""
+    return given is None or given is False or (isinstance(given, float) and given == 0)
+
+
+@lru_cache
+def _names(kind):
+    return tuple(inspect.signature(kind.forward).parameters)[1:]
+
+
+def _given(module, args, kwargs):
+    """What a forward pass is given, by name."""
+    return dict(zip(_names(type(module)), args, strict=False)) | kwargs if args else kwargs
+
+
+def _begin(module, args, kwargs):
+    """Before the forward pass of a model: announces it to the `SketchCache` that it is given, if it is."""
+    if torch.compiler.is_compiling():  # a compiled step announces itself
+        return
+    given = _given(module, args, kwargs)
+    cache = given.get("past_key_values")
+    if not isinstance(cache, SketchCache):
+        return
+    if not cache.passes.owners:
+        _check_pass(text_config(module.config), cache, given)
+    ids = given.get("input_ids")
+    inputs = given.get("inputs_embeds") if ids is None else ids
+    if inputs is not None:  # without either, the model says so itself
+        cache.passes.begin(inputs, ids, given.get("attention_mask"), given.get("position_ids"), module)
+
+
+def _check_pass(config, cache, given):
+    if not config._attn_implementation.startswith(PREFIX):
+        raise RuntimeError(
+            f"the model's attention was set to {config._attn_implementation!r} after enable(): "
+            "call sketchkv.enable(model) again"
+        )
+    if len(cache.layers) != config.num_hidden_layers:
+        raise ValueError(
+            f"the cache has {len(cache.layers)} layers, the model {config.num_hidden_layers}: SketchCache(model.config, ...)"
+        )
+    if given.get("use_cache") is False:
+        raise ValueError("use_cache=False and a SketchCache exclude each other: leave one of them out")
+
+
+def _end(module, args, kwargs, output):
+    """After a forward pass that went well."""
+    if torch.compiler.is_compiling():
+        return
+    cache = _given(module, args, kwargs).get("past_key_values")
+    if isinstance(cache, SketchCache) and cache.passes.owners:
+        cache.passes.end(module)
 
 
 def enable(model):
     """Switches a decoder-only transformers model to attention that knows `SketchCache`; returns the model.
 
-    Afterwards `model(...)` and `model.generate(...)` bound the cache when `past_key_values` is a `SketchCache`, and work
-    as before (SDPA attention) when it is not. Calling it twice does no harm; `disable` takes it back. Raises ValueError
-    for models whose layers do not all attend to the whole text (sliding windows, linear attention, encoder-decoders).
+    Afterwards `model(...)` and `model.generate(...)` bound the cache when `past_key_values` is a `SketchCache`, and compute
+    what they did before, with the model's own attention implementation, when it is not. Calling it twice does no harm;
+    `disable` takes it back. A model may be wrapped (PEFT) before or after.
+
+    Raises ValueError for a model that can't be bounded, with the reason, and TypeError for what is no model.
     """
-    base = model.base_model
-    config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if model.config.is_encoder_decoder or getattr(config, "add_cross_attention", False) or kinds != {"full_attention"}:
-        raise ValueError(f"enable() takes decoder-only models with full attention in every layer, not {sorted(kinds)}")
-    switch = getattr(base, "_sketchkv", None)
-    if switch is None:
-        switch = base._sketchkv = _Switch()
-        switch.previous = model.config._attn_implementation
-        for module in base.modules():
-            if hasattr(module, "layer_idx"):
-                module._sketchkv = switch
-        switch.handles = (
-            base.register_forward_pre_hook(switch.open, with_kwargs=True),
-            base.register_forward_hook(switch.close, always_call=True),
-        )
-    model.set_attn_implementation(NAME)
+    models = _models(model)
+    top = models[0]
+    config = text_config(top.config)
+    reason = _refusal(top, config)
+    if reason:
+        raise ValueError(f"enable() can't bound a {type(top).__name__}: {reason}")
+    own = config._attn_implementation.removeprefix(PREFIX)
+    name = PREFIX + own
+    AttentionInterface.register(name, _attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
+    _set_attention(top, config, name)
+    if config._attn_implementation != name:
+        raise ValueError(f"enable() can't bound a {type(top).__name__}: its attention function can't be replaced")
+    for each in models:
+        if _begin not in each._forward_pre_hooks.values():
+            each.register_forward_pre_hook(_begin, with_kwargs=True)
+            each.register_forward_hook(_end, with_kwargs=True)
     return model
 
 
 def disable(model):
     """Takes `enable` back: hooks removed, the former attention restored; returns the model."""
-    base = model.base_model
-    switch = getattr(base, "_sketchkv", None)
-    if switch is not None:
-        for handle in switch.handles:
-            handle.remove()
-        for module in base.modules():
-            if hasattr(module, "_sketchkv"):
-                del module._sketchkv
-        model.set_attn_implementation(switch.previous)
+    models = _models(model)
+    for each in models:
+        for hooks, ours, marks in (
+            (each._forward_pre_hooks, _begin, each._forward_pre_hooks_with_kwargs),
+            (each._forward_hooks, _end, each._forward_hooks_with_kwargs),
+        ):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+                marks.pop(key, None)
+    config = text_config(models[0].config)
+    if config._attn_implementation.startswith(PREFIX):
+        _set_attention(models[0], config, config._attn_implementation.removeprefix(PREFIX))
     return model
+
+
+def is_enabled(model):
+    """Whether `enable` was called for the model and not taken back."""
+    return text_config(_models(model)[0].config)._attn_implementation.startswith(PREFIX)
+
+
+def _models(model):
+    """The transformers model in `model`, which may be wrapped, and the models inside of it, from the outside in."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    models = [module for module in modules if isinstance(module, PreTrainedModel)]
+    if not models:
+        raise TypeError(f"enable() takes a transformers model, such as AutoModelForCausalLM gives; got {type(model).__name__}")
+    return models
+
+
+def _set_attention(model, config, name):
+    names = [key for key in model.config.sub_configs if getattr(model.config, key, None) is config]
+    model.set_attn_implementation({names[0]: name} if names else name)
+
+
+def _refusal(model, config):
+    """Why a model can't be bounded, or None."""
+    try:
+        layer_windows(config)
+    except ValueError as error:
+        return str(error)
+    layers = [module for module in model.modules() if getattr(module, "layer_idx", None) is not None]
+    kinds = getattr(config, "layers_block_type", None) or ["attention"]
+    shared, latent = getattr(config, "num_kv_shared_layers", None), getattr(config, "kv_lora_rank", None)
+    found = {
+        REFUSED.get(config.model_type, ""): config.model_type in REFUSED,
+        "it has cross-attention to an encoder or to pictures": getattr(model.config, "is_encoder_decoder", False)
+        or getattr(config, "add_cross_attention", False)
+        or getattr(config, "cross_attention_layers", None),
+        "not all of its layers are attention": set(kinds) != {"attention"},
+        "its attention does not go through transformers' attention interface": not model._can_set_attn_implementation(),
+        "its layers are not one attention each, numbered from 0": {module.layer_idx for module in layers}
+        != set(range(config.num_hidden_layers)),
+        "it attends in both directions": getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
+        or any(getattr(module, "is_causal", True) is False for module in layers if not _crosses(module)),
+        "its keys and values are made of latents after the cache has returned them (MLA)": latent is not None,
+        "layers share the keys of others": bool(shared),
+        "it masks each head by its values": getattr(config, "keep_window_size", None) is not None,
+        "its rotary angles change with the length of the text, and stored keys keep their old ones": _stretches(config),
+    }
+    return next((reason for reason, holds in found.items() if holds), None)
+
+
+def _crosses(module):
+    return "cross" in type(module).__name__.lower() or getattr(module, "is_cross_attention", False)
+
+
+def _stretches(config):
+    """Whether rotary frequencies depend on the length: dynamic NTK, and longrope where the text may pass the length that the
+    model was trained with."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for part in rope.values() if all(isinstance(each, dict) for each in rope.values()) else [rope]:
+        kind, first = part.get("rope_type"), part.get("original_max_position_embeddings")
+        longest = getattr(config, "max_position_embeddings", 0)
+        if kind == "dynamic" or (kind == "longrope" and longest > (first or longest)):
+            return True
+    return False

@@ -1,140 +1,236 @@
 """The manual decode loop and streaming scores: what a user, the sweep and the benchmarks run."""
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from sketchkv.cache import SketchCache
-from sketchkv.compiled import compiled_step
-from sketchkv.graph import StepGraphs
-
-
-def _check(model, input_ids, cache, new_tokens=0):
-    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got shape {tuple(input_ids.shape)}")
-    if cache.get_seq_length() > 0:
-        raise ValueError("the cache already holds a text: call cache.reset() or make a new one")
-    config = model.config.get_text_config(decoder=True)
-    length, positions = input_ids.shape[1] + new_tokens, getattr(config, "max_position_embeddings", None)
-    if positions and length > positions and getattr(config, "rope_parameters", None) is None:
-        raise ValueError(f"{length} tokens are more than the model's {positions} positions: shorten the text")
-
-
-def _chunk_size(cache, chunk_size):
-    return min(chunk_size, getattr(cache, "max_chunk_size", None) or chunk_size)
+from sketchkv.cache import text_config
+from sketchkv.checks import flag, whole
 
 
 @torch.no_grad()
 def generate(
-    model, input_ids, cache=None, max_new_tokens=20, *, attention_mask=None, do_sample=False, temperature=1.0, top_k=None,
-    top_p=None, eos_token_id=None, pad_token_id=None, chunk_size=512, graph=False, compile=False,
-):  # fmt: skip
-    """Continues `input_ids` (`[batch, tokens]`, padded on the left) by up to `max_new_tokens`: the decode loop, in the open.
+    model,
+    input_ids,
+    cache=None,
+    max_new_tokens=20,
+    *,
+    attention_mask=None,
+    do_sample=False,
+    temperature=1.0,
+    top_k=None,
+    top_p=None,
+    eos_token_id=None,
+    pad_token_id=None,
+    generation_config=None,
+    streamer=None,
+    chunk_size=512,
+    graph=False,
+    compile=False,
+):
+    """Continues a prompt: the decode loop, in the open. The prompt passes in chunks, then one token at a time.
 
-    The prompt passes in chunks of `chunk_size`, then one token at a time. cache: an empty `SketchCache`, any other
-    transformers cache, or None for the full one. attention_mask: `[batch, tokens]`, 0 for padding. Greedy, or sampling
-    from torch's global generator with `do_sample`. A row that has produced `eos_token_id` is filled with `pad_token_id`
-    (default: eos), and generation ends when all rows have. graph: record steps as CUDA graphs (`sketchkv.graph`), for a
-    `SketchCache` and texts without padding; the recordings stay with the cache, and serve the next text after
-    `cache.reset()`. compile: run the model's part of a step through torch.compile (`sketchkv.compiled`), for a `SketchCache`,
-    on either device, with `graph` or without; compiling takes seconds to a minute, once for a model and a batch size. Returns
-    int64 `[batch, tokens + new tokens]`.
+    model: a causal language model, enabled where the cache is a `SketchCache`.
+    input_ids: int64 `[batch, tokens]`, padded on the left, or what a tokenizer returns.
+    cache: an empty `SketchCache`, any other transformers cache, or None for the full one.
+    max_new_tokens: at most so many are added.
+    attention_mask: `[batch, tokens]`, 0 for padding; None: the tokenizer's, if there is one.
+    do_sample: draw from torch's global generator, else greedy; temperature, top_k, top_p: of the draw.
+    eos_token_id: one id or a list; a row that has produced one is filled with pad_token_id (default: the first of them),
+        and generation ends when all rows have. None: generation does not end early.
+    generation_config: a transformers `GenerationConfig`, such as `model.generation_config`, from which all of these are
+        taken that are left at their defaults.
+    streamer: a transformers streamer, given the prompt and each token as it comes.
+    chunk_size: tokens of the prompt per forward pass, a matter of memory and speed only.
+    graph: record steps as CUDA graphs (`sketchkv.fast.graphs`), for a `SketchCache` and texts without padding.
+    compile: run the model's part of a step through torch.compile (`sketchkv.fast.compiled`), for a `SketchCache`.
+    Returns int64 `[batch, tokens + new tokens]`.
 
-    Raises ValueError for an empty prompt, a used cache, a text longer than the model's positions, or a cache or padding that
-    `graph` or `compile` cannot take; RuntimeError where there is no compiler.
+    Raises ValueError for an empty prompt, a used cache, a text longer than the model's positions, a value out of range, or
+    what `graph` or `compile` cannot take; TypeError for what is no model, prompt or cache; RuntimeError without a compiler.
     """
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    _check(model, input_ids, cache, max_new_tokens - 1)
-    warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1.0 else []
-    warpers += [TopKLogitsWarper(top_k)] if top_k else []
-    warpers += [TopPLogitsWarper(top_p)] if top_p else []
-    warp = LogitsProcessorList(warpers)
-    padded = attention_mask is not None and not bool(attention_mask.all())
-    mask = attention_mask if padded else None
-    positions = (mask.cumsum(-1) - 1).clamp(min=0) if padded else None
-    if compile and not isinstance(cache, SketchCache):
-        raise ValueError("compile=True takes a SketchCache: other caches grow, and the compiled step with them")
-    compiled = compiled_step(model) if compile else None
-    if graph:
-        if padded or not isinstance(cache, SketchCache):
-            raise ValueError("graph=True takes a SketchCache and texts without padding")
-        if cache.steps is None or cache.steps.model is not model or cache.steps.compiled is not compiled:
-            cache.steps = StepGraphs(model, cache, compiled)
-
-    chunk_size = _chunk_size(cache, chunk_size)
-    for start in range(0, input_ids.shape[1], chunk_size):  # prefill
+    if generation_config is not None:
+        given = dict(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)
+        given |= dict(eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+        do_sample, temperature, top_k, top_p, eos_token_id, pad_token_id = _filled(given, generation_config)
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
+    input_ids, attention_mask, cache = _checked(model, input_ids, cache, chunk_size, max_new_tokens - 1, attention_mask)
+    pick = _sampler(temperature, top_k, top_p) if flag("do_sample", do_sample) else _greedy(temperature, top_k, top_p)
+    ends, pad = _ends(eos_token_id, pad_token_id, input_ids.device)
+    mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
+    positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+    step = _step(model, cache, mask is not None, graph, compile)
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
+    for start in range(0, input_ids.shape[1], chunk_size) if max_new_tokens else ():
         chunk = slice(start, start + chunk_size)
-        logits = model(
-            input_ids[:, chunk], past_key_values=cache, use_cache=True, logits_to_keep=1,
-            attention_mask=mask[:, : chunk.stop] if padded else None,
-            position_ids=positions[:, chunk] if padded else None,
-        ).logits  # fmt: skip
-
-    tokens = [input_ids]
-    finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-    for step in range(max_new_tokens):
-        scores = logits[:, -1].float()
-        if do_sample:
-            scores = warp(torch.cat(tokens, 1), scores) if warpers else scores
-            token = torch.multinomial(scores.softmax(-1), 1)
-        else:
-            token = scores.argmax(-1, keepdim=True)
-        if eos_token_id is not None:
-            token = token.masked_fill(finished[:, None], eos_token_id if pad_token_id is None else pad_token_id)
-            finished |= token[:, 0] == eos_token_id
-        tokens.append(token)
-        if step + 1 == max_new_tokens or (eos_token_id is not None and bool(finished.all())):
+        padding = {} if mask is None else {"attention_mask": mask[:, : chunk.stop], "position_ids": positions[:, chunk]}
+        logits = model(input_ids[:, chunk], past_key_values=cache, use_cache=True, logits_to_keep=1, **padding).logits
+    tokens, finished = input_ids, torch.zeros(len(input_ids), 1, dtype=torch.bool, device=input_ids.device)
+    for count in range(1, max_new_tokens + 1):
+        token = pick(tokens, logits[:, -1].float())
+        if ends is not None:
+            token = token.masked_fill(finished, pad)
+            finished |= torch.isin(token, ends)
+        tokens = torch.cat([tokens, token], 1)
+        if streamer is not None:
+            streamer.put(token[:, 0].cpu())
+        if count == max_new_tokens or (ends is not None and bool(finished.all())):
             break
-        if padded:
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-            positions = positions[:, -1:] + 1
-        if graph:
-            logits = cache.steps(token)[:, None]
-            continue
-        if compile:
-            logits = compiled(token, cache, positions)
-            continue
-        logits = model(token, past_key_values=cache, use_cache=True, attention_mask=mask, position_ids=positions).logits
-    if isinstance(cache, SketchCache):
-        cache.check()
-    return torch.cat(tokens, 1)
+        if mask is not None:
+            mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), positions[:, -1:] + 1
+        logits = step(token, mask, positions)
+    if streamer is not None:
+        streamer.end()
+    _check(cache)
+    return tokens
 
 
 @torch.no_grad()
 def stream(model, input_ids, cache=None, chunk_size=512):
     """What the model predicts along a text, chunk by chunk: yields (start, logits), logits `[batch, n, vocabulary]` of the
     tokens from `start` on, each predicted from the cache as decoding would find it. Parameters and errors as of `score`."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    _check(model, input_ids, cache)
+    input_ids, _, cache = _checked(model, input_ids, cache, chunk_size)
     if input_ids.shape[1] < 2:
         raise ValueError("a text of one token has nothing to predict: give at least two tokens")
-    chunk_size = _chunk_size(cache, chunk_size)
-    if getattr(cache, "prefill_chunk", None):  # what is scored is decoded, not a prompt
-        chunk_size = min(chunk_size, cache.layers[0].evict_every)
+    # What is scored is decoded, not a prompt: a cache whose prompts pass otherwise gets no more than decoding may bring.
+    limit = getattr(cache, "max_chunk_size", None) or chunk_size
+    if getattr(cache, "prefill_chunk", None):
+        limit = min(limit, cache.evict_every)
+    chunk_size = min(chunk_size, limit)
     for start in range(0, input_ids.shape[1], chunk_size):
-        chunk = input_ids[:, start : start + chunk_size]
-        yield start, model(chunk, past_key_values=cache, use_cache=True).logits
-    if isinstance(cache, SketchCache):
-        cache.check()
+        yield start, model(input_ids[:, start : start + chunk_size], past_key_values=cache, use_cache=True).logits
+    _check(cache)
 
 
 @torch.no_grad()
 def score(model, input_ids, cache=None, *, chunk_size=512, return_logits=False):
     """Negative log-likelihood of a text, each token predicted from the cache as decoding would find it.
 
-    input_ids: `[batch, tokens]`, texts of equal length without padding. cache: an empty `SketchCache` (or other cache);
-    None scores with the full cache. chunk_size: tokens per forward pass, a matter of memory and speed only: what a
-    `SketchCache` evicts, and when, does not depend on it. Returns nll in nats, float32 `[batch, tokens - 1]`, entry t for
-    token t + 1 given the tokens before it; with `return_logits`, (nll, logits) with logits `[batch, tokens, vocabulary]`.
+    model: a causal language model, enabled where the cache is a `SketchCache`.
+    input_ids: int64 `[batch, tokens]`, texts of equal length without padding, or what a tokenizer returns.
+    cache: an empty `SketchCache` (or other cache); None scores with the full cache.
+    chunk_size: tokens per forward pass, a matter of memory and speed only: what is evicted does not depend on it.
+    return_logits: return (nll, logits), logits `[batch, tokens, vocabulary]`.
+    Returns nll in nats, float32 `[batch, tokens - 1]`, entry t for token t + 1 given the tokens before it.
 
-    Raises ValueError for a text of fewer than two tokens, a used cache, or one longer than the model's positions.
+    Raises ValueError for a text of fewer than two tokens, padding, a used cache, or a text longer than the model's
+    positions, TypeError for what is no model, text or cache.
     """
-    nll, kept = [], []
+    ids, nll, kept = _ids(input_ids)[0], [], []
     for start, logits in stream(model, input_ids, cache, chunk_size):
-        if return_logits:
-            kept.append(logits)
-        targets = input_ids[:, start + 1 : start + 1 + logits.shape[1]]
+        targets = ids[:, start + 1 : start + 1 + logits.shape[1]].long()
         predicted = logits[:, : targets.shape[1]].float().flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(predicted, targets.flatten(), reduction="none")
-        nll.append(loss.view(targets.shape))
+        nll.append(torch.nn.functional.cross_entropy(predicted, targets.flatten(), reduction="none").view(targets.shape))
+        kept += [logits] if return_logits else []
     return (torch.cat(nll, 1), torch.cat(kept, 1)) if return_logits else torch.cat(nll, 1)
+
+
+def _ids(given):
+    """(input_ids, attention_mask or None) of a tensor or of what a tokenizer returns."""
+    mask = None
+    if hasattr(given, "keys") and "input_ids" in given:
+        given, mask = given["input_ids"], given.get("attention_mask")
+    if not isinstance(given, torch.Tensor):
+        raise TypeError(
+            f"input_ids must be a tensor [batch, tokens] or a tokenizer's output with return_tensors='pt', "
+            f"got {type(given).__name__}"
+        )
+    if given.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"input_ids must be int64 or int32, got {given.dtype}: use input_ids.long()")
+    if given.ndim != 2 or 0 in given.shape:
+        raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got shape {tuple(given.shape)}")
+    return given.long(), mask
+
+
+def _checked(model, input_ids, cache, chunk_size, new_tokens=0, attention_mask=None):
+    """Token ids, mask and cache (a full one for None), once they are found to fit each other and the model."""
+    if not hasattr(model, "config") or not callable(model):
+        raise TypeError(f"model must be a causal language model of transformers, got {type(model).__name__}")
+    whole("chunk_size", chunk_size, 1)
+    ids, mask = _ids(input_ids)
+    mask = mask if attention_mask is None else attention_mask
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
+        shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask must be a tensor of the shape of input_ids, {list(ids.shape)}; got {shape}")
+    if mask is not None:
+        mask = mask.to(ids.device)
+        if not bool(((mask == 0) | (mask == 1)).all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
+            raise ValueError("attention_mask must be 0 for padding, 1 for tokens, and padding must be on the left")
+        if not new_tokens and attention_mask is None and not bool(mask.all()):
+            raise ValueError("texts with padding can't be scored: give texts of equal length")
+    config = text_config(model.config)
+    if ids.device.type != "meta" and (bool((ids < 0).any()) or bool((ids >= config.vocab_size).any())):
+        raise ValueError(f"input_ids must be in [0, {config.vocab_size}), the model's vocabulary: is this its tokenizer?")
+    if next(model.parameters()).device.type == "meta":
+        raise ValueError("the model is on the meta device and has no weights: load it, or move it with model.to_empty()")
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    if not isinstance(cache, Cache):
+        kind = cache.__name__ if isinstance(cache, type) else type(cache).__name__
+        raise TypeError(f"cache must be a SketchCache or another transformers cache, made with (...); got {kind}")
+    if cache.get_seq_length() > 0:
+        raise ValueError("the cache already holds a text: call cache.reset() or make a new one")
+    length, positions = ids.shape[1] + max(new_tokens, 0), getattr(config, "max_position_embeddings", None)
+    if positions and length > positions and getattr(config, "rope_parameters", None) is None:
+        raise ValueError(f"{length} tokens are more than the model's {positions} positions: shorten the text")
+    return ids, mask, cache
+
+
+def _filled(given, config):
+    """Values of `given`, those at their defaults from a GenerationConfig."""
+    defaults = dict(do_sample=False, temperature=1.0)
+    return [
+        value if value != defaults.get(name) or getattr(config, name, None) is None else getattr(config, name)
+        for name, value in given.items()
+    ]
+
+
+def _sampler(temperature, top_k, top_p):
+    """A function of (tokens so far, logits) -> next token, drawn from torch's global generator."""
+    if isinstance(temperature, bool) or not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be a positive number, got {temperature!r}: do_sample=False is greedy")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
+    warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1.0 else []
+    warpers += [TopKLogitsWarper(whole("top_k", top_k, 0))] if top_k else []
+    warpers += [TopPLogitsWarper(top_p)] if top_p else []
+    warp = LogitsProcessorList(warpers)
+    return lambda tokens, logits: torch.multinomial(warp(tokens, logits).softmax(-1), 1)
+
+
+def _greedy(temperature, top_k, top_p):
+    if temperature != 1.0 or top_p is not None or top_k is not None:
+        raise ValueError("temperature, top_k and top_p are of sampling: set do_sample=True, or leave them out")
+    return lambda tokens, logits: logits.argmax(-1, keepdim=True)
+
+
+def _ends(eos_token_id, pad_token_id, device):
+    """(ids that end a row as a tensor or None, what fills it then)."""
+    if eos_token_id is None:
+        return None, None
+    if isinstance(eos_token_id, torch.Tensor):
+        eos_token_id = eos_token_id.flatten().tolist()
+    ends = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+    ends = [whole("eos_token_id", each, 0, 2**31) for each in ends]
+    if not ends:
+        return None, None
+    return torch.tensor(ends, device=device), ends[0] if pad_token_id is None else whole("pad_token_id", pad_token_id, 0)
+
+
+def _step(model, cache, padded, graph, compile):
+    """What runs one decode step: a function of (token, mask, positions) that returns logits `[batch, 1, vocabulary]`."""
+    if graph or compile:
+        from sketchkv import fast
+
+        return fast.step(model, cache, padded, graph, compile)
+
+    def plain(token, mask, positions):
+        padding = {} if mask is None else {"attention_mask": mask, "position_ids": positions}
+        return model(token, past_key_values=cache, use_cache=True, **padding).logits
+
+    return plain
+
+
+def _check(cache):
+    if hasattr(cache, "check"):
+        cache.check()

@@ -1,35 +1,100 @@
-"""Keys and values in few bits: what `Slots` holds when a cache is given `bits`.
+"""Keys and values in few bits: a codec for `Slots`, in randomly rotated coordinates.
 
-A coder turns vectors `[..., head_dim]`, each on its own, into codes (packed) and scales, and back. Every token has scales
-of its own, since that is all that a cache that evicts can have: KIVI (Liu et al. 2024, arXiv 2402.02750) lets neighbouring
-tokens share a range per channel of the keys, and after an eviction neighbours are no longer together.
+Every token has a scale of its own, since that is all that a cache that evicts can have: KIVI (Liu et al. 2024, arXiv
+2402.02750) lets neighbouring tokens share a range per channel, and after an eviction neighbours are no longer together.
 """
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
-from torch.nn.functional import embedding
 
-BITS = (16, 8, 5, 4, 3, 2)
-CODERS = ("normal", "range")
-GROUP = 32  # channels that share a range, as in KIVI
+from sketchkv.slots import Plain
+
+BITS = (16, 8, 6, 5, 4, 3, 2)
 TINY = 2.0**-24  # the smallest positive float16
-ROUND_UP = 1 + 2.0**-10  # more than rounding to float16 can take away
+# Tokens after which keys are centred: early enough for most of a text, late enough for a mean.
+CENTRE_AFTER = 32
 
 
-def coder(bits, head_dim, kind, device):
-    """The coder of this kind ("normal" or "range") for vectors of `head_dim` channels; 16 bits are float16 for both.
+def quantized(bits):
+    """The codec that holds keys and values in so many bits: a function of (dtype, device).
 
-    Raises ValueError for bits or a kind that does not exist, or a `head_dim` that cannot be packed.
+    bits: one of `BITS`, or a pair of them for keys and values.
+    Raises ValueError for another number.
     """
-    if bits not in BITS or kind not in CODERS or isinstance(bits, bool):
-        raise ValueError(f"unknown bits={bits!r} or quantizer={kind!r}: choose of {BITS} and of {CODERS}")
-    if bits < 16 and head_dim % 8:
-        raise ValueError(f"vectors of {head_dim} channels can't be packed in {bits} bits: head_dim must be a multiple of 8")
-    if bits == 16:
-        return Half()
-    return Normal(bits, head_dim, device) if kind == "normal" else Range(bits, head_dim)
+    pair = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
+    if len(pair) != 2 or any(isinstance(each, bool) or each not in BITS for each in pair):
+        raise ValueError(f"bits must be one of {BITS}, or a pair of them for keys and values; got {bits!r}")
+    return partial(Quantized, tuple(int(each) for each in pair))
+
+
+class Quantized(Plain):
+    """Vectors are turned by one random rotation (queries too, so that no product changes) and coded one by one, and of keys
+    it is the distance from their mean that is coded: the keys of a head lie around a common point, far from zero, and the
+    same in every slot it could change no attention.
+
+    bits: of keys and values, a pair.
+    dtype, device: of the model's keys and values.
+    """
+
+    def __init__(self, bits, dtype, device):
+        super().__init__(dtype, device)
+        self.bits = dict(zip(("keys", "values"), bits, strict=True))
+        self.coders, self.rotations, self.centre = {}, {}, None
+        self.settles_after = CENTRE_AFTER if self.rotates else 0
+
+    rotates = property(lambda self: min(self.bits.values()) < 16)
+
+    def make_coder(self, name, width):
+        """What codes "keys" or "values" of so many channels."""
+        bits = self.bits[name]
+        if bits < 16 and width % 8:
+            raise ValueError(
+                f"vectors of {width} channels can't be packed in {bits} bits: head_dim must be a multiple of 8"
+            )
+        return Half() if bits == 16 else Normal(bits, self.device)
+
+    def arrays(self, name, shape, width):
+        self.coders[name] = self.make_coder(name, width)
+        if self.rotates:
+            self.rotations[name] = rotation(width, self.device)
+            if name == "keys" and self.centre is None:  # wider slots for a prompt share it
+                self.centre = torch.zeros(*shape[:2], 1, width, dtype=torch.float16, device=self.device)
+        codes, scales = self.coders[name].encode(torch.zeros(1, 1, 1, width, device=self.device))
+        stored = (name, codes), (f"{name}_scale", scales)
+        return {part: like.new_zeros(*shape, like.shape[-1]) for part, like in stored}
+
+    def encode(self, name, vectors):
+        vectors = vectors - self.centre if self.centre is not None and name == "keys" else vectors
+        return dict(zip((name, f"{name}_scale"), self.coders[name].encode(vectors), strict=True))
+
+    def decode(self, name, arrays):
+        vectors = self.coders[name].decode(arrays[name], arrays[f"{name}_scale"], self.dtype)
+        return vectors.add_(self.centre) if self.centre is not None and name == "keys" else vectors
+
+    def turn(self, query, key, value):
+        if not self.rotations:
+            return query, key, value
+        of_keys, of_values = (matrix(self.rotations[name], query.dtype) for name in ("keys", "values"))
+        return query @ of_keys, key @ of_keys, value @ of_values
+
+    def turn_back(self, output):
+        return output @ matrix(self.rotations["values"], output.dtype).T if self.rotations else output
+
+    def settle(self, slots, first):
+        """Codes all stored keys anew, as distances from the mean of the finite ones from position `first` on."""
+        keys = slots["keys"]
+        member = (slots["positions"] >= first)[..., None] & keys.isfinite().all(-1, keepdim=True)
+        total = keys.where(member, 0).sum(2, keepdim=True)
+        self.centre.copy_(total / member.sum(2, keepdim=True).clamp(min=1))
+        slots.write("keys", keys, 0)
+
+    def tensors(self):
+        return [] if self.centre is None else [self.centre]
+
+    def shared(self):
+        return list(self.rotations.values())
 
 
 def pack(codes, bits):
@@ -48,11 +113,17 @@ def unpack(packed, bits):
     codes, shift = 0, 0
     widths = _widths(bits)
     count = packed.shape[-1] * 8 // bits
-    for width, part in zip(widths, packed.split([count * width // 8 for width in widths], -1)):
-        part = torch.cat([part >> width * i & (1 << width) - 1 for i in range(8 // width)], -1) if width < 8 else part
+    for width, part in zip(widths, packed.split([count * width // 8 for width in widths], -1), strict=True):
+        if width < 8:  # the i-th part of each byte lies in the i-th stretch of channels
+            part = (part.unsqueeze(-2) >> _shifts(width, part.device)).flatten(-2) & (1 << width) - 1
         codes = codes + (part << shift) if shift else part
         shift += width
     return codes
+
+
+@lru_cache
+def _shifts(width, device):
+    return torch.arange(0, 8, width, dtype=torch.uint8, device=device)[:, None]
 
 
 def _widths(bits):
@@ -69,32 +140,6 @@ class Half:
         return codes.to(dtype)
 
 
-class Range:
-    """Asymmetric, the range of each group of 32 channels (one group if `head_dim` is no multiple of 32) divided evenly.
-
-    Codes are uint8 `[..., head_dim * bits / 8]`; scales, float16 `[..., 2 * groups]`, are the minimum of each group, then
-    the step of each. Both are rounded outwards, so that the range covers the group and no value is off by more than half a
-    step. Values beyond float16's 65504 have no finite range and come back as NaN.
-    """
-
-    def __init__(self, bits, head_dim):
-        self.bits, self.group = bits, GROUP if head_dim % GROUP == 0 else head_dim
-
-    def encode(self, x):
-        grouped = x.float().unflatten(-1, (-1, self.group))
-        low, high = grouped.aminmax(dim=-1)
-        low = (low - low.abs() * (ROUND_UP - 1) - TINY).half()
-        step = ((high - low.float()) / (2**self.bits - 1) * ROUND_UP + TINY).half()
-        codes = (grouped - low.float()[..., None]) / step.float()[..., None]
-        codes = codes.round_().clamp_(0, 2**self.bits - 1).to(torch.uint8).flatten(-2)
-        return pack(codes, self.bits), torch.cat([low, step], -1)
-
-    def decode(self, codes, scales, dtype):
-        low, step = scales.float().unsqueeze(-1).chunk(2, -2)
-        codes = unpack(codes, self.bits).unflatten(-1, (step.shape[-2], -1)).float()
-        return torch.addcmul(low, codes, step).flatten(-2).to(dtype)
-
-
 class Normal:
     """For vectors in randomly rotated coordinates (`rotation`), whose channels are then nearly normal and of equal spread:
     each is rounded to the levels that are best for a normal distribution (Lloyd 1982, Max 1960), and the vector keeps one
@@ -102,7 +147,7 @@ class Normal:
     (Zandieh et al. 2025, arXiv 2504.19874). Where a range per group spends its levels on the largest channel, this does not.
     """
 
-    def __init__(self, bits, head_dim, device):
+    def __init__(self, bits, device):
         self.bits = bits
         levels = normal_levels(bits)
         self.levels = levels.float().to(device)
@@ -120,7 +165,7 @@ class Normal:
         return (self._levels(unpack(codes, self.bits).int()) * scales).to(dtype)
 
     def _levels(self, codes):
-        return embedding(codes, self.levels[:, None]).squeeze(-1)
+        return self.levels.index_select(0, codes.flatten()).view(codes.shape)
 
 
 @lru_cache

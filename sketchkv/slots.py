@@ -2,223 +2,189 @@
 
 import torch
 
-from sketchkv import kernels
-from sketchkv.quantize import coder, rotation
-
 EMPTY = -1
+
+
+class Plain:
+    """The codec that stores keys and values as they are, in the model's dtype. Every codec has these methods.
+
+    dtype, device: of the model's keys and values.
+    """
+
+    settles_after = 0  # tokens after which `settle` is due; 0: never
+
+    def __init__(self, dtype, device):
+        self.dtype, self.device = dtype, torch.device(device)
+
+    def arrays(self, name, shape, width):
+        """What stores "keys" or "values": {name of an array: zero tensor `[*shape, ...]`}; width: of the vectors."""
+        return {name: torch.zeros(*shape, width, dtype=self.dtype, device=self.device)}
+
+    def encode(self, name, vectors):
+        """{name of an array: tensor} of vectors `[batch, num_kv_heads, n, width]`."""
+        return {name: vectors}
+
+    def decode(self, name, arrays):
+        """Vectors, of what `encode` gave."""
+        return arrays[name]
+
+    def turn(self, query, key, value):
+        """Vectors as they are stored and multiplied: no product of a query and a key changes."""
+        return query, key, value
+
+    def turn_back(self, output):
+        """What attention took from values that were turned."""
+        return output
+
+    def settle(self, slots, first):
+        """Called once per text, when `settles_after` tokens have passed. Tokens before position `first` are sinks."""
+
+    def tensors(self):
+        """State of the codec's own, the batch first."""
+        return []
+
+    def shared(self):
+        """Tensors that all layers share, such as a rotation."""
+        return []
 
 
 class Slots:
     """`capacity` preallocated slots per sequence and KV head, of which the first `used` are occupied.
 
-    Every array is `[batch, num_kv_heads, capacity, ...]`: `keys` and `values` (`[..., head_dim]`, the model's dtype),
-    `positions` (int32, the token's position in its text, -1 for an empty slot or a padding token) and whatever a policy
-    adds with `add`, which then travels with its token and is zero in a slot that has just been taken. All heads hold the
-    same number of tokens, which token is up to each head. The first `kept` slots hold what survived the last eviction, in
-    no particular order; those after it hold what came since, in the order of the text.
+    Every array is `[batch, num_kv_heads, capacity, ...]`: what `codec` stores of keys and values, `positions` (int32, the
+    token's place in its text, -1 for an empty slot or padding) and what a policy adds, which travels with its token and is
+    zero in a slot that has just been taken. All heads hold equally many tokens; each head holds its own. The first `kept`
+    slots hold what survived the last eviction, in no order; the others what came since, in the text's order.
 
-    Of keys and values, `summary` (`[batch, num_kv_heads, summary_slots, head_dim]` each) lies in front of the slots in
-    the same memory, so that attention reads both in one product (`context`); nothing here writes to it.
-
-    With `bits` (of keys and of values), `keys` and `values` hold codes, `keys_scale` and `values_scale` what they mean
-    (`sketchkv.quantize`); every token is quantized when it is stored, the newest too. Reading by name gives numbers again,
-    in `dtype`; the summary is not quantized. With the quantizer "normal", all vectors that come and go are in the
-    coordinates of `rotation` (None: the model's own), and what is coded of a key is its distance from `centre`.
+    shape: (batch, num_kv_heads).
+    widths: of key and value vectors.
     """
 
-    def __init__(
-        self, batch, num_kv_heads, capacity, head_dim, dtype, device, summary_slots=0, bits=None, quantizer="normal"
-    ):  # fmt: skip
-        self.capacity = capacity
+    def __init__(self, shape, capacity, widths, codec):
+        self.shape, self.widths, self.codec = tuple(shape), tuple(widths), codec
+        self.dtype, self.device = codec.dtype, codec.device
         self.used = self.kept = 0
-        self.head_dim, self.dtype, self.device = head_dim, dtype, device
-        self.coders, self.rotation, self.centre = {}, None, None
-        if bits:
-            self.coders = {n: coder(b, head_dim, quantizer, device) for n, b in zip(("keys", "values"), bits)}
-        if bits and quantizer == "normal" and min(bits) < 16:
-            self.rotation = rotation(head_dim, torch.device(device))
-            self.centre = torch.zeros(batch, num_kv_heads, 1, head_dim, dtype=torch.float16, device=device)
-        shape = (batch, num_kv_heads, capacity)
-        self.arrays = {"positions": torch.full(shape, EMPTY, dtype=torch.int32, device=device)}
-        self.summary, self.whole, self.home = {}, {}, None
-        for name in ("keys", "values"):
-            rows = summary_slots + (0 if self.coders else capacity)
-            whole = torch.zeros(batch, num_kv_heads, rows, head_dim, dtype=dtype, device=device)
-            self.whole[name], self.summary[name] = whole, whole[:, :, :summary_slots]
-            if self.coders:
-                example = self.coders[name].encode(torch.zeros(head_dim, device=device))
-                for part, like in zip((name, f"{name}_scale"), example):
-                    self.arrays[part] = torch.zeros(*shape, len(like), dtype=like.dtype, device=device)
-            else:
-                self.arrays[name] = whole[:, :, summary_slots:]
-        self.kv = self.arrays.keys() - {"positions"}  # names of the arrays that hold keys and values
+        full = (*self.shape, capacity)
+        self.arrays = {"positions": torch.full(full, EMPTY, dtype=torch.int32, device=self.device)}
+        self.parts = {}  # names of the arrays that store keys and values
+        for name, width in zip(("keys", "values"), self.widths, strict=True):
+            stored = codec.arrays(name, full, width)
+            self.parts[name] = tuple(stored)
+            self.arrays |= stored
+        self.kv = {part for parts in self.parts.values() for part in parts}
 
+    capacity = property(lambda self: self.arrays["positions"].shape[2])
+    room = property(lambda self: self.capacity - self.used, doc="Tokens that may enter before an eviction.")
     keys = property(lambda self: self.arrays["keys"])
     values = property(lambda self: self.arrays["values"])
     positions = property(lambda self: self.arrays["positions"])
-    room = property(lambda self: self.capacity - self.used)  # tokens that may enter before something must be done
 
     def add(self, name, dtype, *size):
-        """Adds one number per slot, or `size` of them, under `name`, zero to begin with:
-        `[batch, num_kv_heads, capacity, *size]`."""
+        """Adds one number per slot, or `size` of them, under `name`, zero to begin with."""
         if name in self.arrays:  # after a reset: the same memory, where recorded steps expect it
             self.arrays[name].zero_()
         else:
-            self.arrays[name] = torch.zeros(*self.positions.shape, *size, dtype=dtype, device=self.positions.device)
+            self.arrays[name] = torch.zeros(*self.positions.shape, *size, dtype=dtype, device=self.device)
 
     def __getitem__(self, name):
-        """The occupied part of an array: `[batch, num_kv_heads, used, ...]`, a view unless it is quantized."""
-        return self.read(name, slice(self.used)) if name in self.coders else self.arrays[name].narrow(2, 0, self.used)
+        """The occupied part of an array: `[batch, num_kv_heads, used, ...]`, a view unless it is coded."""
+        return self._decoded(name, lambda array: array.narrow(2, 0, self.used))
 
     def read(self, name, part):
-        """The slots `part` (slice) of an array: `[batch, num_kv_heads, n, ...]`, a view unless it is quantized."""
+        """The slots `part` (slice) of an array: `[batch, num_kv_heads, n, ...]`, a view unless it is coded."""
         return self._decoded(name, lambda array: array[:, :, part])
 
     def take(self, name, index):
-        """Keys or values in the slots `index` (`[batch, num_kv_heads, n]`): `[batch, num_kv_heads, n, head_dim]`."""
+        """Keys or values in the slots `index` (`[batch, num_kv_heads, n]`): `[batch, num_kv_heads, n, width]`."""
         return self._decoded(name, lambda array: gather(array, index))
 
-    def context(self, name):
-        """Summary and occupied slots of keys or values: `[batch, num_kv_heads, summary_slots + used, head_dim]`."""
-        if self.coders:
-            return torch.cat([self.summary[name], self[name]], 2)
-        return self.whole[name].narrow(2, 0, self.summary[name].shape[2] + self.used)
-
     def _decoded(self, name, pick):
-        array = pick(self.arrays[name])
-        if name not in self.coders:
-            return array
-        vectors = self.coders[name].decode(array, pick(self.arrays[f"{name}_scale"]), self.dtype)
-        return vectors if self.centre is None or name == "values" else vectors.add_(self.centre)
+        if name not in self.parts:
+            return pick(self.arrays[name])
+        return self.codec.decode(name, {part: pick(self.arrays[part]) for part in self.parts[name]})
 
     def append(self, keys, values, positions):
-        """Stores n new tokens (`[batch, num_kv_heads, n, head_dim]`; positions `[batch, n]`, `[n]` if all rows have the
-        same, or the number of one token's); returns their slots."""
-        start, count = self.used, keys.shape[2]
-        new = slice(start, start + count)
-        clocked = count == 1 and isinstance(positions, torch.Tensor) and positions.shape == (1,)
-        if clocked and not self.coders and kernels.usable(positions, recorded=True):
-            kernels.append(keys, values, positions, self.keys, self.values, self.positions, start)
-            self.used = new.stop
-            return new
-        for name, vectors in (("keys", keys), ("values", values)):
-            self._encode(name, vectors, new)
-        stored = self.positions.narrow(2, start, count)
-        if isinstance(positions, int):
-            stored.fill_(positions)
-        else:
-            stored.copy_(positions[..., None, :])
-        self.used = new.stop
-        return new
+        """Stores n new tokens; returns their slots as a slice.
 
-    def _encode(self, name, vectors, part):
-        for each, coded in self._coded(name, vectors).items():
-            self.arrays[each].narrow(2, part.start or 0, coded.shape[2]).copy_(coded)
-
-    def _coded(self, name, vectors):
-        """What the arrays hold of keys or values `[..., head_dim]`: {name of an array: tensor}."""
-        if not self.coders:
-            return {name: vectors}
-        vectors = vectors if self.centre is None or name == "values" else vectors - self.centre
-        return dict(zip((name, f"{name}_scale"), self.coders[name].encode(vectors)))
-
-    def recentre(self, first):
-        """Codes all stored keys anew, as distances from the mean key of the tokens at position `first` and later.
-
-        Keys of a head lie around a common point that says nothing of the token, and far from zero: without it their
-        distances are coarser than they need be. The same in every slot, it could change no attention.
+        keys, values: `[batch, num_kv_heads, n, width]`.
+        positions: int32 `[batch, n]`, or `[1, n]` if all rows have the same.
         """
-        keys = self["keys"]
-        member = (self["positions"] >= first)[..., None]
-        self.centre.copy_((keys * member).sum(2, keepdim=True) / member.sum(2, keepdim=True).clamp(min=1))
-        self._encode("keys", keys, slice(self.used))
+        start, count = self.used, keys.shape[2]
+        for name, vectors in (("keys", keys), ("values", values)):
+            self.write(name, vectors, start)
+        self.positions.narrow(2, start, count).copy_(positions[:, None])
+        self.used = start + count
+        return slice(start, self.used)
 
-    def evict(self, evicted, ranks=None):
-        """Frees the slots `evicted` (`[batch, num_kv_heads, n]`, distinct indices below `used`). `ranks`, integers
-        `[batch, num_kv_heads, used]`, say how the policy orders all tokens: slots that are not all alike want to know.
+    def write(self, name, vectors, start):
+        """Stores keys or values in the slots from `start` on."""
+        for part, coded in self.codec.encode(name, vectors).items():
+            self.arrays[part].narrow(2, start, coded.shape[2]).copy_(coded)
 
-        The occupied slots must stay a prefix, so survivors of the last n slots move into the holes below: at most n
-        tokens are copied, however many are stored.
+    def evict(self, evicted):
+        """Frees the slots `evicted` (`[batch, num_kv_heads, n]`, distinct indices below `used`).
+
+        The occupied slots must stay a prefix, so survivors of the last n slots move into the holes below: at most n tokens
+        are copied, however many are stored.
         """
         count = evicted.shape[-1]
         kept = self.used - count
         evicted = evicted.sort(-1).values
         holes = evicted < kept
-        dead = torch.zeros(evicted.shape, dtype=torch.bool, device=evicted.device)
         # Holes below the prefix mark nothing in the tail: they are sent to a column that is dropped.
-        dead = torch.cat([dead, dead[..., :1]], -1).scatter_(-1, (evicted - kept).where(~holes, count), True)[..., :-1]
+        dead = torch.zeros(*evicted.shape[:-1], count + 1, dtype=torch.bool, device=self.device)
+        dead = dead.scatter_(-1, (evicted - kept).where(~holes, count), True)[..., :-1]
         # As many survivors in the tail as holes below it; stable order pairs the j-th survivor with the j-th hole.
         survivors = kept + dead.to(torch.int8).argsort(dim=-1, stable=True)
         target = torch.where(holes, evicted, survivors)  # past the last hole a slot is copied onto itself
-        self._copy(survivors, target)
-        for name in self.arrays.keys() - self.kv:
-            self.arrays[name][:, :, kept : self.used] = EMPTY if name == "positions" else 0
+        for name, array in self.arrays.items():
+            moved = gather(array, survivors)
+            array.scatter_(2, target[..., None].expand_as(moved) if array.ndim == 4 else target, moved)
+            if name not in self.kv:
+                array[:, :, kept : self.used] = EMPTY if name == "positions" else 0
         self.used = self.kept = kept
 
-    def close(self, evicted):
-        """`evict` in one launch per array, of slots chosen by `kernels.lowest`."""
-        kept = self.used - evicted.shape[-1]
+    def replace(self, index, keys, values, positions):
+        """A new token takes the slot `index` (`[batch, num_kv_heads, 1]`) of each head; other parameters as of `append`."""
+        coded = {"positions": positions[:, None].expand_as(index)}
+        for name, vectors in (("keys", keys), ("values", values)):
+            coded |= self.codec.encode(name, vectors)
+        for name, new in coded.items():
+            array = self.arrays[name]
+            array.scatter_(2, index[..., None].expand_as(new) if array.ndim == 4 else index, new.to(array.dtype))
+
+    def widened(self, capacity):
+        """A copy with `capacity` slots, for as long as a prompt passes; `adopt` takes back what it holds then."""
+        wide = Slots(self.shape, capacity, self.widths, self.codec)
         for name, array in self.arrays.items():
-            kernels.close(array, evicted, kept, None if name in self.kv else EMPTY if name == "positions" else 0)
-        self.used = self.kept = kept
+            if name not in wide.arrays:
+                wide.add(name, array.dtype, *array.shape[3:])
+            wide.arrays[name][:, :, : self.used] = array[:, :, : self.used]
+        wide.used, wide.kept = self.used, self.kept
+        return wide
 
-    def stretch(self, capacity):
-        """As many slots until `shrink`, in memory of their own: for as long as a prompt passes."""
-        self.home = self.capacity, self.arrays, self.whole, self.summary
-        more, self.capacity = capacity - self.capacity, capacity
-        kept, count = self.whole.keys() if not self.coders else (), self.summary["keys"].shape[2]
-        self.arrays = {n: _longer(array, more, EMPTY if n == "positions" else 0) for n, array in self.arrays.items() if n not in kept}
-        self.whole = {name: _longer(whole, more if kept else 0) for name, whole in self.whole.items()}
-        self.summary = {name: whole[:, :, :count] for name, whole in self.whole.items()}
-        self.arrays |= {name: self.whole[name][:, :, count:] for name in kept}
-
-    def shrink(self):
-        """Takes `stretch` back: what the slots hold moves home, where those occupied must fit."""
-        stretched, summary = self.arrays, self.summary
-        self.capacity, self.arrays, self.whole, self.summary = self.home
-        self.home = None
+    def adopt(self, other):
+        """Takes over what `other`, a wider copy, holds: no more than there are slots here."""
         for name, array in self.arrays.items():
-            array.copy_(stretched[name].narrow(2, 0, self.capacity))
-        for name, means in self.summary.items():
-            means.copy_(summary[name])
+            array.copy_(other.arrays[name][:, :, : self.capacity])
+        self.used, self.kept = other.used, other.kept
 
-    def _copy(self, source, target):
-        """Copies all that is in the slots `source` to the slots `target`, `[batch, num_kv_heads, n]` each."""
-        for array in self.arrays.values():
-            move(array, source, target)
-
-    def reorder(self, index):
-        """Row i becomes what row `index[i]` was, in place (beam search)."""
-        for array in self.arrays.values():
-            array.copy_(array.index_select(0, index.to(array.device)))
-        if self.centre is not None:
-            self.centre.copy_(self.centre.index_select(0, index.to(self.device)))
+    def tensors(self):
+        """All tensors that belong to this text, the batch first."""
+        return [*self.arrays.values(), *self.codec.tensors()]
 
     def clear(self):
         """Empties every slot and keeps the memory."""
         self.used = self.kept = 0
-        for array in self.arrays.values():
-            array.zero_()
+        for tensor in self.tensors():
+            tensor.zero_()
         self.positions.fill_(EMPTY)
-        if self.centre is not None:
-            self.centre.zero_()
 
     def nbytes(self, *names):
         """Bytes held by the named arrays."""
         return sum(self.arrays[name].nbytes for name in names)
 
 
-def _longer(array, more, value=0):
-    """A copy with `more` rows of `value` behind the others."""
-    return torch.cat([array, array.new_full((*array.shape[:2], more, *array.shape[3:]), value)], 2)
-
-
 def gather(array, index):
     """What is at `index` (`[batch, num_kv_heads, n]`) in `array` (`[batch, num_kv_heads, slots, ...]`)."""
     return array.gather(2, index[..., None].expand(*index.shape, array.shape[-1]) if array.ndim == 4 else index)
-
-
-def move(array, source, target):
-    """Copies what is at `source` to `target`, indices as of `gather`."""
-    moved = gather(array, source)
-    array.scatter_(2, target[..., None].expand_as(moved) if array.ndim == 4 else target, moved)

@@ -9,6 +9,8 @@ from transformers import (
 )  # fmt: skip
 
 import sketchkv
+from sketchkv.layer import Form
+from sketchkv.passes import Tokens
 
 transformers.logging.set_verbosity_error()
 VOCABULARY = 97
@@ -65,6 +67,7 @@ def attended(layer, query, keys, values):
     """(what a bounded layer gives for a text at once, the same of a full cache); query: `[1, num_heads, n, head_dim]`, keys and
     values: `[1, 1, n, head_dim]`; logits are scaled by 1/2."""
     layer.update(keys, values)
-    output = layer.attend(query, keys, values, None, None, 0.5)
+    positions = torch.arange(keys.shape[2], dtype=torch.int32)[None]
+    output = layer.attend(query, keys, values, Tokens(None, positions), Form(0.5))
     keys, values = (x.expand(-1, query.shape[1], -1, -1) for x in (keys, values))
     return output, torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=0.5)

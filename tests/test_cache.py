@@ -212,7 +212,7 @@ def test_exactly_max_cache_size_after_each_eviction(gpt2, ids, evict_every):
 
 
 def test_sketch_bytes_are_counted(gpt2, ids):
-    cache = bounded(gpt2, width=100, depth=3, key="token")
+    cache = bounded(gpt2, policy=Sketch(width=100, depth=3, key="token"))
     score(gpt2, ids, cache)
     heads, layers, slots = 4, 2, 37
     tables = 2 * 2 * heads * 3 * 100 * 4  # mass and exposure, batch of 2, float32
@@ -266,23 +266,26 @@ def test_rows_of_a_batch_are_independent(gpt2, ids):
         (dict(max_cache_size=64, recent_window=60), "leaves nothing to choose"),
         (dict(max_cache_size=64, num_sinks=-1), "num_sinks"),
         (dict(max_cache_size=64, evict_every=0), "evict_every"),
-        (dict(max_cache_size=64, width=0), "width"),
-        (dict(max_cache_size=64, depth=0), "depth"),
-        (dict(max_cache_size=64, key="colour"), "lsh, token, position"),
-        (dict(max_cache_size=64, decay=1.5), "decay"),
-        (dict(max_cache_size=64, lsh_bits=0), "lsh_bits"),
+        (dict(width=0), "width"),
+        (dict(depth=0), "depth"),
+        (dict(key="colour"), "lsh, token, position"),
+        (dict(decay=1.5), "decay"),
+        (dict(lsh_bits=0), "lsh_bits"),
     ],
 )
 def test_bad_settings(gpt2, settings, message):
     with pytest.raises(ValueError, match=message):
-        SketchCache(gpt2.config, **settings)
+        SketchCache(gpt2.config, **settings) if "max_cache_size" in settings else Sketch(**settings)
 
 
 def test_unknown_and_contradicting_parameters(gpt2):
     with pytest.raises(TypeError, match="widht"):
         SketchCache(gpt2.config, 64, widht=3)
-    with pytest.raises(TypeError, match="either policy= or sketch parameters"):
+    with pytest.raises(TypeError, match=r"policy=Sketch\(width=...\)"):
         SketchCache(gpt2.config, 64, policy=Window(), width=3)
+    for former in ("depth", "summary_slots", "quantizer", "coarse_bits", "shared", "counters"):
+        with pytest.raises(TypeError, match=f"no parameter '{former}': write"):
+            SketchCache(gpt2.config, 64, **{former: 2})
     with pytest.raises(TypeError, match="one per layer"):
         SketchCache(gpt2.config, 64, policy=[Window()])
 
@@ -303,10 +306,10 @@ def test_cache_of_another_model(gpt2, ids):
         score(gpt2, ids, SketchCache(config, 32))
 
 
-def test_models_with_windows_of_their_own_are_refused():
+def test_layers_that_attend_otherwise_are_refused():
     model = build("qwen2")
-    model.config.layer_types = ["sliding_attention", "full_attention"]
-    with pytest.raises(ValueError, match="full attention in every layer"):
+    model.config.layer_types = ["linear_attention", "full_attention"]
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM: .*linear_attention"):
         sketchkv.enable(model)
 
 

@@ -3,15 +3,14 @@
 import pytest
 import torch
 
-from sketchkv import LRU, TOVA, H2O, Random, SketchCache, SnapKV, Window, generate
+from sketchkv import H2O, LRU, TOVA, Random, Sketch, SketchCache, SnapKV, Summary, Window, generate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(key="token"), dict(mean=False, decay=1.0), dict(policy=H2O()), dict(policy=Window()), dict(policy=LRU()),
-    dict(policy=TOVA()), dict(policy=SnapKV()), dict(attend_topk=30), dict(summary_slots=2), dict(bits=8), dict(evict_every=1),
-    dict(kind="count_sketch"), dict(kind="race"), dict(key="query"), dict(key="bigram", shared="heads", counters="float16"),
+    dict(), dict(policy=Sketch(key="token")), dict(policy=Sketch(mean=False, decay=1.0)), dict(policy=H2O()), dict(policy=Window()), dict(policy=LRU()),
+    dict(policy=TOVA()), dict(policy=SnapKV()), dict(attend_topk=30), dict(summary=Summary(2)), dict(bits=8), dict(evict_every=1),
 ], ids=str)  # fmt: skip
 def test_recorded_steps_give_the_same_tokens(gpt2, ids, settings):
     model, ids = gpt2.to(DEVICE), ids.to(DEVICE)
@@ -30,7 +29,7 @@ def test_recorded_steps_give_the_same_tokens(gpt2, ids, settings):
         torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
         for cache in caches:
             cache.reset()
-    assert DEVICE == "cpu" or len(caches[1].steps.graphs) == settings["evict_every"]
+    assert DEVICE == "cpu" or len(caches[1].recordings.graphs) == settings["evict_every"]
 
 
 def tensors(thing, name="cache", found=None):
@@ -42,14 +41,14 @@ def tensors(thing, name="cache", found=None):
         for key, value in thing.items() if isinstance(thing, dict) else enumerate(thing):
             tensors(value, f"{name}[{key!r}]", found)
     elif type(thing).__module__.startswith("sketchkv"):
-        for key in vars(thing).keys() - {"peers", "model", "cache", "graphs"}:
+        for key in vars(thing).keys() - {"model", "cache", "graphs", "tokens"}:
             tensors(vars(thing)[key], f"{name}.{key}", found)
     return found
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(key="bigram"), dict(key="query"), dict(kind="race"), dict(policy=LRU()), dict(policy=H2O()),
-    dict(policy=TOVA()), dict(bits=(5, 4), summary_slots=1, attend_topk=30),
+    dict(), dict(policy=Sketch(key="token")), dict(policy=LRU()), dict(policy=H2O()),
+    dict(policy=TOVA()), dict(bits=(5, 4), summary=Summary(1), attend_topk=30),
 ], ids=str)  # fmt: skip
 def test_a_second_text_finds_every_tensor_where_the_first_left_it(gpt2, ids, settings):
     """What was recorded reads and writes fixed addresses: nothing that lives from step to step may move."""
@@ -88,6 +87,5 @@ def test_what_cannot_be_recorded_is_refused(gpt2, ids, padding):
         generate(gpt2, tokens, SketchCache(gpt2.config, 40), 4, attention_mask=mask, graph=True)
     with pytest.raises(ValueError, match="graph=True"):
         generate(gpt2, ids, max_new_tokens=4, graph=True)
-    for settings in (dict(policy=Random()), dict(counters="uint8"), dict(shared="layers")):
-        with pytest.raises(ValueError, match="cannot be recorded"):
-            generate(gpt2, ids, SketchCache(gpt2.config, 40, **settings), 4, graph=True)
+    with pytest.raises(ValueError, match="cannot be recorded"):
+        generate(gpt2, ids, SketchCache(gpt2.config, 40, policy=Random()), 4, graph=True)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from sketchkv import generate, score
-from sketchkv.kivi import GROUP, KiviCache, pack, unpack
+from sketchkv.study.extras.kivi import GROUP, KiviCache, pack, unpack
 
 
 def rounded(x, bits, axis):
@@ -81,7 +81,7 @@ def test_cache_equals_full_cache_of_rounded_tokens(model, ids, bits, residual):
 def test_bytes_are_those_of_the_packed_tensors(model, ids):
     cache = KiviCache(model.config, 100, bits=2, residual=16)
     score(model, ids, cache)
-    heads, rows, layers, head_dim = cache.layers[0].slots.heads, 2, 2, 16
+    heads, rows, layers, head_dim = cache.layers[0].slots.shape[1], 2, 2, 16
     codes = 2 * 64 * head_dim * 2 // 8  # keys and values of 64 tokens
     ranges = 2 * 2 * (2 * head_dim + 64)  # two groups of 32 tokens per channel; one group of 16 channels per token
     newest = 2 * 48 * head_dim * 2

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sketchkv import LRU, TOVA, AttentionMass, CountMinSketch, KeyNorm, Prior, Random, Sketch, SketchCache, SnapKV, Window, score
+from sketchkv import LRU, TOVA, AttentionMass, CountMinSketch, KeyNorm, Random, Sketch, SketchCache, SnapKV, Window, score
 from sketchkv.policies import exposure
-from sketchkv.slots import Slots
+from sketchkv.slots import Plain, Slots
 
 
 def drive(policy, blocks, seed=0, tokens=24, heads=2):
     """Feeds random attention for `tokens` tokens in blocks of the given sizes; returns slots, and attention by token."""
-    slots = Slots(1, heads, tokens, 8, torch.float32, "cpu")
+    slots = Slots((1, heads), tokens, (8, 8), Plain(torch.float32, "cpu"))
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(1, heads, tokens, 8, generator=generator)
     attention = torch.rand(1, heads, tokens, tokens, generator=generator).tril()
@@ -46,7 +46,7 @@ def test_attention_mass_is_the_discounted_sum(decay, mean):
 @given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.sampled_from([1.0, 0.95]))
 def test_blocks_equal_single_steps(blocks, decay):
     total = sum(blocks)
-    for policy in (AttentionMass(decay), Sketch(64, 3, key="token", decay=decay), Prior(64, 3, decay=decay)):
+    for policy in (AttentionMass(decay), Sketch(64, 3, key="token", decay=decay)):
         at_once, _ = drive(policy, [total], tokens=total)
         expected = policy.score(at_once, total)
         in_blocks, _ = drive(policy, blocks, tokens=total)
@@ -64,7 +64,7 @@ def test_exposure():
 def test_wide_sketch_equals_exact_sums_per_key(key):
     policy = Sketch(width=2**16, depth=4, key=key, decay=0.9, mean=False)
     slots, _ = drive(policy, [24])
-    items, mass = policy._hashed(slots).clone(), slots["mass"].clone()
+    items, mass = policy.signatures(slots).clone(), slots["mass"].clone()
     expected = ((items[..., None] == items[..., None, :]) * mass[..., None, :]).sum(-1)
     torch.testing.assert_close(policy.score(slots, 24), expected)
     assert not slots["mass"].any()  # moved, not copied: nothing is counted twice
@@ -86,40 +86,20 @@ def test_evicted_tokens_are_remembered():
         assert (newcomer > 1).all() if remembers else (newcomer == 0).all()
 
 
-def test_prior_shrinks_each_mean_towards_that_of_its_key():
-    """In a sketch so wide that no keys collide, against means taken the slow way; without strength it is the exact score."""
-    policy = Prior(width=2**16, strength=3.0)
-    slots, _ = drive(policy, [24])
-    got, mass, age = policy.score(slots, 24)[0], slots["mass"][0], exposure(24 - torch.arange(24), 0.99)
-    for head in range(2):
-        for token in range(24):
-            same = torch.arange(24) % 5 == token % 5
-            prior = mass[head, same].sum() / age[same].sum()
-            torch.testing.assert_close(got[head, token], (mass[head, token] + 3 * prior) / (age[token] + 3))
-    without, exact = Prior(strength=0.0), AttentionMass()
-    torch.testing.assert_close(*(each.score(drive(each, [24])[0], 24) for each in (without, exact)))
-
-
-@pytest.mark.parametrize("settings", [dict(strength=-1.0), dict(key="query"), dict(counters="float16")])
-def test_prior_refuses_what_it_can_not_be(settings):
-    with pytest.raises(ValueError, match="strength|prior"):
-        Prior(**settings)
-
-
 def test_lsh_key_depends_on_direction_only():
     policy = Sketch(key="lsh", lsh_bits=16)
-    slots = Slots(1, 1, 4, 8, torch.float32, "cpu")
+    slots = Slots((1, 1), 4, (8, 8), Plain(torch.float32, "cpu"))
     policy.allocate(slots)
     vector = torch.randn(8, generator=torch.Generator().manual_seed(0))
     keys = torch.stack([vector, 3 * vector, -vector, torch.randn(8, generator=torch.Generator().manual_seed(1))])
     policy.enter(slots, slots.append(keys[None, None], keys[None, None], torch.arange(4)[None].int()), None)
-    same, longer, opposite, other = policy._hashed(slots)[0, 0].tolist()
+    same, longer, opposite, other = policy.signatures(slots)[0, 0].tolist()
     assert same == longer and opposite == 2**16 - 1 - same and other not in (same, opposite)
 
 
 def test_token_key_needs_token_ids(gpt2, ids):
     with pytest.raises(ValueError, match='key="lsh"'):
-        gpt2(inputs_embeds=gpt2.transformer.wte(ids), past_key_values=SketchCache(gpt2.config, 64, key="token"))
+        gpt2(inputs_embeds=gpt2.transformer.wte(ids), past_key_values=SketchCache(gpt2.config, 64, policy=Sketch(key="token")))
 
 
 def test_window_keeps_the_newest_and_the_sinks(gpt2, ids):
@@ -131,7 +111,7 @@ def test_window_keeps_the_newest_and_the_sinks(gpt2, ids):
 
 
 def test_protection_is_the_same_for_all_policies(gpt2, ids):
-    for policy in (Window(), Random(), AttentionMass(), Sketch(), Sketch(key="token"), Prior()):
+    for policy in (Window(), Random(), AttentionMass(), Sketch(), Sketch(key="token")):
         cache = SketchCache(gpt2.config, 40, policy=policy, evict_every=4, num_sinks=6, recent_window=10)
         score(gpt2, ids, cache)
         for layer in range(2):
@@ -151,7 +131,7 @@ def test_random_is_seeded_and_differs_between_layers_and_seeds(gpt2, ids):
 
 
 def test_sketch_shares_hash_functions_but_not_counters(gpt2, ids):
-    cache = SketchCache(gpt2.config, 40, width=64, depth=2)
+    cache = SketchCache(gpt2.config, 40, policy=Sketch(width=64, depth=2))
     score(gpt2, ids, cache)
     table = cache.layers[0].policy.sketches[0].table
     assert table.shape == (2, 4, 2, 64) and not torch.equal(table[0], table[1])

@@ -9,10 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface
 
-from sketchkv import AttentionMass, SketchCache, Window, oracle, score
-from sketchkv import cache as cache_module
-from sketchkv.quantize import coder, matrix, normal_levels, pack, rotation, unpack
+from sketchkv import AttentionMass, SketchCache, Summary, Window, oracle, score
+from sketchkv import quantize
+from sketchkv.quantize import Half, Normal, matrix, normal_levels, pack, quantized, rotation, unpack
 from sketchkv.slots import Slots
+from sketchkv.study.extras.ranges import Range, ranges
+
+
+def coder(bits, head_dim, kind):
+    return Half() if bits == 16 else Normal(bits, "cpu") if kind == "normal" else Range(bits, head_dim)
+
+
+def codec(bits, kind):
+    return {"range": ranges, "normal": quantized}[kind](bits)
 
 
 @settings(max_examples=100, deadline=None)
@@ -33,7 +42,7 @@ def test_no_value_is_off_by_more_than_half_a_step(bits, head_dim, seed, magnitud
     generator = torch.Generator().manual_seed(seed)
     x = (torch.randn(3, 5, head_dim, generator=generator) * 10**magnitude + offset).clamp(-6e4, 6e4)
     x[0, 0] = offset  # a constant group
-    of_range = coder(bits, head_dim, "range", "cpu")
+    of_range = coder(bits, head_dim, "range")
     codes, ranges = of_range.encode(x)
     groups = head_dim // 32 if head_dim % 32 == 0 else 1
     assert codes.shape == (3, 5, head_dim * bits // 8) and codes.dtype == torch.uint8
@@ -57,7 +66,7 @@ def test_normal_levels_have_the_published_error(bits, error):
     assert (x - nearest).square().mean().item() == pytest.approx(error, rel=0.01)
     torch.testing.assert_close(levels, -levels.flip(0), atol=1e-9, rtol=0)
     vectors = torch.randn(500, 64, generator=torch.Generator().manual_seed(0)) * 7
-    normal = coder(bits, 64, "normal", "cpu")
+    normal = coder(bits, 64, "normal")
     back = normal.decode(*normal.encode(vectors), torch.float32)
     assert ((back - vectors).square().mean() / 49).item() == pytest.approx(error, rel=0.1)
     # The scale is the best one: no other brings the vector nearer.
@@ -67,7 +76,7 @@ def test_normal_levels_have_the_published_error(bits, error):
 
 def test_zero_and_tiny_vectors_survive():
     for bits in (2, 4, 5):
-        normal = coder(bits, 16, "normal", "cpu")
+        normal = coder(bits, 16, "normal")
         for x in (torch.zeros(1, 16), torch.full((1, 16), 1e-30)):
             assert normal.decode(*normal.encode(x), torch.float32).abs().max() < 1e-6
 
@@ -89,24 +98,24 @@ def test_the_rotation_is_one(head_dim):
 def test_dtype_of_the_model_comes_back(dtype, kind):
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     for bits in (8, 16):
-        of = coder(bits, 64, kind, "cpu")
+        of = coder(bits, 64, kind)
         back = of.decode(*of.encode(x), dtype)
         assert back.dtype == dtype
         torch.testing.assert_close(back, x, atol=0.08, rtol=0)
 
 
-@pytest.mark.parametrize("head_dim, bits, kind", [(16, 7, "range"), (16, 12, "normal"), (12, 4, "range"), (16, 4, "best")])
-def test_what_cannot_be_packed_is_refused(head_dim, bits, kind):
-    with pytest.raises(ValueError, match="bits"):
-        coder(bits, head_dim, kind, "cpu")
+@pytest.mark.parametrize("kind", ["range", "normal"])
+def test_what_cannot_be_packed_is_refused(kind):
+    with pytest.raises(ValueError, match="multiple of 8"):
+        Slots((1, 1), 8, (12, 12), codec(4, kind)(torch.float32, "cpu"))
 
 
-@pytest.mark.parametrize("bits", [6, 0, "4", True, (4, 4, 4), (4, 7)])
+@pytest.mark.parametrize("bits", [7, 0, "4", True, (4, 4, 4), (4, 7)])
 def test_bad_settings(gpt2, bits):
     with pytest.raises(ValueError, match="bits"):
         SketchCache(gpt2.config, 64, bits=bits)
-    with pytest.raises(ValueError, match="quantizer='best'"):
-        SketchCache(gpt2.config, 64, bits=4, quantizer="best")
+    with pytest.raises(TypeError, match="either bits= or codec="):
+        SketchCache(gpt2.config, 64, bits=4, codec=ranges(4))
 
 
 def rounded(x, bits):
@@ -148,12 +157,12 @@ def rounding_oracle():
 def test_bounded_quantized_cache_equals_masked_full_cache_of_rounded_tokens(
     model, ids, bits, quantizer, policy, rounding_oracle, monkeypatch
 ):  # fmt: skip
-    monkeypatch.setattr(cache_module, "CENTRE_AFTER", -1)  # the rule of a centre has a test of its own
+    monkeypatch.setattr(quantize, "CENTRE_AFTER", 0)  # the rule of a centre has a test of its own
     rule = {"range": rounded, "normal": rounded_normally}[quantizer]
     pair = bits if isinstance(bits, tuple) else (bits, bits)
     rounding_oracle([lambda x, b=b: rule(x, b) for b in pair])
     settings = dict(recent_window=8, evict_every=5, policy=copy.deepcopy(policy))
-    cache = SketchCache(model.config, 32, bits=bits, quantizer=quantizer, **settings)
+    cache = SketchCache(model.config, 32, codec=codec(bits, quantizer), **settings)
     logits, visible = oracle.decode_and_watch(model, ids, cache)
     expected = oracle.full_cache_logits(model, ids, visible)
     # A number on the edge between two codes may fall to either side; then a few logits move by a step of one channel.
@@ -170,7 +179,7 @@ def test_centring_happens_at_one_token_however_the_text_arrives(model, ids, chun
     def run(chunk):
         cache = SketchCache(model.config, 40, recent_window=8, evict_every=5, bits=(5, 4), policy=Window())
         nll = score(model, ids, cache, chunk_size=chunk)
-        return nll, cache.layers[0].slots.centre
+        return nll, cache.layers[0].slots.codec.centre
 
     nll, centre = run(chunk)
     expected, its_centre = run(ids.shape[1])
@@ -181,29 +190,29 @@ def test_centring_happens_at_one_token_however_the_text_arrives(model, ids, chun
 
 def test_a_centre_brings_keys_nearer():
     generator = torch.Generator().manual_seed(0)
-    slots = Slots(2, 3, 60, 64, torch.float32, "cpu", bits=(3, 3))
+    slots = Slots((2, 3), 60, (64, 64), quantized(3)(torch.float32, "cpu"))
     keys = torch.randn(2, 3, 60, 64, generator=generator) + 4 * torch.randn(2, 3, 1, 64, generator=generator)
     positions = torch.arange(60, dtype=torch.int32).expand(2, 60)
     slots.append(keys[:, :, :32], keys[:, :, :32], positions[:, :32])
-    slots.recentre(4)
+    slots.codec.settle(slots, 4)
     slots.append(keys[:, :, 32:], keys[:, :, 32:], positions[:, 32:])
     error = (slots["keys"] - keys).square().mean((0, 1, 3))
     assert error[32:].mean() < 0.1 * (slots["values"] - keys)[:, :, 32:].square().mean()
     assert error[:32].mean() < 1.5 * (slots["values"] - keys)[:, :, :32].square().mean()
     slots.clear()
-    assert slots.centre.abs().max() == 0
+    assert slots.codec.centre.abs().max() == 0
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bytes_are_those_of_the_packed_tensors(model, ids, bits):
-    cache = SketchCache(model.config, 32, recent_window=8, evict_every=5, bits=bits, quantizer="range", summary_slots=2, policy=Window())
+    cache = SketchCache(model.config, 32, recent_window=8, evict_every=5, codec=ranges(bits), summary=Summary(2), policy=Window())
     score(model, ids, cache)
     heads, head_dim, rows, layers = cache.layers[0].slots.positions.shape[1], 16, 2, 2
     slot = 2 * (head_dim * bits // 8 + 2 * 2)  # codes, minimum and step in float16; keys and values
     summary = 2 * 2 * head_dim * 4
     assert cache.nbytes()["kv"] == layers * rows * heads * (37 * slot + summary)
     held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for layer in cache.layers for t in (
-        *layer.slots.arrays.values(), *layer.slots.whole.values(), *layer.summary.tensors(),
+        *layer.slots.arrays.values(), *layer.summary.tensors(),
         layer.summary.code.projection, layer.summary.code.powers, layer.summary.hash.a, layer.summary.hash.b,
     )}  # fmt: skip
     assert cache.nbytes()["total"] == sum({t: n for t, n in held.items()}.values())

@@ -1,30 +1,22 @@
 """Every kind, key and width of the sketch policy goes through the trials of the cache: oracle, chunks, padding, beams."""
 
-import copy
-
 import pytest
 import torch
 from conftest import build
 
 import sketchkv
-from sketchkv import Prior, Sketch, SketchCache, Window, generate, score
+from sketchkv import Sketch, SketchCache, Window, generate, score
 from sketchkv.oracle import decode_and_watch, full_cache_logits
-from sketchkv.policies import QuerySketch
-from sketchkv.sketches import PRIME, SimHash
-from sketchkv.slots import Slots
+from sketchkv.sketch import SimHash
+from sketchkv.slots import Plain, Slots
+from sketchkv.study.extras.sketch_policies import AnySketch, QuerySketch
 
 VARIANTS = {
-    "bigram": dict(key="bigram", width=64, depth=2),
     "conservative, 16 bits": dict(kind="conservative", width=16, counters="float16"),
     "Count-Sketch, 8 bits": dict(kind="count_sketch", width=64, depth=3, counters="uint8", key="token"),
     "RACE over keys": dict(kind="race", width=64),
-    "RACE over queries": dict(kind="race", key="query", width=64),
-    "query codes, 8 bits": dict(key="query", width=64, counters="uint8"),
-    "shared by heads": dict(shared="heads", lsh_bits=8),
-    "queries shared by heads": dict(shared="heads", key="query", kind="race", width=64),
-    "prior": dict(policy=Prior(64, 2)),
-    "prior shared by layers": dict(policy=Prior(64, 2, shared="layers", counters="uint8")),
-    "shared by layers": dict(shared="layers", width=64, key="token", counters="uint8"),
+    "RACE over queries": dict(kind="race", query=True, width=64),
+    "query codes, 8 bits": dict(query=True, width=64, counters="uint8"),
 }
 LENGTH = 64
 
@@ -33,9 +25,10 @@ LENGTH = 64
 def fresh(request):
     def make(model, **settings):
         cache = dict(recent_window=6, evict_every=4) | settings
-        return SketchCache(model.config, 20, **cache, **VARIANTS[request.param])
+        variant = dict(VARIANTS[request.param])
+        policy = QuerySketch if variant.pop("query", False) else AnySketch
+        return SketchCache(model.config, 20, policy=policy(**variant), **cache)
 
-    make.settings = VARIANTS[request.param]
     return make
 
 
@@ -96,7 +89,6 @@ def test_reset_equals_a_fresh_cache(gpt2, text, fresh):
 def test_beam_search_equals_each_beam_decoded_alone(llama, text, fresh):
     out = llama.generate(
         text[:, :40], past_key_values=fresh(llama), max_new_tokens=16, num_beams=3, num_return_sequences=3,
-        prefill_chunk_size=fresh(llama).max_chunk_size,
         do_sample=False, eos_token_id=None, length_penalty=0.0, output_scores=True, return_dict_in_generate=True,
     )  # fmt: skip
     nll = score(llama, out.sequences, fresh(llama))[:, 39:]
@@ -111,75 +103,11 @@ def test_bytes_are_those_of_the_tensors(llama, text, fresh):
     for layer in cache.layers:
         policy = layer.policy
         held = [*layer.slots.arrays.values(), *policy.tensors()]
-        for part in [policy.items, *policy.sketches]:
-            for thing in [part, *vars(part).values(), *getattr(getattr(part, "hash", None), "__dict__", {}).values()]:
+        for part in [policy.code, *policy.sketches]:
+            for thing in [part, *getattr(part, "__dict__", {}).values(), *getattr(getattr(part, "hash", None), "__dict__", {}).values()]:
                 held += [value for value in getattr(thing, "__dict__", {}).values() if isinstance(value, torch.Tensor)]
         tensors |= {id(tensor): tensor for tensor in held}
     assert cache.nbytes()["total"] == sum(tensor.nbytes for tensor in tensors.values())
-
-
-def test_a_pass_over_many_evictions_is_refused_where_layers_share(llama, text):
-    cache = SketchCache(llama.config, 20, recent_window=6, evict_every=4, shared="layers")
-    with pytest.raises(ValueError, match="prefill_chunk_size=evict_every"):
-        llama(text, past_key_values=cache)
-    assert cache.max_chunk_size == 4 and SketchCache(llama.config, 32).max_chunk_size is None
-    cache.reset()
-    assert score(llama, text, cache).isfinite().all()
-    mixed = SketchCache(llama.config, 32, policy=[Sketch(shared="layers"), Window()])
-    with pytest.raises(ValueError, match="one policy for all layers"):
-        llama(text, past_key_values=mixed)
-
-
-@pytest.mark.parametrize("shared, tables", [(None, 2 * 2), ("heads", 2), ("layers", 1)])
-def test_shared_counters_are_one_table_and_counted_once(llama, text, shared, tables):
-    cache = SketchCache(llama.config, 24, shared=shared, key="token", width=32, depth=3, mean=False, recent_window=6)
-    score(llama, text[:1], cache)
-    assert len({id(layer.policy.sketches[0]) for layer in cache.layers}) == (1 if shared == "layers" else 2)
-    layers, heads, slots, hashes = 2, 2, 40, 3 * 2 * 8
-    expected = tables * 3 * 32 * 4 + hashes * (1 if shared == "layers" else layers) + layers * heads * slots * 4
-    assert cache.nbytes()["sketch"] == expected
-    # Nothing of the mass is lost: each query head gives 1 per query, at a decay of 0.99.
-    leads = {id(layer.policy.lead): layer.policy.lead for layer in cache.layers}
-    total = sum(lead.sketches[0].total.sum() for lead in leads.values())
-    seen = cache.seen_tokens - (cache.layers[0].slots.used - cache.layers[0].slots.kept)
-    torch.testing.assert_close(total, torch.tensor(layers * 4 * (1 - 0.99**seen) / 0.01), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("key", ["token", "bigram"])
-def test_sharing_heads_adds_up_what_heads_know_apart(gpt2, text, key):
-    """While nothing is evicted yet, the shared table is the sum of the separate ones."""
-    tables = []
-    for shared in (None, "heads"):
-        cache = SketchCache(gpt2.config, 48, key=key, shared=shared, width=2**14, evict_every=8)
-        score(gpt2, text[:, :56], cache)
-        tables.append([sketch.table for sketch in cache.layers[0].policy.sketches])
-    for apart, together in zip(*tables):
-        torch.testing.assert_close(apart.sum(1), together)
-
-
-def test_bigrams_across_chunks_and_padding():
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 2**18, (3, 40), generator=generator)
-    real = torch.rand(3, 40, generator=generator) > 0.3
-    real[0] = True
-    real[1, :15] = False
-    expected, last = [], [-1, -1, -1]
-    for t in range(40):
-        for row in range(3):
-            if real[row, t]:
-                expected.append(((last[row] + 1) * 1103515245 + int(ids[row, t]) + 1) % PRIME)
-                last[row] = int(ids[row, t])
-    for chunk in (40, 1, 7):
-        slots, policy = Slots(3, 2, 40, 8, torch.float32, "cpu"), Sketch(key="bigram", width=8, depth=1)
-        policy.allocate(slots)
-        for start in range(0, 40, chunk):
-            part = slice(start, start + chunk)
-            positions = torch.arange(40)[None, part].expand(3, -1).masked_fill(~real[:, part], -1).int()
-            vectors = torch.zeros(3, 2, positions.shape[1], 8)
-            policy.enter(slots, slots.append(vectors, vectors, positions), ids[:, part])
-        assert torch.equal(slots["item"][:, 0], slots["item"][:, 1])
-        assert slots["item"][:, 0].T[real.T].tolist() == expected
-        assert (slots["item"] >= 0).all()
 
 
 @pytest.mark.parametrize("kind", ["count_min", "race"])
@@ -188,9 +116,8 @@ def test_queries_are_counted_where_they_point(kind):
     generator = torch.Generator().manual_seed(0)
     queries, keys = torch.randn(2, 1, 4, 30, 8, generator=generator)  # four query heads, two KV heads
     keys = keys[:, :2]
-    policy = Sketch(key="query", kind=kind, width=2**10, depth=5, lsh_bits=4, decay=0.9)
-    assert type(policy) is QuerySketch and type(Sketch(64, 2, "query")) is QuerySketch
-    slots = Slots(1, 2, 30, 8, torch.float32, "cpu")
+    policy = QuerySketch(kind=kind, width=2**10, depth=5, lsh_bits=4, decay=0.9)
+    slots = Slots((1, 2), 30, (8, 8), Plain(torch.float32, "cpu"))
     policy.allocate(slots)
     for start, stop in ((0, 11), (11, 12), (12, 30)):
         now = slice(start, stop)
@@ -216,10 +143,8 @@ def test_queries_are_counted_where_they_point(kind):
 
 
 def test_query_policy_asks_for_no_attention():
-    policy = Sketch(key="query")
-    assert policy.uses_queries and not policy.uses_attention
-    assert Sketch().uses_attention and not Sketch().uses_queries
-    assert type(copy.deepcopy(policy)) is QuerySketch and policy.lsh_bits == 8 and Sketch().lsh_bits == 24
+    assert not QuerySketch().uses_attention and Sketch().uses_attention
+    assert QuerySketch().lsh_bits == 8 and Sketch().lsh_bits == AnySketch().lsh_bits == 24
 
 
 @pytest.mark.parametrize(
@@ -227,18 +152,12 @@ def test_query_policy_asks_for_no_attention():
     [
         (dict(kind="colour"), "count_min, conservative, count_sketch, race"),
         (dict(counters="int4"), "float32, float16, uint8"),
-        (dict(shared="rows"), "None, heads, layers"),
-        (dict(key="colour"), "lsh, token, position, bigram, query"),
+        (dict(key="colour"), "lsh, token, position"),
         (dict(kind="race", key="token"), "hashes vectors"),
         (dict(kind="race", lsh_bits=31), "lsh_bits"),
-        (dict(key="query", width=0), "width"),
+        (dict(width=0), "width"),
     ],
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        Sketch(**settings)
-
-
-def test_bigrams_need_token_ids(gpt2, ids):
-    with pytest.raises(ValueError, match='key="lsh"'):
-        gpt2(inputs_embeds=gpt2.transformer.wte(ids), past_key_values=SketchCache(gpt2.config, 64, key="bigram"))
+        AnySketch(**settings)

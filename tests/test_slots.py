@@ -4,7 +4,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sketchkv.slots import Slots
+from sketchkv.slots import Plain, Slots
+
+PLAIN = Plain(torch.float32, "cpu")
 
 
 @settings(max_examples=60, deadline=None)
@@ -12,7 +14,7 @@ from sketchkv.slots import Slots
 def test_evict_keeps_exactly_the_others(kept, extra, seed, rounds):
     generator = torch.Generator().manual_seed(seed)
     batch, heads = 2, 3
-    slots = Slots(batch, heads, kept + extra, 4, torch.float32, "cpu")
+    slots = Slots((batch, heads), kept + extra, (4, 4), PLAIN)
     slots.add("mass", torch.float32)
     model = [[set() for _ in range(heads)] for _ in range(batch)]
     seen = 0
@@ -42,11 +44,10 @@ def test_evict_keeps_exactly_the_others(kept, extra, seed, rounds):
 
 
 def test_memory_stays_where_it_is():
-    slots = Slots(1, 1, 8, 4, torch.float32, "cpu")
+    slots = Slots((1, 1), 8, (4, 4), PLAIN)
     addresses = {name: array.data_ptr() for name, array in slots.arrays.items()}
     slots.append(torch.ones(1, 1, 8, 4), torch.ones(1, 1, 8, 4), torch.arange(8)[None].int())
     slots.evict(torch.tensor([[[0, 3, 7]]]))
-    slots.reorder(torch.tensor([0]))
     slots.clear()
     assert {name: array.data_ptr() for name, array in slots.arrays.items()} == addresses
     assert slots.used == 0 and (slots.positions == -1).all() and not slots.keys.any()

@@ -1,19 +1,14 @@
-"""The benchmarks' arithmetic on cases known by hand, the cost model, and a bound that only a serious regression passes."""
+"""The benchmarks' arithmetic on cases known by hand, and a bound that only a serious regression passes."""
 
 import shutil
 import time
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sketchkv.sketches import CountMinSketch
-from sketchkv.study import aims, bench, scaling, speed, timing
-
-MODEL = {"attention": [9, 0.4, 0], "layer": [20, 0.45, 30], "compact layer": [90, 1.5, 5], "block": [25, 0.4, 1.6]}
+from sketchkv.study import aims, bench, speed, timing
 
 
 def rows(*found):
@@ -92,45 +87,3 @@ def test_counting_and_scoring_are_far_from_slow(gpt2):
     frame = table.frame().set_index("row")["median"]
     assert frame["50000 items, pure Python / CountMinSketch"] > 4
     assert frame["m, 200 tokens, token by token / score"] > 1.5
-
-
-# The cost model
-
-
-def measured(noise=0.0):
-    generator = np.random.default_rng(0)
-    names = [f"{kind}: batch {b}, kv_heads 8, group 4, head_dim 128, slots {s}"
-             for kind in scaling.KINDS[:3] for b in (1, 8, 64) for s in (512, 4096)]  # fmt: skip
-    names += [f"block: m, batch {b}, bytes {n}" for b in (1, 64, 256) for n in (10**7, 10**9)]
-    found = scaling.pieces(rows(*((name, 1, 1, 1) for name in names)))
-    exact = [scaling.predict(MODEL, row.kind, **row.numbers) for row in found.itertuples()]
-    return found.assign(us=np.array(exact) * np.exp(generator.normal(0, noise, len(found))))
-
-
-def test_the_fit_finds_the_model_that_made_the_pieces():
-    found = scaling.fit(measured())
-    for kind, coefficients in MODEL.items():
-        assert found[kind] == pytest.approx(coefficients, rel=1e-6, abs=1e-6)
-    noisy = measured(0.1)
-    error = scaling.residuals(scaling.fit(noisy), noisy).error
-    assert 0 < error.abs().max() < 0.4
-    with pytest.raises(ValueError, match="make bench"):
-        scaling.fit(scaling.pieces(rows(("something else", 1, 1, 1))))
-
-
-@given(st.integers(1, 512), st.integers(1, 512), st.sampled_from(["full", "bounded", "compact"]), st.integers(64, 10**6))
-def test_more_work_never_takes_less_time(batch, more, cache, slots):
-    for shape in scaling.SHAPES:
-        least = scaling.step(MODEL, shape, cache, batch, slots)
-        assert 0 < least <= scaling.step(MODEL, shape, cache, batch + more, slots)
-        assert least <= scaling.step(MODEL, shape, cache, batch, slots + more)
-
-
-def test_parameters_and_bytes_of_the_shapes():
-    sizes = {shape.name: shape.weight_bytes / 2e9 for shape in scaling.SHAPES}
-    assert sizes == pytest.approx({"GPT-2 small": 0.124, "Llama-3.1-8B": 8.03, "Llama-3.1-70B": 70.55}, rel=0.01)
-    found = scaling.table(MODEL, tokens=8192).set_index(["model", "cache"])
-    assert found.bytes["Llama-3.1-8B", "full"] == 2 * 32 * 8 * 128 * 8192 * 2
-    for shape in scaling.SHAPES:
-        full, bounded, compact = (found.bytes[shape.name, cache] for cache in ("full", "bounded", "compact"))
-        assert compact < bounded < full

@@ -8,10 +8,16 @@ import torch
 from conftest import attended
 
 from sketchkv import H2O, AttentionMass, SketchCache, Window, score
-from sketchkv.cache import SketchLayer
+from sketchkv.layer import BoundedLayer, Settings
+from sketchkv.slots import Plain, Slots
 from sketchkv.summary import Summary
 
 POLICIES = {"window": Window(), "H2O": H2O(), "decayed mean": AttentionMass(), "default": None}
+
+
+def allocated(summary, shape=(1, 1), width=8, dtype=torch.float32):
+    summary.allocate(Slots(shape, 1, (width, width), Plain(dtype, "cpu")))
+    return summary
 
 
 def plain_buckets(keys, summary):
@@ -50,19 +56,19 @@ def test_output_equals_attention_recomputed_from_the_record(model, ids, padding,
     """Each layer's attention for a text fed token by token; with padding, row 1 lacks its first 23 tokens."""
     tokens, mask = padding if padded else (ids, torch.ones_like(ids))
     cache = SketchCache(
-        model.config, 24, num_sinks=2, recent_window=6, evict_every=5, summary_slots=3,
+        model.config, 24, num_sinks=2, recent_window=6, evict_every=5, summary=Summary(3),
         policy=copy.deepcopy(POLICIES[policy]),
     )  # fmt: skip
     checked, records = [], {}
-    attend = SketchLayer.attend
+    attend = BoundedLayer.attend
 
-    def watched(layer, query, key, value, valid, token_ids, scaling, clock=None):
+    def watched(layer, query, key, value, tokens, form):
         kept = layer.slots.positions.clone()
         kept[:, :, layer.slots.used :] = -1
         now = [key, value, mask[:, layer.seen : layer.seen + 1] == 1]
         past = records.get(layer)
         records[layer] = now if past is None else [torch.cat([p, n], d) for p, n, d in zip(past, now, (2, 2, 1))]
-        output = attend(layer, query, key, value, valid, token_ids, scaling)
+        output = attend(layer, query, key, value, tokens, form)
         step = layer.seen - 1
         if step % 9 == 0 or step in (29, 30, 99):
             size = query.shape[1] // key.shape[1]
@@ -70,13 +76,13 @@ def test_output_equals_attention_recomputed_from_the_record(model, ids, padding,
                 if mask[row, step]:
                     head, member = (step + row) % key.shape[1], step % size
                     which = (row, head, (member, size))
-                    expected, evicted = reference(layer, records[layer], kept, query, scaling, *which)
+                    expected, evicted = reference(layer, records[layer], kept, query, form.scaling, *which)
                     got = output[row, head * size + member, 0].double()
                     torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
                     checked.append(evicted)
         return output
 
-    monkeypatch.setattr(SketchLayer, "attend", watched)
+    monkeypatch.setattr(BoundedLayer, "attend", watched)
     for step in range(100):
         positions = (mask[:, : step + 1].cumsum(-1) - 1).clamp(min=0)[:, -1:]
         seen = mask[:, : step + 1]
@@ -96,10 +102,10 @@ def test_one_repeated_token_equals_the_full_cache():
     order = torch.randint(0, 5, (90,), generator=generator)
     buckets = None
     for slots in range(1, 400):  # a number of buckets that keeps the five apart
-        buckets = Summary(torch.zeros(1, 1, slots, 8), torch.zeros(1, 1, slots, 8)).buckets(kinds[None, None])[0, 0]
+        buckets = allocated(Summary(slots), width=8).buckets(kinds[None, None])[0, 0]
         if len(buckets.unique()) == 5:
             break
-    layer = SketchLayer(Window(), 20, 2, 4, 3, summary_slots=slots)
+    layer = BoundedLayer(Window(), 20, Settings(2, 4, 3), Summary(slots))
     keys, values = kinds[order][None, None], values_of[order][None, None]
     query = torch.randn(1, 3, 90, 8, generator=generator)
     torch.testing.assert_close(*attended(layer, query, keys, values), atol=1e-5, rtol=0)
@@ -116,14 +122,14 @@ def test_policies_see_no_mass_on_summaries(gpt2, ids):
             totals.append(attention.sum(-1))
             super().observe(slots, attention)
 
-    cache = SketchCache(gpt2.config, 24, recent_window=6, evict_every=5, summary_slots=3, policy=Watch())
+    cache = SketchCache(gpt2.config, 24, recent_window=6, evict_every=5, summary=Summary(3), policy=Watch())
     score(gpt2, ids, cache, chunk_size=1)
     torch.testing.assert_close(totals[0], torch.ones_like(totals[0]))
     assert (totals[-1] < 0.999).all()
 
 
 def test_bytes(gpt2, ids):
-    caches = [SketchCache(gpt2.config, 24, evict_every=5, recent_window=6, summary_slots=s) for s in (0, 3)]
+    caches = [SketchCache(gpt2.config, 24, evict_every=5, recent_window=6, summary=s) for s in (None, Summary(3))]
     for cache in caches:
         score(gpt2, ids, cache)
     without, with_summary = (cache.nbytes() for cache in caches)
@@ -139,31 +145,44 @@ def test_bytes(gpt2, ids):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_means_keep_moving_in_half_precision(dtype):
     """Many tokens near one value, then as many near another: a mean that stalls stays with the first."""
-    summary = Summary(*(torch.zeros(1, 1, 1, 4, dtype=dtype) for _ in range(2)))
+    summary = allocated(Summary(), width=4, dtype=dtype)
     half = torch.full((1, 1, 10, 4), 1.0, dtype=dtype)
     positions = torch.arange(10).expand(1, 1, 10)
     for part in [half] * 400 + [half * 3] * 400:
         summary.fold(part, -part, positions)
     assert summary.counts.item() == 8000
-    for mean, exact in zip(summary.means, (2, -2)):
+    for mean, exact in zip((summary.keys, summary.values), (2, -2), strict=True):
         torch.testing.assert_close(mean.float(), torch.full((1, 1, 1, 4), float(exact)), atol=0.02, rtol=0)
     assert summary.nbytes()["kv"] == 2 * 4 * 4  # as float32, whatever the model's dtype
 
 
-@pytest.mark.parametrize("slots", [-1, 2.0, True])
+@pytest.mark.parametrize("slots", [-1, 0, 2.0, True])
 def test_bad_settings(gpt2, slots):
-    with pytest.raises(ValueError, match="summary_slots must be a whole number"):
-        SketchCache(gpt2.config, 64, summary_slots=slots)
+    with pytest.raises(ValueError, match="summary slots must be a whole number"):
+        Summary(slots)
+    with pytest.raises(TypeError, match="such as Summary"):
+        SketchCache(gpt2.config, 64, summary=slots)
 
 
 def test_one_slot_needs_no_hashing_and_holds_the_mean():
     keys, values = torch.randn(2, 2, 3, 5, 16)
-    slots = torch.zeros(2, 2, 3, 1, 16)
-    summary = Summary(*slots)
+    summary = allocated(Summary(), (2, 3), 16)
     real = torch.rand(2, 3, 5) < 0.8
     real[..., 0] = True
     summary.fold(keys, values, real.int() - 1)
-    assert summary.nbytes() == {"kv": slots.nbytes, "policy": 2 * 3 * 4}
+    assert summary.nbytes() == {"kv": 2 * 2 * 3 * 16 * 4, "policy": 2 * 3 * 4}
     weights = real[..., None].float() / real.sum(-1)[..., None, None]
-    torch.testing.assert_close(slots[0], (keys * weights).sum(2, keepdim=True))
-    torch.testing.assert_close(slots[1], (values * weights).sum(2, keepdim=True))
+    torch.testing.assert_close(summary.keys, (keys * weights).sum(2, keepdim=True))
+    torch.testing.assert_close(summary.values, (values * weights).sum(2, keepdim=True))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_key_that_is_not_finite_leaves_no_trace(bad):
+    with_it, without = (allocated(Summary(spread=True), width=4) for _ in range(2))
+    keys, values = torch.randn(2, 1, 1, 6, 4)
+    positions = torch.arange(6).view(1, 1, 6)
+    without.fold(keys[:, :, 1:], values[:, :, 1:], positions[..., 1:])
+    keys[..., 0, 2] = bad
+    with_it.fold(keys, values, positions)
+    for a, b in zip(with_it.tensors(), without.tensors(), strict=True):
+        torch.testing.assert_close(a, b)

@@ -5,16 +5,16 @@ import copy
 import pytest
 import torch
 
-from sketchkv import AttentionMass, SketchCache, Window, generate, score
+from sketchkv import AttentionMass, SketchCache, Summary, Window, generate, score
 
 VARIANTS = {
     "topk": dict(attend_topk=16),
     "topk by exact mean": dict(attend_topk=16, policy=AttentionMass()),
-    "summary": dict(summary_slots=3),
-    "summary and topk": dict(summary_slots=3, attend_topk=16, policy=AttentionMass()),
+    "summary": dict(summary=Summary(3)),
+    "summary and topk": dict(summary=Summary(3), attend_topk=16, policy=AttentionMass()),
     "int8": dict(bits=8),
     "int4": dict(bits=4, policy=AttentionMass()),
-    "int4, summary and topk": dict(bits=4, summary_slots=3, attend_topk=16),
+    "int4, summary and topk": dict(bits=4, summary=Summary(3), attend_topk=16),
 }
 
 

@@ -7,8 +7,8 @@ import re
 
 import torch
 
-from sketchkv.cache import SketchCache
 from sketchkv.policies import Policy
+from sketchkv.study.methods import make_cache
 
 # -- distributions ----------------------------------------------------------------------------------------------------
 
@@ -254,9 +254,8 @@ def compare(model, input_ids, maps, policies, max_cache_size, evict_every=16, **
             "or a smaller max_cache_size"
         )
     policies = policies if isinstance(policies, (list, tuple)) else [policies] * layers
-    cache = SketchCache(
-        model.config, max_cache_size, evict_every=evict_every, policy=[_Watched(p) for p in policies], **protection
-    )
+    watched = [_Watched(policy) for policy in policies]
+    cache = make_cache(model.config, watched, max_cache_size=max_cache_size, evict_every=evict_every, **protection)
     model(input_ids[:, : starts[0]], past_key_values=cache, use_cache=True, logits_to_keep=1)
     sums = torch.zeros(3, layers, len(input_ids), device=input_ids.device)
     nll = torch.zeros(len(input_ids), device=input_ids.device)

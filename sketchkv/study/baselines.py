@@ -14,7 +14,7 @@ MEMORY = 1 / 4  # ... at a quarter of the memory
 _LARGE = {"method": "sketch", "width": 512, "depth": 4}
 _SMALL = {"method": "sketch", "width": 128, "depth": 2}
 _SUMMARY = {"summary_slots": 4}
-_INT8, _INT4 = ({"bits": bits, "quantizer": "range"} for bits in (8, 4))  # rounding as the peers do it
+_INT8, _INT4 = ({"bits": bits, "rounding": "range"} for bits in (8, 4))  # rounding as the peers do it
 
 # Methods with a cap. In half precision where nothing else is said: bytes are counted as of a half-precision cache.
 BOUNDED = {

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from sketchkv import kernels, loading
+from sketchkv import  loading
+from sketchkv.fast import kernels
 from sketchkv.study import results, speed, speed_gpu
 from sketchkv.study.timing import Table, copy_bandwidth, limited, matmul_rate
 

@@ -1,17 +1,22 @@
 """Every method of the study by name: a dict that JSON can hold -> a cache.
 
-`{"method": "h2o", "max_cache_size": 128, "bits": 16}`; all further entries are parameters of `SketchCache`, or of the
-policy where it has them. "full" keeps every token of the text, in `bits` if given, "kivi" in 8, 4 or 2 bits (`KiviCache`).
+`{"method": "h2o", "max_cache_size": 128, "bits": 16}`; all further entries are options (`make_cache`), parameters of
+`SketchCache`, or of the policy where it has them.
 """
 
 import inspect
 
 import torch
 
-from sketchkv.cache import SketchCache
-from sketchkv.kivi import KiviCache
-from sketchkv.policies import H2O, LRU, TOVA, AttentionMass, KeyNorm, Prior, Random, Sketch, SnapKV, Window
-from sketchkv.self_tuning import SelfTuned
+from sketchkv.budgets import pyramid
+from sketchkv.cache import SketchCache, text_config
+from sketchkv.peers import LRU, TOVA, KeyNorm, SnapKV
+from sketchkv.policies import H2O, AttentionMass, Random, Sketch, Window
+from sketchkv.study.extras.kivi import KiviCache
+from sketchkv.study.extras.lending import AdaptiveCache
+from sketchkv.study.extras.ranges import ranges
+from sketchkv.study.extras.sketch_policies import AnySketch, QuerySketch
+from sketchkv.summary import Summary
 
 POLICIES = {
     "window": Window,
@@ -21,34 +26,67 @@ POLICIES = {
     "key_norm": KeyNorm,
     "h2o": H2O,
     "decayed": AttentionMass,
-    "self_tuned": SelfTuned,
     "tova": TOVA,
     "snapkv": SnapKV,
     "sketch": Sketch,
-    "prior": Prior,
 }
+CACHES = ("full", "kivi", "compact", "adaptive")
 
 
-def make_cache(config, method, length=None, **settings):
+def make_cache(config, method, length=None, **options):
     """A new cache of one method for a model of this configuration.
 
-    method: "full", "kivi", "compact" (`SketchCache.compact`), or a name in `POLICIES`; "window" has no sinks, "streaming"
-    is the same with them. length: tokens of the text, which "full" and "kivi" need. Raises ValueError for an unknown
-    method and TypeError for an unknown parameter.
+    method: a name in `POLICIES` or `CACHES`, or a policy (or a list, one per layer). "window" has no sinks, "streaming" is
+        the same with them; "full" keeps every token of the text, in `bits` if given; "kivi" does so in 8, 4 or 2 bits
+        (`KiviCache`); "compact" is `SketchCache.compact`; "adaptive" layers lend each other slots (`AdaptiveCache`).
+    length: tokens of the text, which "full" and "kivi" need.
+    options: parameters of the policy and of the cache, and those that `_spelled` knows.
+
+    Raises ValueError for an unknown method and TypeError for an unknown parameter.
     """
+    options = _spelled(config, **options)
     if method == "compact":
-        return SketchCache.compact(config, **settings)
+        return SketchCache.compact(config, **options)
     if method == "full":
-        return SketchCache(config, length, policy=Window(), **settings)
+        return SketchCache(config, length, policy=Window(), **options)
     if method == "kivi":
-        return KiviCache(config, length, **settings)
+        return KiviCache(config, length, **options)
+    if method == "adaptive":
+        return AdaptiveCache(config, **options)
+    if not isinstance(method, str):
+        return SketchCache(config, policy=method, **options)
     if method not in POLICIES:
-        raise ValueError(f"unknown method {method!r}; choose one of full, kivi, compact, {', '.join(POLICIES)}")
+        raise ValueError(f"unknown method {method!r}; choose one of {', '.join((*CACHES, *POLICIES))}")
     if method == "window":
-        settings = {"num_sinks": 0} | settings
-    own = inspect.signature(POLICIES[method].__init__).parameters
-    policy = POLICIES[method](**{name: settings.pop(name) for name in list(settings) if name in own})
-    return SketchCache(config, policy=policy, **settings)
+        options = {"num_sinks": 0} | options
+    kind = POLICIES[method]
+    if kind is Sketch and options.get("key") == "query":
+        kind = QuerySketch
+        del options["key"]
+    elif kind is Sketch and {"kind", "counters"} & options.keys():
+        kind = AnySketch
+    own = inspect.signature(kind.__init__).parameters
+    policy = kind(**{name: options.pop(name) for name in list(options) if name in own})
+    return SketchCache(config, policy=policy, **options)
+
+
+def _spelled(config, *, summary_slots=0, spread=False, protects=False, rounding=None, steepness=0, **options):
+    """The study's options, which JSON can hold, as objects.
+
+    summary_slots: slots that remember what was evicted, by hash of the key.
+    spread: whether the spread of the merged keys raises their logit.
+    protects: whether a token that a summary would swallow stays longer.
+    rounding: "range" for minimum and step of a group, as the peers round.
+    steepness: caps of the layers fall by it (`pyramid`) around `max_cache_size`.
+    """
+    if summary_slots:
+        options["summary"] = Summary(summary_slots, spread, protects)
+    if rounding:
+        options["codec"] = ranges(options.pop("bits"))
+    if steepness:
+        layers = text_config(config).num_hidden_layers
+        options["max_cache_size"] = pyramid(options["max_cache_size"], layers, steepness)
+    return options
 
 
 def nbytes(config, length=None, dtype=torch.float32, **method):
@@ -82,7 +120,4 @@ def fit(config, budget, dtype=torch.float32, multiple=1, **method):
     cap -= cap % multiple
     if cap < least:
         raise ValueError(f"{method} holds {small} bytes at its smallest cap ({least}), more than the budget of {budget}")
-    # Where slots are of two kinds, how many are of each is rounded, and the line is only nearly straight.
-    while method.get("coarse_bits") and nbytes(config, dtype=dtype, **method, max_cache_size=cap)["total"] > budget:
-        cap -= multiple
     return cap

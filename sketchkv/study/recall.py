@@ -42,6 +42,12 @@ COLUMNS = {
     "bytes_full": "bytes of keys and values of the full cache in float16",
 }
 
+KEPT = {
+    "setting": "what evicted tokens are folded into",
+    "kept": "share of the tokens to be recalled that are still stored when the answer is due, over layers and KV heads",
+    **{name: COLUMNS[name] for name in ("depth", "instance", "loglik", "loglik_full", "exact", "exact_full")},
+}
+
 
 def needle(words):
     """One line of documentation; (fact, question, answer)."""
@@ -148,6 +154,39 @@ def recall(
                 "evicted": cache.evicted_tokens // len(cache.layers), "bytes_total": held, "bytes_full": whole,
             })  # fmt: skip
     return rows
+
+
+@torch.no_grad()
+def needles(
+    method, *, depth, text, instances=16, length=512, model="embedded", dataset="embedded", device="cpu", split="test", seed=0
+):  # fmt: skip
+    """A grid point: rows (`KEPT` less "setting"), one per instance of `needle`: is what is asked for still stored?
+
+    text: revision of the text, among what names the point.
+    """
+    lm, _ = _model(model, device)
+    ids, starts, answers, _, full = scored_instances("needle", depth, instances, length, model, dataset, device, split, seed)
+    rows = []
+    for part, counts in zip(ids.split(BATCH), _split(answers)):
+        cache = make_cache(lm.config, length=length, **method)
+        found = answer(lm, part, counts, cache)
+        stored = [cache.kept_positions(layer).cpu() for layer in range(len(cache.layers))]
+        assert cache.evicted_tokens > 0
+        for row, (exact, loglik) in enumerate(found):
+            i = len(rows)
+            hidden = _hidden(part[row], starts[i], answers[i])
+            kept = torch.cat([(positions[row][..., None] == hidden).any(1) for positions in stored]).float().mean().item()
+            rows.append({
+                "depth": depth, "instance": i, "kept": kept, "loglik": loglik, "loglik_full": full[i][1],
+                "exact": exact, "exact_full": full[i][0],
+            })  # fmt: skip
+    return rows
+
+
+def _hidden(ids, start, answer):
+    """Positions of the answer's tokens where the fact has them: the text ends with the fact, up to its closing quote."""
+    size = next(n for n in range((len(ids) - start) // 2, 0, -1) if torch.equal(ids[start : start + n], ids[-n:]))
+    return torch.arange(start + size - answer, start + size)
 
 
 def _split(values):

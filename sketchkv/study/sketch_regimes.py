@@ -12,15 +12,9 @@ from sketchkv.texts import documents as read_documents
 
 EXACT = {"method": "decayed"}
 
-# Sketches in all regimes, so small that they cost little beside the keys and values. Shape and code of the first, strength
-# and key of the prior were chosen on the development documents, the shape of the second was not.
-SKETCHES = {
-    "sketch of key directions": {"method": "sketch", "width": 64, "depth": 2, "counters": "uint8"},
-    "sketch of tokens for all layers": {
-        "method": "sketch", "width": 1024, "depth": 1, "key": "token", "shared": "layers", "counters": "uint8",
-    },
-    "exact with a sketched prior": {"method": "prior", "width": 512, "depth": 2, "key": "token", "shared": "layers"},
-}
+# In all regimes, so small that it costs little beside the keys and values. Shape and code were chosen on the development
+# documents.
+SKETCHES = {"sketch of key directions": {"method": "sketch", "width": 64, "depth": 2, "counters": "uint8"}}
 
 # Each regime as (cap of exact accumulators, recent window, what the text is).
 REGIMES = {
@@ -33,7 +27,7 @@ REGIMES = {
 }
 
 KEYS = {
-    "position": {"key": "position"}, "token": {"key": "token"}, "bigram": {"key": "bigram"}, "key direction": {"key": "lsh"},
+    "position": {"key": "position"}, "token": {"key": "token"}, "key direction": {"key": "lsh"},
     "query direction": {"key": "query"}, "key direction, conservative": {"kind": "conservative"},
     "key direction, Count-Sketch": {"kind": "count_sketch"}, "key direction, RACE": {"kind": "race"},
     "query direction, RACE": {"key": "query", "kind": "race"}, "token, summed": {"key": "token", "mean": False},
@@ -45,8 +39,6 @@ SHAPES = {
     "64x2, 8 bits of direction": {"width": 64, "depth": 2, "lsh_bits": 8},
     "64x2, float16": {"width": 64, "depth": 2, "counters": "float16"},
     "64x2, uint8": {"width": 64, "depth": 2, "counters": "uint8"},
-    "64x2, one for all heads": {"width": 64, "depth": 2, "shared": "heads"},
-    "64x2, one for all layers": {"width": 64, "depth": 2, "shared": "layers"},
 }
 
 COLUMNS = {

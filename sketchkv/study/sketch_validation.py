@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from scipy import stats
 
-from sketchkv.sketches import PRIME, CarterWegmanHash, CountMinSketch
+from sketchkv.sketch import PRIME, CarterWegmanHash, CountMinSketch
 
 STREAMS = ("zipf", "uniform", "worst case")
 

@@ -15,8 +15,8 @@ from scipy.stats import t as student
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from sketchkv import H2O, Sketch, SketchCache, Window, enable, generate, score
-from sketchkv.compiled import compiled_step
-from sketchkv.sketches import PRIME, CarterWegmanHash, CountMinSketch
+from sketchkv.fast.compiled import compiled_step
+from sketchkv.sketch import PRIME, CarterWegmanHash, CountMinSketch
 from sketchkv.study.timing import elapsed, in_turn
 
 CYCLE = 16  # steps between two evictions
@@ -74,7 +74,7 @@ def decode_rows(table, models, name, batch, seen=1024, cap=256, repetitions=20, 
 
 
 def compiled_rows(table, models, name, batch, seen=1024, cap=256, repetitions=20, warmup=2, seconds=60, hardware=None):
-    """As `decode_rows`, the steps of bounded caches compiled (`sketchkv.compiled`), beside the full cache as it is; and, since
+    """As `decode_rows`, the steps of bounded caches compiled (`sketchkv.fast.compiled`), beside the full cache as it is; and, since
     most of the gain is the compiler's, a compiled step that keeps as many tokens as the full cache. What compiling takes
     stands in a row of its own."""
     plain, model = models

@@ -6,7 +6,6 @@ cost. Inputs rotate and exceed the L2 cache.
 
 import math
 import traceback
-from contextlib import contextmanager
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -14,23 +13,19 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, StaticCache
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from sketchkv import H2O, AttentionMass, Sketch, SketchCache, Window, enable, generate, kernels
-from sketchkv.cache import SketchLayer
+from sketchkv import H2O, AttentionMass, Sketch, SketchCache, Summary, Window, enable, generate
+from sketchkv.fast import kernels
+from sketchkv.fast.ops import fused
+from sketchkv.layer import BoundedLayer, Form, Settings
+from sketchkv.ops import eager
+from sketchkv.passes import Tokens
+from sketchkv.quantize import quantized
 from sketchkv.study.timing import elapsed, in_turn
 
 GRAPH = "time per step, graph"
 L2 = 150e6  # bytes: several times what the L2 cache holds
 DEVICE, DTYPE = "cuda", torch.bfloat16
-COMPACT = dict(policy=AttentionMass(value_norm=True), bits=(5, 4), summary_slots=1)  # as `SketchCache.compact`
-
-
-@contextmanager
-def fused(enabled):
-    before, kernels.ENABLED = kernels.ENABLED, enabled
-    try:
-        yield
-    finally:
-        kernels.ENABLED = before
+COMPACT = dict(policy=AttentionMass(value_norm=True), codec=quantized((5, 4)), summary=Summary(1))  # as `SketchCache.compact`
 
 
 def captured(steps):
@@ -51,13 +46,21 @@ def captured(steps):
 # One layer
 
 
-def filled(policy, batch, used, kv_heads=12, head_dim=64, bits=None, summary_slots=0, device=DEVICE, dtype=DTYPE):
+def filled(policy, batch, used, kv_heads=12, head_dim=64, summary=None, device=DEVICE, dtype=DTYPE, **settings):
     """A layer whose slots are full of random tokens."""
-    layer = SketchLayer(policy, used - 16, 4, 16, 16, None, summary_slots, bits)
+    layer = BoundedLayer(policy, used - 16, Settings(**settings), summary)
     key, value = torch.randn(2, batch, kv_heads, used, head_dim, device=device, dtype=dtype)
     layer.update(key[:, :, :1], value[:, :, :1])
-    layer._store(key, value, None, None, slice(0, used))
+    now = Tokens(None, torch.arange(used, dtype=torch.int32, device=device)[None])
+    policy.enter(layer.slots, layer.ops.append(layer, key, value, now), None)
+    layer.seen = used
     return layer
+
+
+def attending(layer, query, ops):
+    """A function that attends once more with the newest token of a full layer."""
+    now = Tokens(None, torch.full((1, 1), layer.seen - 1, dtype=torch.int32, device=query.device))
+    return lambda: ops.attend(layer, query, now, Form(query.shape[-1] ** -0.5))
 
 
 def attention_rows(table, bandwidth, batch, used=1024, heads=12, head_dim=64, seconds=20):
@@ -66,20 +69,8 @@ def attention_rows(table, bandwidth, batch, used=1024, heads=12, head_dim=64, se
     layers = [filled(AttentionMass(), batch, used, heads, head_dim) for _ in range(3 if batch > 8 else 40)]
     queries = torch.randn(len(layers), batch, heads, 1, head_dim, device=DEVICE, dtype=DTYPE)
     pairs, per = list(zip(layers, queries)), len(layers)
-    steps = [lambda l=l, q=q: l._attend_block(q, None, head_dim**-0.5) for l, q in pairs]
-
-    def called(enabled):
-        def run():
-            with fused(enabled):
-                for step in steps:
-                    step()
-
-        return run
-
-    graphs = {}
-    for kind, enabled in (("fused", True), ("eager", False)):
-        with fused(enabled):
-            graphs[f"{kind}, {name}"] = captured(steps)
+    steps = {kind: [attending(*pair, ops) for pair in pairs] for kind, ops in (("fused", fused), ("eager", eager))}
+    graphs = {f"{kind}, {name}": captured(each) for kind, each in steps.items()}
     graphs[f"SDPA, {name}"] = captured(
         [lambda l=l, q=q: scaled_dot_product_attention(q, l.slots["keys"], l.slots["values"]) for l, q in pairs]
     )  # fmt: skip
@@ -89,7 +80,7 @@ def attention_rows(table, bandwidth, batch, used=1024, heads=12, head_dim=64, se
     table.floor(f"fused, {name}", needed / bandwidth * 1e6, f"fused, {name}")
     for kind in ("eager", "SDPA"):
         table.ratio(f"{kind} / fused, {name}", f"{kind}, {name}", f"fused, {name}")
-    calls = {f"{kind}, {name}, called": called(on) for kind, on in (("fused", True), ("eager", False))}
+    calls = {f"{kind}, {name}, called": lambda each=each: [step() for step in each] for kind, each in steps.items()}
     in_turn(table, calls, per, seconds=seconds)
     table.ratio(f"eager / fused, {name}, called", *reversed(calls))
     table.ratio(f"eager, called / fused, graph, {name}", f"eager, {name}, called", f"fused, {name}")
@@ -100,8 +91,7 @@ def full_cache_rows(table, batch=64, tokens=16384, used=1024):
     query = torch.randn(batch, 12, 1, 64, device=DEVICE, dtype=DTYPE)
     keys, values = (torch.randn(batch, 12, tokens, 64, device=DEVICE, dtype=DTYPE) for _ in range(2))
     layers = [filled(AttentionMass(), batch, used) for _ in range(3)]
-    with fused(True):
-        bounded = captured([lambda l=l: l._attend_block(query, None, 0.125) for l in layers * 2])
+    bounded = captured([attending(layer, query, fused) for layer in layers * 2])
     full = captured([lambda: scaled_dot_product_attention(query, keys, values) for _ in range(6)])
     rows = {f"SDPA, batch {batch}, {tokens} tokens": full, f"fused beside it, batch {batch}, {used} slots": bounded}
     in_turn(table, rows, per=6, quantity=GRAPH)
@@ -111,14 +101,15 @@ def full_cache_rows(table, batch=64, tokens=16384, used=1024):
 def recorded_layer(policy, batch, cap, kv_heads=12, group=1, head_dim=64, **settings):
     """16 steps of one layer's whole `attend` with their eviction, recorded as one CUDA graph."""
     layer = filled(policy, batch, cap + 16, kv_heads, head_dim, **settings)
-    layer._evict()
+    layer.ops.evict(layer, Tokens(None, torch.zeros(1, 1)))
+    layer.ops = fused
     clock = torch.full((1,), layer.seen, dtype=torch.int32, device=DEVICE)
     queries = torch.randn(16, batch, kv_heads * group, 1, head_dim, device=DEVICE, dtype=DTYPE)
     # Many different tokens: equal ones would share counters of the sketch, and their additions would wait for each other.
     states = torch.randn(16, 2, batch, kv_heads, 1, head_dim, device=DEVICE, dtype=DTYPE)
 
     def step(query, state):
-        layer.attend(query, *state, None, None, head_dim**-0.5, clock)
+        layer.attend(query, *state, Tokens(None, clock[None], clock=clock), Form(head_dim**-0.5))
         clock.add_(1)
 
     return captured([lambda q=q, s=s: step(q, s) for q, s in zip(queries, states)])

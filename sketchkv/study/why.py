@@ -31,11 +31,12 @@ both: c <= sinh(r / 2) (Bhatia & Davis 2000) and J <= r^2 / 8 (Hoeffding 1963).
 import pandas as pd
 import torch
 
-from sketchkv import AttentionMass, Policy, Sketch, SketchCache, score
+from sketchkv import AttentionMass, Policy, Sketch, score
 from sketchkv.oracle import decode_and_watch, full_cache_logits
 from sketchkv.study import stats
 from sketchkv.study.attention_analysis import Oracle, attention_maps, future_mass, spread
 from sketchkv.study.evaluate import _model, evaluate
+from sketchkv.study.methods import make_cache
 from sketchkv.texts import documents as read_documents
 
 # -- the ladder: one cap, one thing better at each rung -----------------------------------------------------------------
@@ -92,12 +93,11 @@ def _texts(model, dataset, device, split, first, documents, length):
 
 def foresight(model, input_ids, maps, slots):
     """A cache whose policy knows what the full cache's attention maps (`attention_maps`) say of the future."""
+    knows_all, knows_less = ([Oracle(layer) for layer in future_mass(maps, cap, EVERY)] for cap in (slots, slots - 1))
     return {
-        "oracle": SketchCache(model.config, slots, policy=[Oracle(layer) for layer in future_mass(maps, slots, EVERY)]),
-        "oracle_summary": SketchCache(
-            model.config, slots - 1, summary_slots=1, policy=[Oracle(layer) for layer in future_mass(maps, slots - 1, EVERY)]
-        ),
-    }  # fmt: skip
+        "oracle": make_cache(model.config, knows_all, max_cache_size=slots),
+        "oracle_summary": make_cache(model.config, knows_less, max_cache_size=slots - 1, summary_slots=1),
+    }
 
 
 def chosen_anew(maps, slots):
@@ -189,8 +189,6 @@ STEP_COLUMNS = {
 class _Recorder(Policy):
     """Keeps the queries of all that passes; nothing is evicted."""
 
-    uses_queries = True
-
     def allocate(self, slots):
         self.queries = []
 
@@ -202,7 +200,7 @@ class _Recorder(Policy):
 def states(model, input_ids):
     """Queries `[batch, num_heads, tokens, head_dim]`, keys and values `[batch, num_kv_heads, tokens, head_dim]` of the full
     cache, float32: one triple per layer."""
-    cache = SketchCache(model.config, max(input_ids.shape[1], 32), policy=_Recorder())
+    cache = make_cache(model.config, _Recorder(), max_cache_size=max(input_ids.shape[1], 32))
     model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return [
         tuple(x.float() for x in (torch.cat(layer.policy.queries, 2), layer.slots["keys"], layer.slots["values"]))
@@ -329,7 +327,7 @@ def heads(
     ]  # fmt: skip
     del maps
     for policy, chosen in policies.items():
-        cache = SketchCache(lm.config, slots, policy=chosen)
+        cache = make_cache(lm.config, chosen, max_cache_size=slots)
         logits, visible = decode_and_watch(lm, ids, cache, chunk_size=EVERY)
         for layer, (own, seen) in enumerate(zip(known, visible)):
             part = {key: x[..., slots + EVERY :] for key, x in tail_error(*own, seen).items()}

@@ -1,0 +1,231 @@
+"""One layer of a bounded cache: it stores new tokens, attends to what is stored, and evicts when it is full."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from sketchkv.ops import eager
+from sketchkv.slots import Plain, Slots
+
+# Queries of one attention product: bounds the score matrix while a large cache fills.
+MAX_BLOCK = 256
+
+
+class Form(NamedTuple):
+    """How a model forms logits of queries and keys.
+
+    scaling: their factor.
+    softcap: logits become softcap * tanh(logits / softcap) (Gemma 2), or None.
+    sinks: `[num_heads]`, a logit per head that takes attention and gives nothing (gpt-oss), or None.
+    """
+
+    scaling: float
+    softcap: Any = None
+    sinks: Any = None
+
+    def capped(self, logits):
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+    def sink_column(self, batch, kv_heads, count):
+        sinks = self.sinks.float().reshape(1, kv_heads, -1, 1).expand(batch, -1, -1, count)
+        return sinks.reshape(batch * kv_heads, -1, 1)
+
+
+@dataclasses.dataclass
+class Settings:
+    """What the layers of a cache have in common; `sketchkv.SketchCache` says what each means."""
+
+    num_sinks: int = 4
+    recent_window: int = 16
+    evict_every: int = 16
+    prefill_chunk: int | None = None
+    attend_topk: int | None = None
+    codec: Any = Plain
+
+
+class BoundedLayer(CacheLayerMixin):
+    """Slots and a policy. Blocks end where the slots are full, at fixed numbers of seen tokens: the same tokens are evicted
+    whether a text arrives at once, in chunks or token by token, and a token sees what it would see while decoding.
+
+    policy: decides what is evicted.
+    max_cache_size: tokens kept after an eviction.
+    settings: `Settings`.
+    summary: `sketchkv.summary.Summary` of the evicted tokens, or None.
+    """
+
+    is_sliding = False
+    ops = eager  # how it computes; `sketchkv.fast` sets another
+
+    def __init__(self, policy, max_cache_size, settings, summary=None):
+        super().__init__()
+        self.policy, self.max_cache_size, self.summary = policy, max_cache_size, summary
+        for name, value in vars(settings).items():
+            setattr(self, name, value)
+        self.attend_topk = min(settings.attend_topk or max_cache_size, max_cache_size)
+        self.slots = self.home = self.nan = None
+        self.seen = self.evicted = 0
+        self.waiting = False  # whether `update` took tokens that no attention has come for yet
+
+    selective = property(lambda self: self.attend_topk < self.max_cache_size)
+    capacity = property(lambda self: self.max_cache_size + self.evict_every, doc="Slots per sequence and KV head.")
+
+    # The interface of a transformers cache layer
+
+    def lazy_initialization(self, key_states, value_states):
+        shape, widths = key_states.shape[:2], (key_states.shape[-1], value_states.shape[-1])
+        with torch.inference_mode(False):  # tensors that may be written to inside of it and outside
+            codec = self.codec(key_states.dtype, key_states.device)
+            self.slots = self.home = Slots(shape, self.capacity, widths, codec)
+            self.nan = torch.zeros((), dtype=torch.bool, device=key_states.device)
+            self.policy.allocate(self.slots)
+            if self.summary:
+                self.summary.allocate(self.slots)
+            if self.selective:
+                self.slots.add("unattended", torch.bool)
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        """Takes note of new keys and values and returns them as they are: storing, attending and evicting come in `attend`,
+        after the mask of this pass was built."""
+        held, batch = self.slots, key_states.shape[0]
+        like = key_states.dtype, key_states.device
+        if held is None or (self.seen == 0 and (held.shape[0], held.dtype, held.device) != (batch, *like)):
+            self.lazy_initialization(key_states, value_states)
+        elif held.shape[0] != batch:
+            raise ValueError(
+                f"the cache holds a batch of {held.shape[0]}, this call brings {batch}: "
+                "finish one batch before the next, with cache.reset() between them or a new cache"
+            )
+        elif (held.dtype, held.device) != like:
+            raise ValueError(
+                f"the cache holds {held.dtype} on {held.device}, this call brings {like[0]} on {like[1]}: "
+                "use a new cache after converting or moving a model"
+            )
+        self.waiting = True
+        return key_states, value_states
+
+    def get_mask_sizes(self, query_length):
+        """The mask of a call covers its own tokens alone; which stored tokens are visible, the slots know."""
+        return query_length, self.seen
+
+    def get_seq_length(self):
+        """Tokens seen, not tokens stored: positions must go on past the cap."""
+        return self.seen
+
+    def get_max_length(self):
+        return -1
+
+    def reset(self):
+        self.seen, self.evicted, self.waiting = 0, 0, False
+        if self.slots is not None:
+            self.slots = self.home  # an error may have come in the middle of a prompt
+            self.slots.clear()
+            self.nan.zero_()
+            self.policy.reset(self.slots)
+            if self.summary:
+                self.summary.clear()
+
+    def reorder_cache(self, beam_idx):
+        if self.slots is None:
+            return
+        for tensor in self.slots.tensors() + self.policy.tensors() + (self.summary.tensors() if self.summary else []):
+            tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def crop(self, *_):
+        raise NotImplementedError(
+            "a bounded cache cannot give back tokens it has evicted: use greedy search, sampling or beam search"
+        )
+
+    batch_repeat_interleave = batch_select_indices = crop
+
+    # What makes it bounded
+
+    def attend(self, query, key, value, tokens, form):
+        """Stores new tokens, attends to what is stored and to them, and evicts, block by block.
+
+        query: `[batch, num_heads, n, width]`.
+        key, value: `[batch, num_kv_heads, n, width]`.
+        tokens: `Tokens`; form: `Form`.
+        Returns attention's output, `[batch, num_heads, n, width of values]`.
+        """
+        codec, total, outputs, start = self.slots.codec, query.shape[2], [], 0
+        query, key, value = codec.turn(query, key, value)
+        while start < total:
+            if self.prefill_chunk and total > self.evict_every:
+                self._widen(total - start)
+            count = min(self.slots.room, total - start, MAX_BLOCK)
+            if self.seen < codec.settles_after:
+                count = min(count, codec.settles_after - self.seen)
+            now, parts = tokens, (query, key, value)
+            if count < total:
+                block = slice(start, start + count)
+                now, parts = tokens.part(block), [x[:, :, block] for x in parts]
+            new = self.ops.append(self, *parts[1:], now)
+            self.policy.enter(self.slots, new, now.ids)
+            self.seen += count
+            outputs.append(self.ops.attend(self, parts[0], now, form))
+            if self.seen == codec.settles_after:
+                codec.settle(self.slots, now.first + self.num_sinks)
+            if not self.slots.room:
+                self.ops.evict(self, now)
+                self.evicted += self._narrow()
+            start += count
+        self.waiting = False
+        return codec.turn_back(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2))
+
+    def hide(self, logits, tokens):
+        """Masks, in place, the logits `[batch, num_kv_heads, group, n, used]` of slots that the new tokens may not see."""
+        count, least = logits.shape[3], torch.finfo(logits.dtype).min
+        if count > 1:  # the new tokens are the last ones stored: of each other, they see those before them
+            later = torch.ones(count, count, dtype=torch.bool, device=logits.device).triu_(1)
+            logits[..., -count:].masked_fill_(later, least)
+        if tokens.padded:
+            logits.masked_fill_((self.slots["positions"] < 0)[:, :, None, None], least)
+        if self.selective:
+            logits.masked_fill_(self.slots["unattended"][:, :, None, None], least)
+
+    def on_evict(self, scores, evicted):
+        """The slots `evicted` are about to be freed, the lowest of `scores` (inf for protected, -inf for padding): for layers
+        that keep an account of what they lose."""
+
+    def _widen(self, coming):
+        """Room for the tokens of a prompt that are yet to come, `prefill_chunk` beyond the cap at most."""
+        needed = min(self.slots.used + coming, self.max_cache_size + self.prefill_chunk)
+        if needed > self.slots.capacity:
+            self.slots = self.slots.widened(needed)
+
+    def _narrow(self):
+        """Back to the steady slots after an eviction; returns how many tokens it freed."""
+        freed = self.slots.capacity - self.slots.used
+        if self.slots is not self.home:
+            self.home.adopt(self.slots)
+            self.slots = self.home
+        return freed
+
+    def advance(self):
+        """What one step changes on Python's side: for a step that runs on the device alone (`sketchkv.fast.graphs`)."""
+        self.seen += 1
+        self.slots.used += 1
+        if not self.slots.room:
+            self.slots.used = self.slots.kept
+            self.evicted += self.evict_every
+
+    def check(self):
+        """Raises ValueError if an importance was NaN. On CUDA this waits for the device; evictions call it now and then."""
+        if self.nan is not None and self.nan:
+            raise ValueError(
+                f"{type(self.policy).__name__} gave NaN importance, found after {self.seen} tokens: the model's keys, "
+                "queries or the policy's score are not finite (half precision that overflows? try float32 or bfloat16)"
+            )
+
+    def nbytes(self):
+        """Bytes of the tensors held: {"kv", "sketch", "policy"}, without what layers share."""
+        held = {"kv": 0, "sketch": 0, "policy": 0}
+        if self.slots is not None:
+            held["kv"] = self.slots.nbytes(*self.slots.kv) + sum(t.nbytes for t in self.slots.codec.tensors())
+            for part in (self.policy.nbytes(self.slots), self.summary.nbytes() if self.summary else {}):
+                for kind, count in part.items():
+                    held[kind] += count
+        return held

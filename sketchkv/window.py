@@ -1,0 +1,62 @@
+"""Layers that see the newest tokens alone: the sliding windows of hybrid models (Gemma, Mistral, gpt-oss)."""
+
+import torch
+
+from sketchkv.layer import MAX_BLOCK, BoundedLayer
+from sketchkv.policies import Window
+
+
+class WindowLayer(BoundedLayer):
+    """Holds the newest `window` tokens, which are all that a query of a sliding-window layer may see, and no more.
+
+    window: tokens that a query sees, itself included; a cap below the model's own window binds here, too.
+    settings: `sketchkv.layer.Settings`, of which sinks, recent window and evictions have no meaning here.
+    capped: whether the window is smaller than the model's own, so that what leaves it counts as evicted.
+    """
+
+    is_sliding = True
+    selective = False
+    capacity = property(lambda self: self.max_cache_size)
+
+    def __init__(self, window, settings, capped):
+        super().__init__(Window(), window, settings)
+        self.capped = capped
+
+    def attend(self, query, key, value, tokens, form):
+        codec, total, outputs = self.slots.codec, query.shape[2], []
+        query, key, value = codec.turn(query, key, value)
+        if total == 1 and not self.slots.room:  # the oldest leaves the window as the new one comes
+            oldest = self.home.positions.argmin(-1, keepdim=True)
+            self.home.replace(oldest, key, value, tokens.positions)
+            self.seen, self.evicted, self.waiting = self.seen + 1, self.evicted + self.capped, False
+            return codec.turn_back(self.ops.attend(self, query, tokens, form))
+        start = 0
+        while start < total:
+            count = min(MAX_BLOCK, total - start)
+            if self.seen < codec.settles_after:
+                count = min(count, codec.settles_after - self.seen)
+            block = slice(start, start + count)
+            now, parts = tokens.part(block), [x[:, :, block] for x in (query, key, value)]
+            if self.slots.room < count:
+                self.slots = self.slots.widened(self.slots.used + count)
+            self.ops.append(self, *parts[1:], now)
+            self.seen += count
+            outputs.append(self.ops.attend(self, parts[0], now, form))
+            if self.seen == codec.settles_after:
+                codec.settle(self.slots, now.first + self.num_sinks)
+            gone = self.slots.used - self.max_cache_size
+            if gone > 0:
+                self.slots.evict(self.slots["positions"].topk(gone, largest=False).indices)
+                self.evicted += gone * self.capped
+            if self.slots is not self.home:
+                self.home.adopt(self.slots)
+                self.slots = self.home
+            start += count
+        self.waiting = False
+        return codec.turn_back(torch.cat(outputs, 2))
+
+    def hide(self, logits, tokens):
+        stored = self.slots["positions"][:, :, None]  # [batch, num_kv_heads, 1, used]
+        query = tokens.positions[:, None, :, None]
+        hidden = (stored < 0) | (stored > query) | (stored <= query - self.max_cache_size)
+        logits.masked_fill_(hidden[:, :, None], torch.finfo(logits.dtype).min)

@@ -23,7 +23,7 @@ export MALLOC_TRIM_THRESHOLD_ := 1073741824
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce lab test bench model clean FORCE
+.PHONY: help env reproduce lab test test-models bench model clean FORCE
 
 help:  ## show this list
 	@sed -nE 's/^([a-z][^ :]*).*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/%/NAME/' | expand -t 26
@@ -60,6 +60,9 @@ lab: $(READY)  ## open the notebooks in JupyterLab
 test: $(READY)  ## run the tests and every notebook
 	@mkdir -p '$(IPYTHONDIR)'
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests notebooks
+
+test-models: $(READY)  ## test every causal class of transformers, into data/benchmarks/models.csv
+	MODELS=all $(BIN)/python -m pytest -q tests/test_models.py
 
 bench: $(READY)  ## measure speed on the device at hand, into data/benchmarks
 	$(BIN)/python -m sketchkv.study.bench

@@ -1,7 +1,7 @@
 """An oracle for any causal model that does not share our attention: the model's own eager attention under a mask.
 
-The model runs without a cache. Before each attention module its mask is replaced: where a token may not be seen, the mask
-says so; where the model itself hides a token (the future, what lies outside a window), the token stays hidden.
+The model runs without a cache. Before each attention module its mask is replaced: where a token may not be seen, the
+mask says so; where the model itself hides a token (the future, what lies outside a window), the token stays hidden.
 """
 
 import inspect
@@ -17,15 +17,20 @@ def attention_modules(model):
     takes = [
         module
         for module in model.modules()
-        if isinstance(getattr(module, "layer_idx", None), int) and MASK in inspect.signature(module.forward).parameters
+        if isinstance(getattr(module, "layer_idx", None), int)
+        and MASK in inspect.signature(module.forward).parameters
     ]
     inner = [module for module in takes if not any(other in takes for other in list(module.modules())[1:])]
     return [(module.layer_idx, module) for module in inner]
 
 
 def _hide(mask, visible, heads):
-    """The additive mask `mask` `[batch, 1 or heads, n, n]` (or None) with all hidden that `visible` `[batch, num_kv_heads, n, n]`
-    does not show."""
+    """`mask` with everything hidden that `visible` does not show.
+
+    mask: additive or bool `[batch, 1 or heads, n, n]`, or None.
+    visible: bool `[batch, num_kv_heads, n, n]`.
+    heads: query heads.
+    """
     if visible.shape[1] < heads:
         visible = visible.repeat_interleave(heads // visible.shape[1], 1)
     if mask is None:
@@ -37,7 +42,7 @@ def _hide(mask, visible, heads):
 
 @contextmanager
 def masked(model, visible):
-    """Within it each layer of `model` sees of `visible[layer]` (bool `[batch, num_kv_heads, n, n]`) alone; None: everything."""
+    """Within it each layer of `model` sees what `visible[layer]` shows (bool `[batch, num_kv_heads, n, n]`) alone."""
     handles, previous = [], model.config._attn_implementation
     touched = set()
 
@@ -56,9 +61,9 @@ def masked(model, visible):
 
     try:
         model.set_attn_implementation("eager")
-        handles = [hook(layer, module) for layer, module in attention_modules(model) if visible[layer] is not None]
+        handles = [hook(layer, module) for layer, module in attention_modules(model)]
         yield
-        missed = {layer for layer, each in enumerate(visible) if each is not None} - touched
+        missed = set(range(len(visible))) - touched
         if missed:
             raise AssertionError(f"no attention module of layers {sorted(missed)} took a mask")
     finally:
@@ -69,7 +74,7 @@ def masked(model, visible):
 
 @torch.no_grad()
 def masked_logits(model, input_ids, visible):
-    """Logits `[batch, tokens, vocabulary]` of the model without a cache, each layer and KV head masked by `visible`."""
+    """Logits `[batch, tokens, vocabulary]` of the model without a cache, each layer masked by `visible`."""
     with masked(model, visible):
         return model(input_ids, use_cache=False).logits
 

@@ -10,42 +10,68 @@ VOCABULARY = 97
 # What every configuration gets where it has a field of that name.
 SMALL = (
     dict.fromkeys(("vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input"), VOCABULARY)
-    | dict.fromkeys(("hidden_size", "d_model", "n_embd", "emb_dim", "word_embed_proj_dim", "embedding_size"), 64)
+    | dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "emb_dim", "word_embed_proj_dim", "embedding_size"), 64
+    )
     | dict.fromkeys(("input_embedding_size", "output_embedding_size"), 64)
-    | dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size"), 96)
-    | dict.fromkeys(("dense_intermediate_size", "intermediate_size_mlp", "dim_ff", "dff", "d_inner", "n_inner"), 96)
-    | dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2)
+    | dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "ffn_hidden_size"), 96
+    )
+    | dict.fromkeys(
+        ("dense_intermediate_size", "intermediate_size_mlp", "dim_ff", "dff", "d_inner", "n_inner"), 96
+    )
+    | dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2
+    )
     | dict.fromkeys(("num_decoder_layers", "num_encoder_layers"), 2)
     | dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "decoder_attention_heads"), 4)
-    | dict.fromkeys(("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), 4)
+    | dict.fromkeys(
+        ("encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads"), 4
+    )
     | dict.fromkeys(("attention_heads", "num_heads", "linear_num_heads"), 4)
     | dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2)
-    | dict.fromkeys(("head_dim", "dim_head", "kv_channels", "d_head"), 16)
-    | dict.fromkeys(("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "n_ctx"), 512)
+    | dict.fromkeys(("head_dim", "global_head_dim", "dim_head", "kv_channels", "d_head"), 16)
+    | dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "n_ctx"), 512
+    )
     | dict.fromkeys(("context_length", "max_source_positions"), 512)
     | dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4)
     | dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k_experts"), 2)
-    | dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32)
+    | dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32
+    )
     | dict.fromkeys(("shared_intermediate_size", "moe_shared_expert_intermediate_size"), 32)
     | dict.fromkeys(("n_group", "topk_group", "n_groups"), 1)
     | dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank", "adapter_rank"), 16)
     | dict(qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, rotary_dim=8)
     | dict.fromkeys(("index_head_dim", "indexer_head_dim"), 16)
     | dict.fromkeys(("index_n_heads", "indexer_n_heads"), 2)
-    | dict(mamba_n_heads=4, mamba_d_head=32, mamba_d_state=8, state_size=8, ssm_state_size=8, mamba_num_heads=4)
+    | dict(
+        mamba_n_heads=4, mamba_d_head=32, mamba_d_state=8, state_size=8, ssm_state_size=8, mamba_num_heads=4
+    )
     | dict(mamba_head_dim=16, mamba_d_ssm=128, n_mamba_heads=2, mamba_chunk_size=16, chunk_size=16)
     | dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 4)
     | dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16)
-    | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id", "unk_index", "pad_index", "bos_index", "eos_index"), 0)
+    | dict.fromkeys(
+        ("bos_token_id", "eos_token_id", "pad_token_id", "unk_index", "pad_index", "bos_index", "eos_index"),
+        0,
+    )
     | dict.fromkeys(("decoder_start_token_id", "eod_token_id", "sep_token_id"), 0)
-    | dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank", "router_hidden_size", "relative_max_distance"), 16)
+    | dict.fromkeys(
+        ("hidden_size_per_layer_input", "laurel_rank", "router_hidden_size", "relative_max_distance"), 16
+    )
 )
-# Kinds of layers in a small model, where a configuration lists them: each that the class has by default, in turn.
+# Layers of a small model whose configuration lists kinds of layers: each kind that the class has by default, in turn.
 LAYERS = 4
 WINDOW = 16
 VISION = dict(
-    hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
-)  # fmt: skip
+    hidden_size=32,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=32,
+    patch_size=16,
+)
 # What single classes need beyond it.
 CHANGES = {
     "AXK2ForCausalLM": dict(index_topk=512),
@@ -60,7 +86,8 @@ CHANGES = {
         ),
     ),
     "DbrxForCausalLM": dict(
-        attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0), ffn_config=dict(hidden_size=64, ffn_hidden_size=32, moe_num_experts=4)
+        attn_config=dict(kv_n_heads=2, rope_theta=1e4, clip_qkv=8.0),
+        ffn_config=dict(hidden_size=64, ffn_hidden_size=32, moe_num_experts=4),
     ),
     "DeepseekV2ForCausalLM": dict(first_k_dense_replace=1),
     "Dots1ForCausalLM": dict(n_shared_experts=1),
@@ -72,17 +99,25 @@ CHANGES = {
     "Gemma4UnifiedForConditionalGeneration": dict(vision_config=None, audio_config=None),
     "GotOcr2ForConditionalGeneration": dict(
         vision_config=dict(
-            hidden_size=32, output_channels=16, num_hidden_layers=1, num_attention_heads=2, image_size=64, mlp_dim=32,
-            window_size=2, global_attn_indexes=[0],
+            hidden_size=32,
+            output_channels=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=64,
+            mlp_dim=32,
+            window_size=2,
+            global_attn_indexes=[0],
         )
-    ),  # fmt: skip
+    ),
     "GraniteMoeHybridForCausalLM": dict(layer_types=["mamba", "attention"]),
     "InklingForCausalLM": dict(vocab_size=97),
     "JambaForCausalLM": dict(attn_layer_period=2, attn_layer_offset=1),
     "KimiLinearForCausalLM": dict(layer_types=["linear_attention", "full_attention"] * 2),
     "Lfm2MoeForCausalLM": dict(layer_types=["conv", "full_attention"] * 2, num_dense_layers=1),
     "Lfm2ForCausalLM": dict(layer_types=["conv", "full_attention"] * 2),
-    "LongcatFlashForCausalLM": dict(num_key_value_heads=4, head_dim=8, zero_expert_num=2, num_layers=2, moe_topk=2),
+    "LongcatFlashForCausalLM": dict(
+        num_key_value_heads=4, head_dim=8, zero_expert_num=2, num_layers=2, moe_topk=2
+    ),
     "Mamba2ForCausalLM": dict(num_heads=4, head_dim=32),
     "MllamaForCausalLM": dict(cross_attention_layers=[]),
     "ModernBertDecoderForCausalLM": dict(local_attention=2 * WINDOW),
@@ -92,15 +127,23 @@ CHANGES = {
     "Phi4MultimodalForCausalLM": dict(
         vision_config=VISION,
         audio_config=dict(
-            hidden_size=32, intermediate_size=32, num_blocks=1, num_attention_heads=2, ext_pw_out_channel=32,
+            hidden_size=32,
+            intermediate_size=32,
+            num_blocks=1,
+            num_attention_heads=2,
+            ext_pw_out_channel=32,
             nemo_conv_channels=32,
         ),
-    ),  # fmt: skip
+    ),
     "Qwen4ExpForCausalLM": dict(indexer_kv_heads=1, indexer_budget=64, indexer_compress_ratio=4),
     "RecurrentGemmaForCausalLM": dict(num_hidden_layers=3, attention_window_size=WINDOW),
     "ReformerModelWithLMHead": dict(is_decoder=True, axial_pos_embds=False),
     "RoCBertForCausalLM": dict(
-        is_decoder=True, enable_pronunciation=False, enable_shape=False, pronunciation_vocab_size=9, shape_vocab_size=9
+        is_decoder=True,
+        enable_pronunciation=False,
+        enable_shape=False,
+        pronunciation_vocab_size=9,
+        shape_vocab_size=9,
     ),
     "Zamba2ForCausalLM": dict(layers_block_type=["mamba", "hybrid"] * 2, num_hidden_layers=4),
     "ZambaForCausalLM": dict(layers_block_type=["mamba", "hybrid"] * 2, num_hidden_layers=4),
@@ -138,7 +181,9 @@ def small_config(config_class, changes):
         values["text_config"] = small_config(text, inner).to_dict()
         changes = {name: changes[name] for name in changes if name in fields}
     if "kv_lora_rank" in fields and "num_key_value_heads" in fields:
-        values["num_key_value_heads"] = values["num_attention_heads"]  # latent attention has a key for each head
+        values["num_key_value_heads"] = values[
+            "num_attention_heads"
+        ]  # latent attention has a key for each head
     if fields.get("sliding_window") is not None:
         values["sliding_window"] = WINDOW
     if "layer_types" in fields and "layer_types" not in changes:
@@ -166,6 +211,12 @@ def rotated(kind, **parameters):
     return dict(rope_parameters=dict(rope_type=kind, rope_theta=1e4, **parameters))
 
 
+# Encoders, unless they are told to decode.
+BIDIRECTIONAL = """
+    BertGenerationDecoder BertLMHeadModel BigBirdForCausalLM CamembertForCausalLM Data2VecTextForCausalLM
+    ElectraForCausalLM ErnieForCausalLM MegatronBertForCausalLM RemBertForCausalLM RoFormerForCausalLM
+    RobertaForCausalLM RobertaPreLayerNormForCausalLM XLMRobertaForCausalLM XLMRobertaXLForCausalLM
+""".split()
 # Configurations beside those that a class has by default: {class: {variant: changes}}.
 VARIANTS = {
     "AfmoeForCausalLM": {"no window": dict(layer_types=[FULL] * 2)},
@@ -192,7 +243,10 @@ VARIANTS = {
         "bidirectional": dict(use_bidirectional_attention=True),
     },
     "Gemma3nForCausalLM": {"shared layers": dict(num_kv_shared_layers=2)},
-    "Gemma4ForCausalLM": {"shared layers": dict(num_kv_shared_layers=2), "no window": dict(layer_types=[FULL] * 2)},
+    "Gemma4ForCausalLM": {
+        "shared layers": dict(num_kv_shared_layers=2),
+        "no window": dict(layer_types=[FULL] * 2),
+    },
     "GptOssForCausalLM": {"no window": dict(layer_types=[FULL] * 2)},
     "GraniteSWAForCausalLM": {"no window": dict(layer_types=[FULL] * 2)},
     "LagunaForCausalLM": {"window": MIXED},
@@ -204,7 +258,11 @@ VARIANTS = {
         "wide heads": dict(head_dim=32),
         "linear rotation": rotated("linear", factor=4.0),
         "llama3 rotation": rotated(
-            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
         ),
         "yarn rotation": rotated("yarn", factor=4.0, original_max_position_embeddings=32),
         "dynamic NTK": NTK,
@@ -225,8 +283,8 @@ VARIANTS = {
     "PersimmonForCausalLM": {"no query-key norm": dict(qk_layernorm=False)},
     "Phi3ForCausalLM": {
         "window": dict(sliding_window=WINDOW),
-        "longrope": dict(rope_parameters=longrope(32)),
-        "longrope, unused": dict(rope_parameters=longrope(512)),
+        "longrope": dict(rope_parameters=longrope(32), original_max_position_embeddings=32),
+        "longrope, unused": dict(rope_parameters=longrope(512), original_max_position_embeddings=512),
     },
     "PhiForCausalLM": {"query-key norm": dict(qk_layernorm=True)},
     "PhimoeForCausalLM": {"window": dict(sliding_window=WINDOW)},
@@ -234,18 +292,16 @@ VARIANTS = {
     "Qwen2MoeForCausalLM": {"window": QWEN},
     "Qwen3ForCausalLM": {"window": QWEN},
     "Qwen3MoeForCausalLM": {"window": dict(use_sliding_window=True, sliding_window=WINDOW)},
-    "SmolLM3ForCausalLM": {"window": dict(use_sliding_window=True, sliding_window=WINDOW, layer_types=[FULL, SLIDING] * 2)},
-    "StableLmForCausalLM": {"query-key norm": dict(qk_layernorm=True), "parallel": dict(use_parallel_residual=True)},
+    "SmolLM3ForCausalLM": {
+        "window": dict(use_sliding_window=True, sliding_window=WINDOW, layer_types=[FULL, SLIDING] * 2)
+    },
+    "StableLmForCausalLM": {
+        "query-key norm": dict(qk_layernorm=True),
+        "parallel": dict(use_parallel_residual=True),
+    },
     "Starcoder2ForCausalLM": {"window": dict(sliding_window=WINDOW)},
     "VaultGemmaForCausalLM": {"strong softcap": dict(attn_logit_softcapping=2.0)},
-} | {
-    name: {"decoder": dict(is_decoder=True)}
-    for name in (
-        "BertGenerationDecoder", "BertLMHeadModel", "BigBirdForCausalLM", "CamembertForCausalLM", "Data2VecTextForCausalLM",
-        "ElectraForCausalLM", "ErnieForCausalLM", "MegatronBertForCausalLM", "RemBertForCausalLM", "RoFormerForCausalLM",
-        "RobertaForCausalLM", "RobertaPreLayerNormForCausalLM", "XLMRobertaForCausalLM", "XLMRobertaXLForCausalLM",
-    )
-}  # fmt: skip
+} | {name: {"decoder": dict(is_decoder=True)} for name in BIDIRECTIONAL}
 
 
 # Models that are no causal language models, which must be refused as well.
@@ -257,9 +313,8 @@ OTHERS = {
     "WhisperForConditionalGeneration": {},
 }
 PEFT = "PEFT, wrapped first", "PEFT, enabled first"
-# Weights are multiplied by this, so that attention picks tokens: what eviction changes must show, what is rounded must not.
+# Matrices are multiplied by this, so that attention picks tokens: what eviction changes must show, rounding must not.
 SCALE = 3.0
-SCALES = {"Gemma4ForCausalLM": 1.5, "Gemma4ForConditionalGeneration": 1.5}  # scaling is 1, so that attention is sharp as it is
 
 
 def rows():
@@ -274,10 +329,14 @@ def build(name, variant=""):
     model_class = getattr(transformers, name)
     changes = CHANGES.get(name, {}) | OTHERS.get(name, {}) | VARIANTS.get(name, {}).get(variant, {})
     torch.manual_seed(0)
-    model = model_class(small_config(model_class.config_class, copy.deepcopy(changes))).eval().requires_grad_(False)
+    model = (
+        model_class(small_config(model_class.config_class, copy.deepcopy(changes)))
+        .eval()
+        .requires_grad_(False)
+    )
     for parameter_name, parameter in model.named_parameters():
         if parameter.ndim > 1:
-            parameter.mul_(SCALES.get(name, SCALE))
+            parameter.mul_(SCALE)
         elif parameter_name.endswith("sinks"):
             parameter.fill_(2.0)  # strong enough to be missed
     return model

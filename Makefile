@@ -24,7 +24,7 @@ export MALLOC_TRIM_THRESHOLD_ := 1073741824
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce lab test test-oldest lint bench model models smollm2 gemma3 django-docs clean FORCE
+.PHONY: help env reproduce lab test test-models test-oldest lint bench model models smollm2 gemma3 django-docs clean FORCE
 
 help:  ## show this list
 	@sed -nE 's/^([a-z][^ :]*).*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/%/NAME/' | expand -t 26
@@ -68,6 +68,9 @@ lab: $(READY)  ## open the notebooks in JupyterLab; ARGS="--port 9999" and the l
 test: $(READY)  ## run the tests and every notebook
 	@mkdir -p '$(IPYTHONDIR)'
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 tests notebooks
+
+test-models: $(READY)  ## test every causal class of transformers, into data/benchmarks/models.csv
+	MODELS=all $(BIN)/python -m pytest -q tests/test_models.py
 
 test-oldest:  ## test the cache with the oldest torch and transformers that pyproject.toml allows, in build/oldest
 	$(PYTHON) -m venv --clear build/oldest

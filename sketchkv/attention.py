@@ -207,6 +207,7 @@ def _refusal(model, config):
     except ValueError as error:
         return str(error)
     layers = [module for module in model.modules() if getattr(module, "layer_idx", None) is not None]
+    crossing = {module for name, module in model.named_modules() if "cross" in name or "encoder_attn" in name}
     kinds = getattr(config, "layers_block_type", None) or ["attention"]
     shared, latent = getattr(config, "num_kv_shared_layers", None), getattr(config, "kv_lora_rank", None)
     found = {
@@ -219,17 +220,13 @@ def _refusal(model, config):
         "its layers are not one attention each, numbered from 0": {module.layer_idx for module in layers}
         != set(range(config.num_hidden_layers)),
         "it attends in both directions": getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
-        or any(getattr(module, "is_causal", True) is False for module in layers if not _crosses(module)),
+        or any(getattr(module, "is_causal", True) is False for module in layers if module not in crossing),
         "its keys and values are made of latents after the cache has returned them (MLA)": latent is not None,
         "layers share the keys of others": bool(shared),
         "it masks each head by its values": getattr(config, "keep_window_size", None) is not None,
         "its rotary angles change with the length of the text, and stored keys keep their old ones": _stretches(config),
     }
     return next((reason for reason, holds in found.items() if holds), None)
-
-
-def _crosses(module):
-    return "cross" in type(module).__name__.lower() or getattr(module, "is_cross_attention", False)
 
 
 def _stretches(config):

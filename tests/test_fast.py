@@ -11,7 +11,8 @@ from test_kernels import DEVICE, runs, sorted_by_position
 
 from sketchkv import LRU, TOVA, AttentionMass, H2O, KeyNorm, Random, Sketch, SnapKV, Summary, Window
 from sketchkv.fast.ops import Fused
-from sketchkv.layer import BoundedLayer, Form, Settings, Tokens
+from sketchkv.layer import BoundedLayer, Form, Settings
+from sketchkv.passes import Tokens
 from sketchkv.quantize import quantized
 from sketchkv.slots import Plain
 from sketchkv.window import WindowLayer

@@ -14,7 +14,8 @@ from sketchkv.fast import attention as fast_attention
 from sketchkv.fast import coded, codes, eviction, launch
 from sketchkv.fast.attention import attend
 from sketchkv.fast.ops import Fused
-from sketchkv.layer import BoundedLayer, Settings, Tokens
+from sketchkv.layer import BoundedLayer, Settings
+from sketchkv.passes import Tokens
 from sketchkv.ops import eager
 from sketchkv.quantize import matrix, normal_levels, pack, quantized
 from sketchkv.sketch import SimHash

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from sketchkv import  loading
-from sketchkv.fast import kernels
+from sketchkv.fast.launch import triton
 from sketchkv.study import results, speed, speed_gpu
 from sketchkv.study.timing import Table, copy_bandwidth, limited, matmul_rate
 
@@ -102,7 +102,7 @@ def machine(commit=None):
     facts = dict(
         commit=commit or results.commit()[0], time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
-        triton=getattr(kernels.triton, "__version__", None), threads=torch.get_num_threads(),
+        triton=getattr(triton, "__version__", None), threads=torch.get_num_threads(),
     )  # fmt: skip
     if torch.cuda.is_available():
         chip = torch.cuda.get_device_properties(0)
@@ -126,7 +126,7 @@ def main(arguments=None):
     parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups of rows to measure, by name")
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"
-    if cuda and (not torch.cuda.is_available() or kernels.triton is None):
+    if cuda and (not torch.cuda.is_available() or triton is None):
         parser.error("--device cuda needs a GPU and triton; --device cpu runs here")
     begin, facts, table = time.monotonic(), machine(options.commit), Table()
     output = Path(options.output or results.ROOT / "data" / "benchmarks" / f"{default_name(facts)}.csv")

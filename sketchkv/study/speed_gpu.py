@@ -14,7 +14,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sketchkv import H2O, AttentionMass, Sketch, SketchCache, Summary, Window, enable, generate
-from sketchkv.fast import kernels
+from sketchkv.fast.attention import attend
 from sketchkv.fast.ops import fused
 from sketchkv.layer import BoundedLayer, Form, Settings
 from sketchkv.ops import eager
@@ -240,7 +240,7 @@ def attention_pieces(table, repetitions=20):
             query = torch.randn(batch, kv_heads * group, head_dim, device=DEVICE, dtype=DTYPE)
             mass = torch.zeros(sets, batch, kv_heads, slots, device=DEVICE)
             runs = {_piece("attention", batch, slots, **shape): captured([
-                lambda k=k, v=v, m=m: kernels.attend(query, k, v, head_dim**-0.5, None, m, 0.99)
+                lambda k=k, v=v, m=m: attend(query, k, v, head_dim**-0.5, None, m, 0.99)
                 for k, v, m in zip(keys, values, mass)
             ])}  # fmt: skip
             if slots >= 8192:

@@ -1,15 +1,34 @@
 """sketchkv: a KV cache under a hard cap, and sketches that remember which tokens mattered."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from sketchkv.cache import SketchCache
 from sketchkv.policies import H2O, AttentionMass, Policy, Random, Sketch, Window
 from sketchkv.sketch import CountMinSketch
 
-# Loaded when asked for: what a bounded cache does without.
-_LATER = {"enable": "attention", "disable": "attention", "generate": "decode", "score": "decode", "load": "loading", "Summary": "summary", "pyramid": "budgets"} | dict.fromkeys(
-    ("LRU", "TOVA", "KeyNorm", "SnapKV"), "peers"
-)
+if TYPE_CHECKING:
+    from sketchkv.attention import disable, enable
+    from sketchkv.budgets import pyramid
+    from sketchkv.decode import generate, score
+    from sketchkv.loading import load
+    from sketchkv.peers import LRU, TOVA, KeyNorm, SnapKV
+    from sketchkv.summary import Summary
+
+# Loaded when asked for: `import sketchkv` takes no longer than the cache needs.
+_LATER = {
+    "disable": "attention",
+    "enable": "attention",
+    "pyramid": "budgets",
+    "generate": "decode",
+    "score": "decode",
+    "load": "loading",
+    "LRU": "peers",
+    "TOVA": "peers",
+    "KeyNorm": "peers",
+    "SnapKV": "peers",
+    "Summary": "summary",
+}
 
 
 def __getattr__(name):

@@ -210,23 +210,31 @@ def _refusal(model, config):
     crossing = {module for name, module in model.named_modules() if "cross" in name or "encoder_attn" in name}
     kinds = getattr(config, "layers_block_type", None) or ["attention"]
     shared, latent = getattr(config, "num_kv_shared_layers", None), getattr(config, "kv_lora_rank", None)
-    found = {
-        REFUSED.get(config.model_type, ""): config.model_type in REFUSED,
-        "it has cross-attention to an encoder or to pictures": getattr(model.config, "is_encoder_decoder", False)
-        or getattr(config, "add_cross_attention", False)
-        or getattr(config, "cross_attention_layers", None),
-        "not all of its layers are attention": set(kinds) != {"attention"},
-        "its attention does not go through transformers' attention interface": not model._can_set_attn_implementation(),
-        "its layers are not one attention each, numbered from 0": {module.layer_idx for module in layers}
-        != set(range(config.num_hidden_layers)),
-        "it attends in both directions": getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
-        or any(getattr(module, "is_causal", True) is False for module in layers if module not in crossing),
-        "its keys and values are made of latents after the cache has returned them (MLA)": latent is not None,
-        "layers share the keys of others": bool(shared),
-        "it masks each head by its values": getattr(config, "keep_window_size", None) is not None,
-        "its rotary angles change with the length of the text, and stored keys keep their old ones": _stretches(config),
-    }
-    return next((reason for reason, holds in found.items() if holds), None)
+    reasons = [
+        (REFUSED.get(config.model_type), config.model_type in REFUSED),
+        (
+            "it has cross-attention to an encoder or to pictures",
+            getattr(model.config, "is_encoder_decoder", False)
+            or getattr(config, "add_cross_attention", False)
+            or getattr(config, "cross_attention_layers", None),
+        ),
+        ("not all of its layers are attention", set(kinds) != {"attention"}),
+        (REFUSED["git"], not model._can_set_attn_implementation()),
+        (
+            "its layers are not one attention each, numbered from 0",
+            {module.layer_idx for module in layers} != set(range(config.num_hidden_layers)),
+        ),
+        (
+            "it attends in both directions",
+            getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
+            or any(getattr(module, "is_causal", True) is False for module in layers if module not in crossing),
+        ),
+        ("its keys and values are made of latents after the cache has returned them (MLA)", latent is not None),
+        ("layers share the keys of others", shared),
+        ("it masks each head by its values", getattr(config, "keep_window_size", None) is not None),
+        ("its rotary angles change with the length of the text, and stored keys keep theirs", _stretches(config)),
+    ]
+    return next((reason for reason, holds in reasons if holds), None)
 
 
 def _stretches(config):

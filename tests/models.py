@@ -30,7 +30,7 @@ SMALL = (
     )
     | dict.fromkeys(("attention_heads", "num_heads", "linear_num_heads"), 4)
     | dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2)
-    | dict.fromkeys(("head_dim", "global_head_dim", "dim_head", "kv_channels", "d_head"), 16)
+    | dict.fromkeys(("head_dim", "dim_head", "kv_channels", "d_head"), 16)
     | dict.fromkeys(
         ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "n_ctx"), 512
     )
@@ -95,8 +95,10 @@ CHANGES = {
     "Gemma3nForCausalLM": dict(num_kv_shared_layers=0, activation_sparsity_pattern=[0.0] * 4),
     "GitForCausalLM": dict(vision_config=VISION),
     "Gemma3ForConditionalGeneration": dict(vision_config=VISION, mm_tokens_per_image=4),
-    "Gemma4ForConditionalGeneration": dict(vision_config=None, audio_config=None),
-    "Gemma4UnifiedForConditionalGeneration": dict(vision_config=None, audio_config=None),
+    "Gemma4ForCausalLM": dict(global_head_dim=16),
+    "Gemma4ForConditionalGeneration": dict(vision_config=None, audio_config=None, global_head_dim=16),
+    "Gemma4UnifiedForCausalLM": dict(global_head_dim=32),
+    "Gemma4UnifiedForConditionalGeneration": dict(vision_config=None, audio_config=None, global_head_dim=32),
     "GotOcr2ForConditionalGeneration": dict(
         vision_config=dict(
             hidden_size=32,

@@ -117,12 +117,12 @@ def examine(name, variant):
     """The row of one model: what came of it is looked at, whatever it is."""
     plain = made(name, variant)
     try:
-        model = made(name, variant, sketchkv.enable)
-    except ValueError as error:
-        return refused(name, variant, plain, error)
-    try:
+        try:
+            model = made(name, variant, sketchkv.enable)
+        except ValueError as error:
+            return refused(name, variant, plain, error)
         return compared(Row(name, variant), plain, model)
-    except Exception as error:  # noqa: BLE001 (a row of the table, whatever it is)
+    except Exception as error:
         return Row(name, variant, "crash", reason=f"{type(error).__name__}: {error}")
 
 

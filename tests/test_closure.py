@@ -79,7 +79,7 @@ def test_comments_docstrings_and_layout_change_nothing(copy):
     plain = fingerprint("class A:\n    def f(self, x):\n        return x + 1\n")
     for same in (
         "# why\nclass A:\n\n    def f(self, x):\n        return (x +\n                1)\n",
-        '"""Module."""\nclass A:\n    """Class."""\n    def f(self, x):\n        "M."\n        return x + 1\n',
+        '"""Mod."""\nclass A:\n    """Class."""\n    def f(self, x):\n        "M."\n        return x + 1\n',
     ):
         assert fingerprint(same) == plain
     for other in (

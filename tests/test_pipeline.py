@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 import tomllib
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +24,18 @@ from hypothesis import strategies as st
 from jupyter_client.kernelspec import KernelSpecManager
 from packaging.requirements import Requirement
 
-from sketchkv.study import closure, evaluate, figures, notebooks, pdf, record, report, run, sources, stats, store
+from sketchkv.study import (
+    closure,
+    evaluate,
+    figures,
+    notebooks,
+    pdf,
+    record,
+    report,
+    run,
+    sources,
+    store,
+)
 
 ROOT = sources.ROOT
 PARAMETERS = 'model = "embedded"\ndataset = "embedded"\ndevice = "auto"\nprofile = "smoke"\nseed = 0\noutput = ""'
@@ -235,7 +245,7 @@ run.finish()"""
     assert {p.relative_to(tmp_path).parts[0] for p in set(after) - set(before)} == {"build"}
     assert {p: after[p] for p in before} == before
     smoke = tmp_path / "build" / "smoke"
-    assert ">smoke: too few documents" in (smoke / "figures" / "drawn.svg").read_text()
+    assert ">smoke: no conclusions<" in (smoke / "figures" / "drawn.svg").read_text()
     template = tmp_path / "template.md.j2"
     template.write_text("# Title\n\nText.\n\n{{ figure('drawn') }}")
     markdown, page, paper = report.compose(smoke, smoke / "report", template)
@@ -522,7 +532,7 @@ def test_missing_result_names_the_notebook_to_run(finished, tmp_path, monkeypatc
     write_notebook(tmp_path, "05_later", 'run.fact("later", 1)')
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     template = tmp_path / "template.md.j2"
-    for asked, named in (('fact("later")', "05_later"), ('figure("never")', "no notebook makes one")):
+    for asked, named in (('fact("later")', "05_later"), ("facts.later + 1", "05_later"), ('figure("never")', "no notebook makes one")):
         template.write_text(f"{{{{ {asked} }}}}")
         with pytest.raises(report.ReportError, match=named):
             report.compose(tmp_path, tmp_path / "report", template)

@@ -43,7 +43,9 @@ def test_paired_and_ratio_intervals_are_those_of_scipys_bootstrap():
 
 def test_an_interval_covers_the_truth_as_often_as_it_says():
     samples = np.random.default_rng(1).normal(size=(1000, 40))
-    found = np.array([stats.paired_interval(sample, seed=i, resamples=1000) for i, sample in enumerate(samples)])
+    found = np.array(
+        [stats.paired_interval(sample, seed=i, resamples=1000) for i, sample in enumerate(samples)]
+    )
     covered = ((found[:, 1] <= 0) & (0 <= found[:, 2])).mean()
     # The percentile bootstrap of 40 normal values covers 94 % for a nominal 95, and 89 % for a nominal 90.
     assert 0.92 <= covered <= 0.96

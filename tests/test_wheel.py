@@ -52,7 +52,17 @@ def wheel(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "sketchkv", source / "sketchkv", ignore=shutil.ignore_patterns("__pycache__"))
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "-w")
+    pip = (
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-q",
+        "-w",
+    )
     run(*pip, built, source, cwd=built)
     (found,) = built.iterdir()
     return found
@@ -70,11 +80,25 @@ def test_the_wheel_holds_the_package_and_asks_for_five(wheel):
     assert asked == {"torch", "transformers", "tokenizers", "safetensors", "numpy"}
 
 
-@pytest.mark.skipif(not (EMBEDDED / "model.safetensors").exists(), reason="the embedded model is being trained")
+@pytest.mark.skipif(
+    not (EMBEDDED / "model.safetensors").exists(), reason="the embedded model is being trained"
+)
 def test_the_readmes_example_runs_with_what_the_wheel_asks_for(wheel, tmp_path):
     venv.create(tmp_path / "venv", with_pip=False, symlinks=True)
     python = tmp_path / "venv" / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", "-q", wheel, cwd=tmp_path)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--no-index",
+        "-q",
+        wheel,
+        cwd=tmp_path,
+    )
     site = sysconfig.get_path("purelib", vars={"base": tmp_path / "venv", "platbase": tmp_path / "venv"})
     # This environment's packages, but not what its own .pth files add: an editable install of this checkout.
     (Path(site) / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")

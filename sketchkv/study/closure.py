@@ -1,5 +1,5 @@
-"""Fingerprints of code: what a result follows from is its own source and every module of this package that its imports
-reach, imports inside functions included. Comments, docstrings and layout are no part of it."""
+"""Fingerprints of code: what a result follows from is its own source and every module of this package that
+its imports reach, imports inside functions included. Comments, docstrings and layout are no part of it."""
 
 import ast
 import hashlib
@@ -21,13 +21,18 @@ def of_notebook(path):
     """16 hex digits for what the notebook's code imports; for the whole package if there is no such file."""
     if not Path(path).exists():
         return _fingerprint(_Module(file, _name(file)) for file in PACKAGE.rglob("*.py"))
-    reached = {name for source in notebooks.code(path) for name in _imports(notebooks.tree(source), "", False)}
+    reached = {
+        name for source in notebooks.code(path) for name in _imports(notebooks.tree(source), "", False)
+    }
     return _fingerprint(found for name in reached for found in _resolve(name))
 
 
 def imports(file):
-    """Names of this package's modules that a file of it imports, anywhere in it; of packages above them, none."""
-    return {found.name for name in _Module(Path(file), _name(Path(file))).imports for found in _resolve(name)[-1:]}
+    """Names of this package's modules that a file of it imports, anywhere in it; of packages above them,
+    none."""
+    return {
+        found.name for name in _Module(Path(file), _name(Path(file))).imports for found in _resolve(name)[-1:]
+    }
 
 
 def reach(start):
@@ -43,11 +48,14 @@ def reach(start):
 
 def _fingerprint(start):
     found = reach(start)
-    return hashlib.sha256("\n".join(f"{name} {found[name].digest}" for name in sorted(found)).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        "\n".join(f"{name} {found[name].digest}" for name in sorted(found)).encode()
+    ).hexdigest()[:16]
 
 
 class _Module:
-    """A file by the name that Python knows it by: `digest` of its code, `imports` (names, not all of them modules)."""
+    """A file by the name that Python knows it by: `digest` of its code, `imports` (names, not all of them
+    modules)."""
 
     def __init__(self, file, name):
         state = file.stat()
@@ -60,7 +68,9 @@ def _read(file, name, *_):
     tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
     reached = frozenset(_imports(tree, name, file.name == "__init__.py"))
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node):
+        if isinstance(
+            node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        ) and ast.get_docstring(node):
             node.body = node.body[1:]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), reached
 
@@ -77,8 +87,8 @@ def _imports(tree, module, is_package):
 
 
 def _resolve(name):
-    """The modules of this package that `import name` runs: those above it first, then it. A name inside a module: none of
-    its own."""
+    """The modules of this package that `import name` runs: those above it first, then it. A name inside a
+    module: none of its own."""
     parts = name.split(".")
     if parts[0] != PACKAGE.name:
         return []

@@ -1,4 +1,5 @@
-"""What the notebooks are: their order, their code, their parameters and the figures that they draw, read from the files."""
+"""What the notebooks are: their order, their code, their parameters and the figures that they draw, read from
+the files."""
 
 import ast
 import re
@@ -24,7 +25,8 @@ def code(path):
 
 
 def tree(source):
-    """The syntax tree of a cell, without lines meant for IPython; that of an empty one where it is no Python."""
+    """The syntax tree of a cell, without lines meant for IPython; that of an empty one where it is no
+    Python."""
     try:
         return ast.parse(re.sub(r"^\s*[%!].*$", "pass", source, flags=re.M))
     except SyntaxError:
@@ -32,13 +34,15 @@ def tree(source):
 
 
 def parameters(path):
-    """`{name: default}` of the cell tagged `parameters`; a default that is no literal is None. Empty without the cell."""
+    """`{name: default}` of the cell tagged `parameters`; a default that is no literal is None. Empty without
+    the cell."""
     tagged = [cell.source for cell in cells(path) if "parameters" in cell.metadata.get("tags", [])]
     return _assigned(tagged[0]) if tagged else {}
 
 
 def unread(path, executed):
-    """Names that a cell of parameters among the sources `executed` assigns, but no cell of the notebook reads."""
+    """Names that a cell of parameters among the sources `executed` assigns, but no cell of the notebook
+    reads."""
     nodes = (node for source in code(path) for node in ast.walk(tree(source)))
     read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     given = [names for source in executed if {"profile", "output"} <= (names := set(_assigned(source)))]

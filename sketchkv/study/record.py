@@ -4,13 +4,13 @@ A notebook opens a run, hands over what it found, and closes it:
 
     run = record.start("01_sketch_validation", model=model, dataset=dataset, device=device, profile=profile,
                        seed=seed, output=output)
-    run.table("sketch_error", frame, columns={"width": "counters per row", "error": "share of the total weight"})
-    run.figure("sketch_error", fig, caption="The error halves when the width doubles.", tables=["sketch_error"])
-    run.fact("sketch_error_p95", 0.0123)
+    run.table("sketch_error", frame, columns={"width": "counters per row", "error": "share of the total
+    weight"}) run.figure("sketch_error", fig, caption="The error halves when the width doubles.",
+    tables=["sketch_error"]) run.fact("sketch_error_p95", 0.0123)
     run.finish()
 
-Same inputs give the same bytes in tables and figures; what differs from run to run (wall time, the moment) is kept in
-`run_<notebook>.json`, and measured times in the columns that a table names as its `timings`.
+Same inputs give the same bytes in tables and figures; what differs from run to run (wall time, the moment) is
+kept in `run_<notebook>.json`, and measured times in the columns that a table names as its `timings`.
 """
 
 import math
@@ -20,7 +20,7 @@ import re
 import shlex
 import sys
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -37,7 +37,8 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 
 
 class Paths:
-    """The result folders under one root: the repository, `build/smoke`, or `build/interactive` for a notebook opened by hand."""
+    """The result folders under one root: the repository, `build/smoke`, or `build/interactive` for a notebook
+    opened by hand."""
 
     def __init__(self, root):
         self.root = Path(root)
@@ -69,13 +70,23 @@ def load_table(name, root=ROOT, timings=True):
     return frame
 
 
-def start(notebook, *, model="embedded", dataset="embedded", device="auto", profile="smoke", seed=0, output="", **own):
+def start(
+    notebook,
+    *,
+    model="embedded",
+    dataset="embedded",
+    device="auto",
+    profile="smoke",
+    seed=0,
+    output="",
+    **own,
+):
     """Opens the run of one notebook: checks the knobs and returns a `Run`.
 
-    `output` is the root that results are written under; empty means `build/interactive`, so that only the runner
-    (`make reproduce`) overwrites the committed results. `own` are the notebook's own parameters, for the record.
-    Raises KnobError for an unknown model, dataset, device or profile, a seed that is none, and for a parameter in a first
-    cell that was run by hand which nothing in the notebook reads: a mistyped name.
+    `output` is the root that results are written under; empty means `build/interactive`, so that only the
+    runner (`make reproduce`) overwrites the committed results. `own` are the notebook's own parameters, for
+    the record. Raises KnobError for an unknown model, dataset, device or profile, a seed that is none, and
+    for a parameter in a first cell that was run by hand which nothing in the notebook reads: a mistyped name.
     """
     sources.check_knobs(model, dataset, device, profile)
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -99,7 +110,8 @@ def _check_first_cell(path):
 
 
 class Run:
-    """One notebook's run. Made by `start`; `device` ("cpu" or "cuda"), `seed`, `profile`, `params`, `paths`."""
+    """One notebook's run. Made by `start`; `device` ("cpu" or "cuda"), `seed`, `profile`, `params`,
+    `paths`."""
 
     def __init__(self, notebook, params, root):
         self.notebook, self.params, self.paths = notebook, params, Paths(root)
@@ -111,19 +123,22 @@ class Run:
         self.data_revision = sources.data_revision(params["dataset"])
         self.commit, self.dirty = sources.commit()
         self._package = closure.of_notebook(ROOT / "notebooks" / f"{notebook}.ipynb")
-        self._started, self._clock = datetime.now(timezone.utc), time.perf_counter()
+        self._started, self._clock = datetime.now(UTC), time.perf_counter()
         self._facts, self._outputs, self._inputs = {}, {}, {}
         self._finished = False
 
     def table(self, name, frame, columns, timings=()):
         """Writes `frame` as `data/results/NAME.csv` and its sidecar, and returns it.
 
-        `columns` describes every column, with its unit; `timings` names those that may differ from run to run.
-        Raises ValueError for a column without a description, a description without a column, or an empty table.
+        `columns` describes every column, with its unit; `timings` names those that may differ from run to
+        run. Raises ValueError for a column without a description, a description without a column, or an empty
+        table.
         """
         self._check(name, self.paths.results / f"{name}.json")
         if frame.index.nlevels > 1 or frame.index.name is not None:
-            raise ValueError(f"table {name!r} has a named index, which a CSV would lose; call reset_index() first")
+            raise ValueError(
+                f"table {name!r} has a named index, which a CSV would lose; call reset_index() first"
+            )
         undescribed, absent = set(frame.columns) - set(columns), set(columns) - set(frame.columns)
         if undescribed or absent or frame.empty:
             raise ValueError(
@@ -159,7 +174,8 @@ class Run:
     def figure(self, name, fig, caption, tables=()):
         """Writes a matplotlib figure as `figures/NAME.svg` with a sidecar, and shows it inline.
 
-        `caption` states the finding, then how to read it; `tables` are the names of the tables it was drawn from.
+        `caption` states the finding, then how to read it; `tables` are the names of the tables it was drawn
+        from.
         """
         from sketchkv.study import figures
 
@@ -171,17 +187,22 @@ class Run:
             path = self.paths.results / f"{table}.csv"
             path = path if path.exists() else Paths(ROOT).results / path.name
             if not path.exists():
-                raise ValueError(f"figure {name!r} is drawn from table {table!r}, which no notebook has written yet")
+                raise ValueError(
+                    f"figure {name!r} is drawn from table {table!r}, which no notebook has written yet"
+                )
             drawn_from[table] = sha256(path)
         if self.profile == "smoke":
-            figures.mark(fig, "smoke: too few documents to conclude from")
+            figures.mark(fig, "smoke: no conclusions")
         path = self._write(self.paths.figures / f"{name}.svg", figures.render(fig, name))
         command = f"make figures/{name}.svg{self._knobs()}"
-        self._sidecar(path.with_suffix(".json"), name, command, caption=" ".join(caption.split()), tables=drawn_from)
+        self._sidecar(
+            path.with_suffix(".json"), name, command, caption=" ".join(caption.split()), tables=drawn_from
+        )
         figures.show(fig)
 
     def fact(self, name, value):
-        """Records one number (or word) that the report's prose injects; raises ValueError for NaN and infinity."""
+        """Records one number (or word) that the report's prose injects; raises ValueError for NaN and
+        infinity."""
         value = value.item() if hasattr(value, "item") else value
         if not isinstance(value, (bool, int, float, str)):
             raise ValueError(f"fact {name!r} must be one number or word, not {type(value).__name__}")
@@ -193,7 +214,8 @@ class Run:
         return value
 
     def grid(self, kind, function, points, workers=None):
-        """The results of many grid points (`store.compute`), kept in this run's folder under the model's revision.
+        """The results of many grid points (`store.compute`), kept in this run's folder under the model's
+        revision.
 
         The run's seed, data set and its revision belong into the parameters of `points`.
         """
@@ -208,12 +230,16 @@ class Run:
         return self._write(self.paths.root / path, content)
 
     def finish(self, **details):
-        """Writes facts and provenance, removes what this notebook wrote in an earlier run but no longer makes.
+        """Writes facts and provenance, removes what this notebook wrote in an earlier run but no longer
+        makes.
 
-        `details` join the provenance (`dtype="float32"`). Without this call the runner does not count the run as done.
+        `details` join the provenance (`dtype="float32"`). Without this call the runner does not count the run
+        as done.
         """
         if self._finished:
-            raise RuntimeError(f"the run of {self.notebook} is finished already; open another with record.start()")
+            raise RuntimeError(
+                f"the run of {self.notebook} is finished already; open another with record.start()"
+            )
         if self._facts:
             path = self.paths.results / f"facts_{self.notebook}.json"
             self._write(path, to_json({"notebook": self.notebook, "facts": self._facts}))
@@ -265,7 +291,11 @@ class Run:
 
     def _relative(self, path):
         path = Path(path)
-        return path.relative_to(self.paths.root).as_posix() if path.is_relative_to(self.paths.root) else str(path)
+        return (
+            path.relative_to(self.paths.root).as_posix()
+            if path.is_relative_to(self.paths.root)
+            else str(path)
+        )
 
     def _check(self, name, sidecar):
         if not _NAME.fullmatch(name):

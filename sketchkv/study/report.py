@@ -239,10 +239,15 @@ def compose(source, report_folder, template=TEMPLATE):
     if not context["notebooks"]:
         raise ReportError(f"there are no results under {found.root}; run `make reproduce`")
     link = Path(os.path.relpath(found.root, report_folder)).as_posix()
-    written = [
-        environment.from_string(text).render(**context, **renderer.functions())
-        for renderer in (Renderer(found, link), HtmlRenderer(found), TypstRenderer(found, link))
-    ]
+    try:
+        written = [
+            environment.from_string(text).render(**context, **renderer.functions())
+            for renderer in (Renderer(found, link), HtmlRenderer(found), TypstRenderer(found, link))
+        ]
+    except jinja2.UndefinedError as error:
+        if absent := re.search(r"no attribute '(\w+)'", str(error)):  # the template reads `facts.NAME`
+            raise found.missing("fact", absent[1]) from error
+        raise
     if any(run["inputs"]["profile"] == "smoke" for run in found.runs.values()):
         written = [re.sub(r"^# (.*)$", rf"# Smoke run: \1\n\n{WARNING}", t, count=1, flags=re.M) for t in written]
     markdown, page, paper = written

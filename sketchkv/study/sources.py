@@ -1,5 +1,5 @@
-"""What a result follows from, and how it is kept: the revisions of model, text and sources, versions, and files that are
-written whole or not at all."""
+"""What a result follows from, and how it is kept: the revisions of model, text and sources, versions, and
+files that are written whole or not at all."""
 
 import difflib
 import errno
@@ -26,13 +26,31 @@ DATASETS = texts.NAMED
 HUB_MODELS = (*loading.PACKAGED, *(name for name in loading.HUB_REVISIONS if "wikitext" not in name))
 
 # What a run writes.
-GENERATED = ("data/results", "data/model/README.md", "figures", "report/report.html", "report/report.md", "report/report.pdf")
-_VERSIONS = ("torch", "transformers", "tokenizers", "numpy", "pandas", "scipy", "dask", "matplotlib", "seaborn")
+GENERATED = (
+    "data/results",
+    "data/model/README.md",
+    "figures",
+    "report/report.html",
+    "report/report.md",
+    "report/report.pdf",
+)
+_VERSIONS = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pandas",
+    "scipy",
+    "dask",
+    "matplotlib",
+    "seaborn",
+)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class KnobError(ValueError):
-    """A knob (MODEL, DATASET, DEVICE, PROFILE) or a parameter of a notebook has a value that does not exist."""
+    """A knob (MODEL, DATASET, DEVICE, PROFILE) or a parameter of a notebook has a value that does not
+    exist."""
 
 
 class WriteError(OSError):
@@ -45,14 +63,15 @@ def did_you_mean(name, names):
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------
 
 
 def atomic_write(path, content):
-    """Writes `content` (str or bytes) so that `path` holds either the old or the new file, never a part of one.
+    """Writes `content` (str or bytes) so that `path` holds either the old or the new file, never a part of
+    one.
 
-    A killed process may leave a temporary `.NAME.*.tmp` behind, which `record.remove_leftovers` clears; readers never
-    see it. Raises WriteError where the file can't be written.
+    A killed process may leave a temporary `.NAME.*.tmp` behind, which `record.remove_leftovers` clears;
+    readers never see it. Raises WriteError where the file can't be written.
     """
     path = Path(path)
     content = content.encode() if isinstance(content, str) else content
@@ -77,13 +96,19 @@ def atomic_write(path, content):
 
 def cannot_write(path, error):
     """What to tell of an OSError, with its remedy."""
-    remedy = "free some space" if error.errno in _FULL else f"make {Path(path).parent} a folder that you may write to"
+    remedy = (
+        "free some space"
+        if error.errno in _FULL
+        else f"make {Path(path).parent} a folder that you may write to"
+    )
     return f"can't write {path} ({error.strerror or error}): {remedy}, then run the same command again"
 
 
 def to_json(value):
     """JSON text with numpy scalars and arrays as plain numbers; NaN and infinity raise ValueError."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=lambda o: o.tolist()) + "\n"
+    return (
+        json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=lambda o: o.tolist()) + "\n"
+    )
 
 
 def read_json(path):
@@ -100,7 +125,7 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# -- knobs and revisions ----------------------------------------------------------------------------------------------
+# -- knobs and revisions -------------------------------------------------------------------------------------
 
 
 def check_knobs(model="embedded", dataset="embedded", device="auto", profile="smoke"):
@@ -112,7 +137,11 @@ def check_knobs(model="embedded", dataset="embedded", device="auto", profile="sm
             )
     if device == "cuda" and not torch.cuda.is_available():
         raise KnobError("DEVICE=cuda, but PyTorch sees no CUDA device here; use DEVICE=cpu or DEVICE=auto")
-    if not (model in ("embedded", *HUB_MODELS) or re.fullmatch(r"[\w./-]+@\w+", model) or _is_there(model, "is_dir")):
+    if not (
+        model in ("embedded", *HUB_MODELS)
+        or re.fullmatch(r"[\w./-]+@\w+", model)
+        or _is_there(model, "is_dir")
+    ):
         raise KnobError(
             f"MODEL={model!r} is unknown; allowed: embedded, {', '.join(HUB_MODELS)}, "
             "any other hub model as name@commit, or an existing local folder in hub layout"
@@ -120,8 +149,8 @@ def check_knobs(model="embedded", dataset="embedded", device="auto", profile="sm
         )
     if not (dataset in DATASETS or _is_there(dataset, "exists")):
         raise KnobError(
-            f"DATASET={dataset!r} is unknown; allowed: {', '.join(DATASETS)}, or an existing text file or folder"
-            + did_you_mean(dataset, DATASETS)
+            f"DATASET={dataset!r} is unknown; allowed: {', '.join(DATASETS)}, "
+            "or an existing text file or folder" + did_you_mean(dataset, DATASETS)
         )
 
 
@@ -163,7 +192,8 @@ def commit():
 
 
 def versions():
-    """Versions of Python and of the packages that the numbers depend on, without local suffixes such as `+cpu`."""
+    """Versions of Python and of the packages that the numbers depend on, without local suffixes such as
+    `+cpu`."""
     found = {"python": platform.python_version()}
     for name in _VERSIONS:
         try:

@@ -1,10 +1,10 @@
 """Grid points, computed in parallel through `dask.distributed`, each kept in a file of its own.
 
 A point is known by its parameters, the model's revision and the code that its function reaches by imports
-(`closure.of_function`). By default a local cluster computes, one process of one thread per core (one process on a CUDA
-device); or the scheduler at `DASK_SCHEDULER_ADDRESS`, whose workers need this package and the model, but no folder in common
-with this process. A point computes with one thread wherever it runs, so that the table does not depend on the number of
-workers.
+(`closure.of_function`). By default a local cluster computes, one process of one thread per core (one process
+on a CUDA device); or the scheduler at `DASK_SCHEDULER_ADDRESS`, whose workers need this package and the
+model, but no folder in common with this process. A point computes with one thread wherever it runs, so that
+the table does not depend on the number of workers.
 """
 
 import atexit
@@ -26,7 +26,9 @@ from sketchkv.study import closure, sources
 
 ADDRESS = "DASK_SCHEDULER_ADDRESS"
 TIMEOUT = "10s"  # for a scheduler to answer
-RETRIES = 2  # of a task that failed for reasons of its own; one whose worker was lost is given to another by dask
+RETRIES = (
+    2  # of a task that failed for reasons of its own; one whose worker was lost is given to another by dask
+)
 
 
 class GridError(RuntimeError):
@@ -34,16 +36,16 @@ class GridError(RuntimeError):
 
 
 def point_path(kind, params, folder, revision, code):
-    """(file, identity) of one grid point: named by a hash over kind, parameters, fingerprint of the code and model
-    revision."""
+    """(file, identity) of one grid point: named by a hash over kind, parameters, fingerprint of the code and
+    model revision."""
     identity = {"kind": kind, "params": params, "package": code, "model": revision}
     text = json.dumps(identity, sort_keys=True, default=lambda o: o.tolist())
     return Path(folder) / kind / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json", identity
 
 
 def read_point(path):
-    """The result in the file of a grid point, None if there is none. A file that cannot be read back is named in a
-    warning and counts as none."""
+    """The result in the file of a grid point, None if there is none. A file that cannot be read back is named
+    in a warning and counts as none."""
     if not path.exists():
         return None
     try:
@@ -71,15 +73,19 @@ def write_point(path, identity, result):
 def compute(kind, function, grid, *, folder, revision=None, workers=None):
     """`[function(**params) for params in grid]`, in the order of the grid, in parallel and kept on disk.
 
-    function: importable by name, its parameters and result what JSON can hold. Points that `folder` has are read, the
-    others computed, and each is written as soon as it is there: an interrupted grid goes on where it stopped. workers:
-    processes of the local cluster (default: one per core).
+    function: importable by name, its parameters and result what JSON can hold. Points that `folder` has are
+    read, the others computed, and each is written as soon as it is there: an interrupted grid goes on where
+    it stopped. workers: processes of the local cluster (default: one per core).
 
-    Raises GridError for a scheduler that can't be reached or whose workers have another version of the package, for a
-    number of workers that is none, and for whatever a point raised, with its parameters named.
+    Raises GridError for a scheduler that can't be reached or whose workers have another version of the
+    package, for a number of workers that is none, and for whatever a point raised, with its parameters named.
     """
-    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, numbers.Integral) or workers < 1):
-        raise GridError(f"workers={workers!r} is no number of processes: give 1 or more, or none for one per core")
+    if workers is not None and (
+        isinstance(workers, bool) or not isinstance(workers, numbers.Integral) or workers < 1
+    ):
+        raise GridError(
+            f"workers={workers!r} is no number of processes: give 1 or more, or none for one per core"
+        )
     done, missing, order, code = {}, {}, [], closure.of_function(function)
     for params in grid:
         path, identity = point_path(kind, params, folder, revision, code)
@@ -107,7 +113,9 @@ def compute(kind, function, grid, *, folder, revision=None, workers=None):
                     except GridError:
                         raise
                     except Exception as error:
-                        raise GridError(f"grid point {kind} {params}: {type(error).__name__}: {error}") from error
+                        raise GridError(
+                            f"grid point {kind} {params}: {type(error).__name__}: {error}"
+                        ) from error
                     done[path] = write_point(path, identity, result)
                     bar.update()
     return [done[path] for path in order]
@@ -127,8 +135,8 @@ def _client(workers, own):
         if not address:
             raise
         raise GridError(
-            f"no dask scheduler answers at {ADDRESS}={address!r} ({type(error).__name__}): start one with `dask scheduler` "
-            "and `dask worker`, or unset the variable to compute on this machine"
+            f"no dask scheduler answers at {ADDRESS}={address!r} ({type(error).__name__}): start one with "
+            "`dask scheduler` and `dask worker`, or unset the variable to compute on this machine"
         ) from error
     with client:
         yield client
@@ -136,7 +144,8 @@ def _client(workers, own):
 
 @lru_cache(maxsize=1)
 def _cluster(workers):
-    """A local cluster that stays until this process ends: a second grid finds its workers with the model loaded."""
+    """A local cluster that stays until this process ends: a second grid finds its workers with the model
+    loaded."""
     scratch = tempfile.TemporaryDirectory(prefix="sketchkv-")
     cluster = LocalCluster(
         n_workers=workers, threads_per_worker=1, processes=True, memory_limit=None, dashboard_address=None,
@@ -151,8 +160,8 @@ def _task(function, params, code):
     """Runs on a worker."""
     if (own := closure.of_function(function)) != code:
         raise GridError(
-            f"a dask worker has another version of the package ({own}, here {code}): restart the workers with "
-            "this version"
+            f"a dask worker has another version of the package ({own}, here {code}): restart the workers "
+            "with this version"
         )
     torch.set_num_threads(1)
     return function(**params)

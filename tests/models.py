@@ -235,7 +235,7 @@ VARIANTS = {
     },
     "GPTBigCodeForCausalLM": {"MHA": dict(multi_query=False)},
     "Gemma2ForCausalLM": {
-        "strong softcap": dict(attn_logit_softcapping=2.0),
+        "strong softcap": dict(attn_logit_softcapping=0.1),
         "no softcap": dict(attn_logit_softcapping=None),
         "no window": dict(layer_types=[FULL] * 2),
     },
@@ -302,7 +302,7 @@ VARIANTS = {
         "parallel": dict(use_parallel_residual=True),
     },
     "Starcoder2ForCausalLM": {"window": dict(sliding_window=WINDOW)},
-    "VaultGemmaForCausalLM": {"strong softcap": dict(attn_logit_softcapping=2.0)},
+    "VaultGemmaForCausalLM": {"strong softcap": dict(attn_logit_softcapping=0.1)},
 } | {name: {"decoder": dict(is_decoder=True)} for name in BIDIRECTIONAL}
 
 

@@ -17,14 +17,10 @@ from sketchkv.cache import SketchCache, layer_windows, text_config
 from sketchkv.layer import Form
 
 PREFIX = "sketchkv_"  # before the name of a model's own attention implementation, where it is enabled
-# What attention functions are given that says nothing of which tokens are seen or how logits are formed.
-HARMLESS = {"is_causal", "sliding_window", "position_ids", "use_cache", "cache_position", "output_attentions"}
 USED = object()  # the mark of keys that a layer has attended to
 # Models whose attention no attribute tells apart, and what is wrong with it.
 REFUSED = {
-    "diffllama": "its layers attend twice, each time with half of the values",
     "jetmoe": "its keys are repeated for each expert after the cache has returned them",
-    "git": "its attention does not go through transformers' attention interface",
     "moshi": "its window is that of the cache alone: transformers gives other logits in one pass than token by token",
 }
 
@@ -37,7 +33,7 @@ def _attention(module, query, key, value, attention_mask, *, scaling=None, softc
         given = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
         given = {name: each for name, each in given.items() if each is not None}
         return _own(module)(module, query, key, value, attention_mask, **given, **kwargs)
-    unknown = [name for name, given in kwargs.items() if name not in HARMLESS and not _nothing(given)]
+    unknown = [name for name, given in kwargs.items() if _matters(name, given)]
     if unknown:
         hint = ": call model.eval()" if unknown == ["dropout"] else ""
         raise ValueError(f"{type(module).__name__} asks its attention for {unknown}, which a SketchCache can't give{hint}")
@@ -81,9 +77,10 @@ def _own(module):
     raise ValueError(f"{type(module).__name__} has no eager attention function of its own")
 
 
-def _nothing(given):
-    """Whether an argument asks for nothing."""
-    return given is None or given is False or (isinstance(given, float) and given == 0)
+def _matters(name, given):
+    """Whether an argument of an attention function may change what is seen or how logits are formed: flags and sizes, such
+    as the window that the layer knows, do not."""
+    return name != "position_ids" and (isinstance(given, torch.Tensor) or (isinstance(given, float) and given != 0))
 
 
 @lru_cache
@@ -206,10 +203,7 @@ def _refusal(model, config):
         layer_windows(config)
     except ValueError as error:
         return str(error)
-    layers = [module for module in model.modules() if getattr(module, "layer_idx", None) is not None]
-    crossing = {module for name, module in model.named_modules() if "cross" in name or "encoder_attn" in name}
-    kinds = getattr(config, "layers_block_type", None) or ["attention"]
-    shared, latent = getattr(config, "num_kv_shared_layers", None), getattr(config, "kv_lora_rank", None)
+    attention = [module for module in model.modules() if _is_attention(module)]
     reasons = [
         (REFUSED.get(config.model_type), config.model_type in REFUSED),
         (
@@ -218,23 +212,41 @@ def _refusal(model, config):
             or getattr(config, "add_cross_attention", False)
             or getattr(config, "cross_attention_layers", None),
         ),
-        ("not all of its layers are attention", set(kinds) != {"attention"}),
-        (REFUSED["git"], not model._can_set_attn_implementation()),
         (
-            "its layers are not one attention each, numbered from 0",
-            {module.layer_idx for module in layers} != set(range(config.num_hidden_layers)),
+            "its layers do not call transformers' attention interface once each",
+            not attention or any(_calls(type(module)) != 1 for module in attention),
         ),
         (
             "it attends in both directions",
             getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
-            or any(getattr(module, "is_causal", True) is False for module in layers if module not in crossing),
+            or not any(module.is_causal for module in attention),
         ),
-        ("its keys and values are made of latents after the cache has returned them (MLA)", latent is not None),
-        ("layers share the keys of others", shared),
-        ("it masks each head by its values", getattr(config, "keep_window_size", None) is not None),
+        (
+            "its layers are not one attention each, numbered from 0",
+            {module.layer_idx for module in attention if module.is_causal} != set(range(config.num_hidden_layers)),
+        ),
+        (
+            "its keys and values are made of latents after the cache has returned them (MLA)",
+            getattr(config, "kv_lora_rank", None) is not None,
+        ),
+        ("layers share the keys of others", getattr(config, "num_kv_shared_layers", None)),
         ("its rotary angles change with the length of the text, and stored keys keep theirs", _stretches(config)),
     ]
     return next((reason for reason, holds in reasons if holds), None)
+
+
+def _is_attention(module):
+    """Attention of a decoder knows its layer and whether it is causal; that of an encoder inside knows neither."""
+    return isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
+
+
+@lru_cache
+def _calls(kind):
+    """How often the forward pass of an attention class calls the attention interface, as its source says."""
+    try:
+        return inspect.getsource(kind.forward).count("attention_interface(")
+    except (OSError, TypeError):  # no source to read: a pass that goes wrong is found out when it ends
+        return 1
 
 
 def _stretches(config):

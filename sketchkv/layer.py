@@ -209,7 +209,7 @@ class BoundedLayer(CacheLayerMixin):
         self.seen += 1
         self.slots.used += 1
         if not self.slots.room:
-            self.slots.used = self.slots.kept
+            self.slots.used = self.slots.kept = self.max_cache_size
             self.evicted += self.evict_every
 
     def check(self):

@@ -55,6 +55,11 @@ class WindowLayer(BoundedLayer):
         self.waiting = False
         return codec.turn_back(torch.cat(outputs, 2))
 
+    def advance(self):
+        full = not self.slots.room
+        self.seen, self.evicted = self.seen + 1, self.evicted + (full and self.capped)
+        self.slots.used += not full
+
     def hide(self, logits, tokens):
         stored = self.slots["positions"][:, :, None]  # [batch, num_kv_heads, 1, used]
         query = tokens.positions[:, None, :, None]

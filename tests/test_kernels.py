@@ -23,7 +23,6 @@ from sketchkv.slots import Plain, Slots
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
-FAST = os.path.join(os.path.dirname(__file__), "test_fast.py")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 runs = pytest.mark.skipif(
     DEVICE == "cpu" and not (INTERPRET and HAS_TRITON),
@@ -35,8 +34,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed (it exists for Linux)")
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRET, reason="the tests below run in this very process")
 def test_with_the_interpreter():
-    # test_fast.py runs with it too. The interpreter must be chosen before triton is first imported, hence another process.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, FAST]
+    # The interpreter must be chosen before triton is first imported, hence another process.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
 

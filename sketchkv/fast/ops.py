@@ -42,7 +42,7 @@ class Fused(Eager):
 
     def _stored(self, slots):
         slots.used += 1
-        return slice(slots.used - 1, slots.used) if self.filled is None else self.filled.long()
+        return slice(slots.used - 1, slots.used) if self.filled is None else self.filled
 
     def attend(self, layer, query, tokens, form):
         slots, policy = layer.slots, layer.policy

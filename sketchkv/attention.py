@@ -204,6 +204,7 @@ def _refusal(model, config):
     except ValueError as error:
         return str(error)
     attention = [module for module in model.modules() if _is_attention(module)]
+    causal = [module for module in attention if module.is_causal]
     reasons = [
         (REFUSED.get(config.model_type), config.model_type in REFUSED),
         (
@@ -219,11 +220,11 @@ def _refusal(model, config):
         (
             "it attends in both directions",
             getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
-            or not any(module.is_causal for module in attention),
+            or not (causal or getattr(config, "is_decoder", False)),
         ),
         (
             "its layers are not one attention each, numbered from 0",
-            {module.layer_idx for module in attention if module.is_causal} != set(range(config.num_hidden_layers)),
+            {module.layer_idx for module in causal or attention} != set(range(config.num_hidden_layers)),
         ),
         (
             "its keys and values are made of latents after the cache has returned them (MLA)",

@@ -24,7 +24,6 @@ CAP, SINKS, RECENT, EVERY, WIDTH = 9, 2, 3, 3, 16
 PROMPT, STEPS = 8, 9  # tokens that come at once, and one by one
 
 
-
 class Squared(AttentionMass):
     """A policy with a memory of its own kind: a kernel must not update its mass behind its back."""
 
@@ -100,7 +99,18 @@ def text(dtype, group, padded):
     return found
 
 
-def decode(policy, steps, ops, codec=Plain, summary=None, window=False, form=None, settles=8, clocked=False, **settings):
+def decode(
+    policy,
+    steps,
+    ops,
+    codec=Plain,
+    summary=None,
+    window=False,
+    form=None,
+    settles=8,
+    clocked=False,
+    **settings,
+):
     """(outputs, layer) after `steps`; clocked: driven by a clock on the device, as recorded steps are."""
     settings = Settings(SINKS, RECENT, EVERY, codec=codec, **settings)
     if window:
@@ -148,7 +158,9 @@ def both(policy, feature, clocked=False, fused=None):
     one, other = state(eager), state(layer)
     assert torch.equal(one["positions"], other["positions"])
     for name in one:
-        torch.testing.assert_close(other[name], one[name], atol=tolerance, rtol=tolerance, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(
+            other[name], one[name], atol=tolerance, rtol=tolerance, msg=lambda m: f"{name}: {m}"
+        )
 
 
 @runs
@@ -196,7 +208,9 @@ class Forgets(Fused):
 
 @runs
 @pytest.mark.parametrize("feature", ["plain", "compact"])
-@pytest.mark.parametrize("mutant", [SinksOff(), RecentOff(), Forgets()], ids=lambda mutant: type(mutant).__name__)
+@pytest.mark.parametrize(
+    "mutant", [SinksOff(), RecentOff(), Forgets()], ids=lambda mutant: type(mutant).__name__
+)
 def test_the_table_sees_small_faults(mutant, feature):
     with pytest.raises(AssertionError):
         for _ in range(6):  # some texts would evict the token anyway

@@ -11,7 +11,7 @@ import torch
 
 from sketchkv import AttentionMass, Sketch, Summary
 from sketchkv.fast import attention as fast_attention
-from sketchkv.fast import coded, codes, eviction, launch
+from sketchkv.fast import coded, codes, eviction, launch, storage
 from sketchkv.fast.attention import attend
 from sketchkv.fast.ops import Fused
 from sketchkv.layer import BoundedLayer, Settings
@@ -252,7 +252,7 @@ def test_choosing_and_closing_equal_the_torch_path(used, count, padded):
             layer.seen += fresh
             layer.slots.used = used
         eager.evict(layers[0], tokens)
-        with mock.patch.object(eviction, "compact", wraps=eviction.compact) as compact:
+        with mock.patch.object(storage, "compact", wraps=storage.compact) as compact:
             Fused().evict(layers[1], tokens if start else tokens._replace(clock=clock))
         assert compact.call_count == 1
         stored = [sorted_by_position(layer.slots, used - count) for layer in layers]
@@ -262,7 +262,7 @@ def test_choosing_and_closing_equal_the_torch_path(used, count, padded):
             assert (layer.slots.positions[:, :, used - count :] == -1).all()
             assert not layer.slots.arrays["mass"][:, :, used - count :].any()
             assert layer.slots.used == layer.slots.kept == used - count
-    layers[1].slots.arrays["mass"][0, 0, :4] = torch.nan
+    layers[1].slots.arrays["mass"][0, 0, : used - count] = torch.nan
     layers[1].slots.used = used
     with pytest.raises(ValueError, match="NaN"):
         Fused().evict(layers[1], tokens)

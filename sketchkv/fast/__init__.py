@@ -12,7 +12,9 @@ def step(model, cache, padded=False, graph=False, compile=False):
     Raises ValueError for a cache or padding that recorded or compiled steps can't take.
     """
     if compile and not isinstance(cache, SketchCache):
-        raise ValueError("compile=True takes a SketchCache: other caches grow, and the compiled step with them")
+        raise ValueError(
+            "compile=True takes a SketchCache: other caches grow, and the compiled step with them"
+        )
     if graph and (padded or not isinstance(cache, SketchCache)):
         raise ValueError("graph=True takes a SketchCache and texts without padding")
     compiled = None

@@ -10,7 +10,9 @@ import torch
 from sketchkv.fast.launch import INTERPRETED, jit, tl, triton
 
 LOG2E = 1.4426950408889634
-MASKED = tl.constexpr(-3e38)  # finite, so that a row with every slot masked attends evenly, as torch's softmax does
+MASKED = tl.constexpr(
+    -3e38
+)  # finite, so that a row with every slot masked attends evenly, as torch's softmax does
 PROGRAMS = 512  # enough to fill the chip: about 4 per multiprocessor
 FEW_SLOTS, FEW_PROGRAMS = 2048, 160  # with few slots more programs gain less than they cost
 
@@ -35,13 +37,28 @@ def _hide(logits, positions, slot, slot_stride, end, MASK: tl.constexpr):
 
 
 @jit
-def _receive(scratch, received, slot, slot_stride, used, scratch_stride, group, top, total, decay,
-             GROUP: tl.constexpr, ADD: tl.constexpr):  # fmt: skip
+def _receive(
+    scratch,
+    received,
+    slot,
+    slot_stride,
+    used,
+    scratch_stride,
+    group,
+    top,
+    total,
+    decay,
+    GROUP: tl.constexpr,
+    ADD: tl.constexpr,
+):
     """received = decay * received + attention of the group's query heads, for `slot` [n]; top, total: [heads]."""
     inside = (group[:, None] < GROUP) & (slot[None, :] < used)
     logits = tl.load(
-        scratch + group[:, None] * scratch_stride + slot[None, :], mask=inside, other=-float("inf"), cache_modifier=".cg"
-    )  # fmt: skip
+        scratch + group[:, None] * scratch_stride + slot[None, :],
+        mask=inside,
+        other=-float("inf"),
+        cache_modifier=".cg",
+    )
     attention = tl.sum(tl.exp2(logits - top[:, None]) / total[:, None], 0)
     address = received + slot * slot_stride
     if ADD:
@@ -51,14 +68,52 @@ def _receive(scratch, received, slot, slot_stride, used, scratch_stride, group, 
 
 @jit(do_not_specialize=["used", "per_split"])
 def _attend(
-    query, keys, values, positions, filled, received, output, scratch, partial, tops, totals,
-    q_batch, q_head, q_dim, k_batch, k_head, k_slot, k_dim, v_batch, v_head, v_slot, v_dim,
-    p_batch, p_head, p_slot, r_batch, r_head, r_slot, scratch_stride,
-    kv_heads, used, per_split, scale, decay,
-    GROUP: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, SPLITS: tl.constexpr, MASK: tl.constexpr, ADD: tl.constexpr, FINISH: tl.constexpr,
+    query,
+    keys,
+    values,
+    positions,
+    filled,
+    received,
+    output,
+    scratch,
+    partial,
+    tops,
+    totals,
+    q_batch,
+    q_head,
+    q_dim,
+    k_batch,
+    k_head,
+    k_slot,
+    k_dim,
+    v_batch,
+    v_head,
+    v_slot,
+    v_dim,
+    p_batch,
+    p_head,
+    p_slot,
+    r_batch,
+    r_head,
+    r_slot,
+    scratch_stride,
+    kv_heads,
+    used,
+    per_split,
+    scale,
+    decay,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    MASK: tl.constexpr,
+    ADD: tl.constexpr,
+    FINISH: tl.constexpr,
     GROWS: tl.constexpr,
-):  # fmt: skip
+):
     """One program: one KV head of one sequence, slots [split * per_split, (split + 1) * per_split)."""
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -124,7 +179,9 @@ def _attend(
         tl.debug_barrier()  # the logits below were stored by other threads
         for begin in range(0, used, FINISH):
             slot = begin + tl.arange(0, FINISH)
-            _receive(scratch, received, slot, r_slot, used, scratch_stride, group, top, total, decay, GROUP, ADD)
+            _receive(
+                scratch, received, slot, r_slot, used, scratch_stride, group, top, total, decay, GROUP, ADD
+            )
     else:
         part = (row * GROUP + group) * SPLITS + split
         tl.store(partial + part[:, None] * HEAD_DIM + column[None, :], sums, mask=inside)
@@ -134,11 +191,33 @@ def _attend(
 
 @jit(do_not_specialize=["used"])
 def _combine(
-    received, filled, output, scratch, partial, tops, totals, turn, r_batch, r_head, r_slot, scratch_stride, kv_heads, used, decay, factor,
-    GROUP: tl.constexpr, GROUPS: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr,
-    SPLITS: tl.constexpr, PARTS: tl.constexpr, ADD: tl.constexpr, FINISH: tl.constexpr, GROWS: tl.constexpr,
+    received,
+    filled,
+    output,
+    scratch,
+    partial,
+    tops,
+    totals,
+    turn,
+    r_batch,
+    r_head,
+    r_slot,
+    scratch_stride,
+    kv_heads,
+    used,
+    decay,
+    factor,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,
+    ADD: tl.constexpr,
+    FINISH: tl.constexpr,
+    GROWS: tl.constexpr,
     TURN: tl.constexpr,
-):  # fmt: skip
+):
     """Second pass over split slots. One program: FINISH slots of one KV head; the first adds up the output instead."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -173,73 +252,6 @@ def _combine(
             sums = tl.dot(sums.to(output.dtype.element_ty), back, input_precision="ieee") * factor
         target = output + (row * GROUP + group[:, None]) * HEAD_DIM + column[None, :]
         tl.store(target, sums.to(output.dtype.element_ty), mask=written)
-
-
-@jit(do_not_specialize=["slot"])
-def _append(
-    key,
-    value,
-    position,
-    filled,
-    keys,
-    values,
-    positions,
-    k_batch,
-    k_head,
-    v_batch,
-    v_head,
-    p_batch,
-    slot,
-    kv_heads,
-    capacity,
-    KEYS: tl.constexpr,
-    VALUES: tl.constexpr,
-    WIDTH: tl.constexpr,
-    GROWS: tl.constexpr,
-):
-    """One program: the new token of one KV head of one sequence."""
-    row = tl.program_id(0).to(tl.int64)
-    batch, head = row // kv_heads, row % kv_heads
-    if GROWS:
-        slot = tl.load(filled)
-    target = row * capacity + slot
-    column = tl.arange(0, WIDTH)
-    new = tl.load(key + batch * k_batch + head * k_head + column, mask=column < KEYS)
-    tl.store(keys + target * KEYS + column, new, mask=column < KEYS)
-    new = tl.load(value + batch * v_batch + head * v_head + column, mask=column < VALUES)
-    tl.store(values + target * VALUES + column, new, mask=column < VALUES)
-    tl.store(positions + target, tl.load(position + batch * p_batch))
-
-
-def append(key, value, position, slots, filled=None):
-    """Stores one new token in the next slot of all heads, in one launch; Python's count of the slots is left as it is.
-
-    key, value: `[batch, num_kv_heads, 1, width]`, of the dtypes that `slots` holds; position: int32 `[batch or 1, 1]`.
-    slots: `sketchkv.slots.Slots` with plain keys and values.
-    filled: int32 `[1]`, how many slots are occupied, where the device counts; None: `slots.used`.
-    """
-    (batch, kv_heads), widths = slots.shape, slots.widths
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    _append[(batch * kv_heads,)](
-        key,
-        value,
-        position,
-        position if filled is None else filled,
-        slots.keys,
-        slots.values,
-        slots.positions,
-        *key.stride()[:2],
-        *value.stride()[:2],
-        position.stride(0) if position.shape[0] > 1 else 0,
-        slots.used,
-        kv_heads,
-        slots.capacity,
-        KEYS=widths[0],
-        VALUES=widths[1],
-        WIDTH=triton.next_power_of_2(max(widths)),
-        GROWS=filled is not None,
-        num_warps=1,
-    )
 
 
 def attend(query, keys, values, scaling, positions=None, received=None, decay=1.0, filled=None, **tuning):
@@ -279,7 +291,9 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
     width = max(16, triton.next_power_of_2(head_dim))
     rows = batch * kv_heads
     block = tuning.get("block", 32 if width > 64 or group == 1 and rows > 128 else 64)
-    splits, per_split, stride, buffers = scratchpad(rows, group, used, head_dim, block, query.device, tuning.get("splits"))
+    splits, per_split, stride, buffers = scratchpad(
+        rows, group, used, head_dim, block, query.device, tuning.get("splits")
+    )
     device = query.device
     output = torch.empty(batch, heads, head_dim, dtype=query.dtype, device=device)
     add = received is not None
@@ -289,19 +303,54 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
     positions = positions if mask else received
     counter = received if filled is None else filled
     finish = 1024 if group == 1 else 128
-    shape = dict(GROUP=group, GROUPS=groups, HEAD_DIM=head_dim, WIDTH=width, SPLITS=splits, ADD=add, FINISH=finish)
+    shape = dict(
+        GROUP=group, GROUPS=groups, HEAD_DIM=head_dim, WIDTH=width, SPLITS=splits, ADD=add, FINISH=finish
+    )
     shape |= dict(GROWS=filled is not None)
     _attend[(rows, splits)](
-        query, keys, values, positions, counter, received, output, *buffers,
-        *query.stride(), *keys.stride(), *values.stride(), *positions.stride(), *received.stride(), stride,
-        kv_heads, used, per_split, scaling * LOG2E, decay, **shape,
-        BLOCK=block, STAGES=tuning.get("num_stages", 3), MASK=mask, num_warps=tuning.get("num_warps", 4),
-    )  # fmt: skip
+        query,
+        keys,
+        values,
+        positions,
+        counter,
+        received,
+        output,
+        *buffers,
+        *query.stride(),
+        *keys.stride(),
+        *values.stride(),
+        *positions.stride(),
+        *received.stride(),
+        stride,
+        kv_heads,
+        used,
+        per_split,
+        scaling * LOG2E,
+        decay,
+        **shape,
+        BLOCK=block,
+        STAGES=tuning.get("num_stages", 3),
+        MASK=mask,
+        num_warps=tuning.get("num_warps", 4),
+    )
     if splits > 1:
         _combine[(rows, 1 + triton.cdiv(used, finish))](
-            received, counter, output, *buffers, received, *received.stride(), stride, kv_heads, used, decay, 1.0,
-            **shape, TURN=False, PARTS=triton.next_power_of_2(splits), num_warps=4,
-        )  # fmt: skip
+            received,
+            counter,
+            output,
+            *buffers,
+            received,
+            *received.stride(),
+            stride,
+            kv_heads,
+            used,
+            decay,
+            1.0,
+            **shape,
+            TURN=False,
+            PARTS=triton.next_power_of_2(splits),
+            num_warps=4,
+        )
     return output, received
 
 

@@ -84,7 +84,9 @@ def _attend(
     sums = tl.zeros([GROUPS, DIM], tl.float32)
     if SUMMARY:
         if split == 0:
-            first = tl.sum(wide * tl.load(means + row * DIM + column)[None, :], 1) + tl.log2(tl.load(counts + row))
+            first = tl.sum(wide * tl.load(means + row * DIM + column)[None, :], 1) + tl.log2(
+                tl.load(counts + row)
+            )
             top = tl.maximum(top, first)
             total = tl.exp2(first - top)
             sums = total[:, None] * tl.load(value_means + row * DIM + column)[None, :]
@@ -121,7 +123,9 @@ def _attend(
         tl.store(totals + part, total, mask=group < GROUP)
 
 
-def attend(query, slots, scaling, summary=None, received=None, decay=1.0, masked=False, filled=None, **tuning):
+def attend(
+    query, slots, scaling, summary=None, received=None, decay=1.0, masked=False, filled=None, **tuning
+):
     """Attention of one new query per sequence over coded slots: `(output, received)`.
 
     query: `[batch, num_heads, width]`, not turned; output is alike.
@@ -132,7 +136,7 @@ def attend(query, slots, scaling, summary=None, received=None, decay=1.0, masked
         new tensor, whose occupied part is returned.
     masked: whether slots with a position below 0 are not looked at.
     filled: int32 `[1]`, how many slots were occupied before this token, where the device counts; None: `slots.used` with it.
-    tuning: `block`, `splits`, `num_warps`.
+    tuning: `block`, `splits`, `num_warps`, `num_stages`.
     """
     (batch, kv_heads), dim, capacity = slots.shape, slots.widths[0], slots.capacity
     heads, rows, used = query.shape[1], batch * kv_heads, slots.used if filled is None else capacity
@@ -142,7 +146,9 @@ def attend(query, slots, scaling, summary=None, received=None, decay=1.0, masked
         received = torch.empty(batch, kv_heads, capacity, dtype=torch.float32, device=query.device)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
     block = tuning.get("block", 32 if dim > 64 else 64)
-    splits, per_split, stride, buffers = scratchpad(rows, group, used, dim, block, query.device, tuning.get("splits"))
+    splits, per_split, stride, buffers = scratchpad(
+        rows, group, used, dim, block, query.device, tuning.get("splits")
+    )
     counter = received if filled is None else filled
     means = [received] * 3 if summary is None else [summary.keys, summary.values, summary.counts]
     groups = max(16, triton.next_power_of_2(group))
@@ -175,6 +181,9 @@ def attend(query, slots, scaling, summary=None, received=None, decay=1.0, masked
         SUMMARY=summary is not None,
         MASK=masked,
         num_warps=tuning.get("num_warps", 4),
+        num_stages=tuning.get(
+            "num_stages", 1
+        ),  # levels are looked up in the first-level cache: nothing to fetch ahead
         **shared,
     )
     if splits > 1:

@@ -46,7 +46,9 @@ def _store_plane(codes, code, target, DIM: tl.constexpr, BITS: tl.constexpr, PAR
 
 
 @jit
-def _encode(x, levels, bounds, codes, scales, target, DIM: tl.constexpr, BITS: tl.constexpr, LEAST: tl.constexpr):
+def _encode(
+    x, levels, bounds, codes, scales, target, DIM: tl.constexpr, BITS: tl.constexpr, LEAST: tl.constexpr
+):
     """Stores a vector x [DIM], float32, in the slot `target`."""
     LEVELS: tl.constexpr = 1 << BITS
     norm = tl.sqrt(tl.sum(x * x, 0) / DIM)
@@ -155,7 +157,12 @@ def append(key, value, position, slots, filled=None):
 def stored(slots, name, *tables):
     """Codes, scales and levels of keys or values, and what else of their coder is asked for."""
     coder = slots.codec.coders[name]
-    return slots.arrays[name], slots.arrays[f"{name}_scale"], coder.levels, *(getattr(coder, each) for each in tables)
+    return (
+        slots.arrays[name],
+        slots.arrays[f"{name}_scale"],
+        coder.levels,
+        *(getattr(coder, each) for each in tables),
+    )
 
 
 def bits_of(slots):
@@ -267,7 +274,9 @@ def _fold(
     inside = index < COUNT
     slot = tl.load(evicted + row * COUNT + index, mask=inside, other=0)
     at = row * capacity + slot
-    key = levels_of(keys + row * capacity * (DIM * KEY_BITS // 8), key_levels, slot, inside, column, DIM, KEY_BITS)
+    key = levels_of(
+        keys + row * capacity * (DIM * KEY_BITS // 8), key_levels, slot, inside, column, DIM, KEY_BITS
+    )
     key = key * tl.load(key_scales + at, mask=inside, other=0.0).to(tl.float32)[:, None]
     key += tl.load(centre + row * DIM + column).to(tl.float32)[None, :]
     codes = values + row * capacity * (DIM * VALUE_BITS // 8)

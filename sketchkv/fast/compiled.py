@@ -54,7 +54,9 @@ def attend(query, key, value, form, layer):
 
 
 def _forward(model, token, positions):
-    return model(token[:, None], position_ids=positions[:, None], use_cache=False, sketchkv_attend=attend).logits
+    return model(
+        token[:, None], position_ids=positions[:, None], use_cache=False, sketchkv_attend=attend
+    ).logits
 
 
 class CompiledStep:

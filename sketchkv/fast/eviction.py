@@ -1,4 +1,4 @@
-"""Evictions in few launches: the sketch is asked, the lowest scores are chosen, holes are closed."""
+"""Evictions in few launches: the sketch is asked, the lowest scores are chosen."""
 
 import math
 
@@ -21,10 +21,29 @@ def _index(a, b, item, row, WIDTH: tl.constexpr):
 
 @jit(do_not_specialize=["elapsed"])
 def _remember(
-    items, mass, positions, tables, exposures, scores, a, b, seen,
-    s_batch, s_head, kv_heads, used, elapsed, fade, decay, log_decay,
-    DEPTH: tl.constexpr, WIDTH: tl.constexpr, MEAN: tl.constexpr, BLOCK: tl.constexpr, CELLS: tl.constexpr,
-):  # fmt: skip
+    items,
+    mass,
+    positions,
+    tables,
+    exposures,
+    scores,
+    a,
+    b,
+    seen,
+    s_batch,
+    s_head,
+    kv_heads,
+    used,
+    elapsed,
+    fade,
+    decay,
+    log_decay,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CELLS: tl.constexpr,
+):
     """One program: the sketches of one KV head of one sequence. Decay, add, then ask."""
     row = tl.program_id(0).to(tl.int64)
     offset = row // kv_heads * s_batch + row % kv_heads * s_head
@@ -35,7 +54,11 @@ def _remember(
         inside = cell < DEPTH * WIDTH
         tl.store(tables + cell, tl.load(tables + cell, mask=inside, cache_modifier=".cg") * fade, mask=inside)
         if MEAN:
-            tl.store(exposures + cell, tl.load(exposures + cell, mask=inside, cache_modifier=".cg") * fade, mask=inside)
+            tl.store(
+                exposures + cell,
+                tl.load(exposures + cell, mask=inside, cache_modifier=".cg") * fade,
+                mask=inside,
+            )
     tl.debug_barrier()  # what follows was stored by other threads
     now = tl.load(seen)
     for begin in range(0, used, BLOCK):
@@ -68,9 +91,13 @@ def _remember(
         exposed = tl.full([BLOCK], float("inf"), tl.float32)
         for i in tl.static_range(DEPTH):
             index = i * WIDTH + _index(a, b, item, i, WIDTH)
-            estimate = tl.minimum(estimate, tl.load(tables + index, mask=inside, other=0.0, cache_modifier=".cg"))
+            estimate = tl.minimum(
+                estimate, tl.load(tables + index, mask=inside, other=0.0, cache_modifier=".cg")
+            )
             if MEAN:
-                exposed = tl.minimum(exposed, tl.load(exposures + index, mask=inside, other=0.0, cache_modifier=".cg"))
+                exposed = tl.minimum(
+                    exposed, tl.load(exposures + index, mask=inside, other=0.0, cache_modifier=".cg")
+                )
         if MEAN:
             least = age
             if decay != 1.0:
@@ -168,68 +195,25 @@ def lowest(importance, positions, tokens, end, count, num_sinks, recent_window, 
     return chosen
 
 
-@jit(do_not_specialize=["kept"])
-def _compact(
-    array, evicted, a_batch, a_head, a_slot, kv_heads, kept, blank,
-    COUNT: tl.constexpr, SIZE: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr, CLEAR: tl.constexpr,
-):  # fmt: skip
-    """One program: one KV head of one sequence. The j-th survivor of the tail moves into the j-th hole below it."""
-    row = tl.program_id(0).to(tl.int64)
-    array += row // kv_heads * a_batch + row % kv_heads * a_head
-    index = tl.arange(0, SIZE)
-    gone = tl.load(evicted + row * COUNT + index, mask=index < COUNT, other=0x7FFFFFFF)
-    tail = kept + index
-    dead = tl.max((tail[:, None] == gone[None, :]).to(tl.int32), 1)
-    alive = (dead == 0) & (index < COUNT)
-    # How many survivors, or holes, come before each: equal numbers belong together.
-    order = tl.cumsum(alive.to(tl.int32), 0) - 1
-    hole = gone < kept
-    before = tl.sum((hole[None, :] & (gone[None, :] < gone[:, None])).to(tl.int32), 1)
-    pair = hole[None, :] & (before[None, :] == order[:, None])
-    target = tl.sum(tl.where(pair, gone[None, :], 0), 1)
-    column = tl.arange(0, WIDTH)
-    moved = alive[:, None] & (column[None, :] < INNER)
-    vectors = tl.load(array + tail[:, None] * a_slot + column[None, :], mask=moved, other=0)
-    tl.store(array + target[:, None] * a_slot + column[None, :], vectors, mask=moved)
-    if CLEAR:
-        tl.debug_barrier()  # what is cleared was read by other threads
-        cleared = (index[:, None] < COUNT) & (column[None, :] < INNER)
-        empty = tl.zeros([SIZE, WIDTH], array.dtype.element_ty) + blank.to(array.dtype.element_ty)
-        tl.store(array + tail[:, None] * a_slot + column[None, :], empty, mask=cleared)
-
-
-def compact(slots, evicted):
-    """`Slots.evict`: survivors of the last n slots move into the holes that the slots `evicted` (int32
-    `[batch, num_kv_heads, n]`, contiguous) leave below, in one launch for each array."""
-    batch, kv_heads, count = evicted.shape
-    kept = slots.used - count
-    for name, array in slots.arrays.items():
-        inner = array.shape[3:].numel()
-        if inner == 0:
-            continue
-        array = array.view(torch.uint8) if array.dtype == torch.bool else array
-        _compact[(batch * kv_heads,)](
-            array,
-            evicted,
-            *array.stride()[:3],
-            kv_heads,
-            kept,
-            -1 if name == "positions" else 0,
-            COUNT=count,
-            SIZE=triton.next_power_of_2(count),
-            INNER=inner,
-            WIDTH=triton.next_power_of_2(inner),
-            CLEAR=name not in slots.kv,
-            num_warps=1 if inner == 1 else 4,
-        )
-    slots.used = slots.kept = kept
-
-
 @jit(do_not_specialize=["start", "count"])
 def _codes(
-    keys, projection, items, k_batch, k_head, k_slot, i_batch, i_head, kv_heads, start, count,
-    HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    keys,
+    projection,
+    items,
+    k_batch,
+    k_head,
+    k_slot,
+    i_batch,
+    i_head,
+    kv_heads,
+    start,
+    count,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """One program: BLOCK new keys of one KV head of one sequence. Their signs along BITS directions, as one number."""
     row = tl.program_id(0).to(tl.int64)
     keys += row // kv_heads * k_batch + row % kv_heads * k_head
@@ -237,7 +221,11 @@ def _codes(
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     slot, column, bit = start + index, tl.arange(0, WIDTH), tl.arange(0, COLUMNS)
     inside = index < count
-    key = tl.load(keys + slot[:, None] * k_slot + column[None, :], mask=inside[:, None] & (column[None, :] < HEAD_DIM), other=0.0)
+    key = tl.load(
+        keys + slot[:, None] * k_slot + column[None, :],
+        mask=inside[:, None] & (column[None, :] < HEAD_DIM),
+        other=0.0,
+    )
     along = (column[:, None] < HEAD_DIM) & (bit[None, :] < BITS)
     directions = tl.load(projection + column[:, None] * BITS + bit[None, :], mask=along, other=0.0)
     signs = tl.dot(key.to(tl.float32), directions, input_precision="ieee") > 0
@@ -253,9 +241,20 @@ def codes(keys, projection, items, start, count):
     batch, kv_heads, _, head_dim = keys.shape
     bits = projection.shape[1]
     _codes[(batch * kv_heads, triton.cdiv(count, 16))](
-        keys, projection, items, *keys.stride()[:3], *items.stride()[:2], kv_heads, start, count, HEAD_DIM=head_dim,
-        WIDTH=max(16, triton.next_power_of_2(head_dim)), BITS=bits, COLUMNS=max(16, triton.next_power_of_2(bits)), BLOCK=16,
-    )  # fmt: skip
+        keys,
+        projection,
+        items,
+        *keys.stride()[:3],
+        *items.stride()[:2],
+        kv_heads,
+        start,
+        count,
+        HEAD_DIM=head_dim,
+        WIDTH=max(16, triton.next_power_of_2(head_dim)),
+        BITS=bits,
+        COLUMNS=max(16, triton.next_power_of_2(bits)),
+        BLOCK=16,
+    )
 
 
 def remember(items, mass, positions, sketches, seen, elapsed, decay):
@@ -273,8 +272,26 @@ def remember(items, mass, positions, sketches, seen, elapsed, decay):
         seen = torch.full((1,), seen, dtype=torch.int32, device=items.device)
     scores = torch.empty(batch, kv_heads, used, dtype=torch.float32, device=items.device)
     _remember[(batch * kv_heads,)](
-        items, mass, positions, first.table, sketches[-1].table, scores, first.hash.a, first.hash.b, seen,
-        *items.stride()[:2], kv_heads, used, elapsed, decay**elapsed, decay, math.log2(decay),
-        DEPTH=depth, WIDTH=width, MEAN=len(sketches) > 1, BLOCK=min(128, triton.next_power_of_2(used)), CELLS=1024,
-    )  # fmt: skip
+        items,
+        mass,
+        positions,
+        first.table,
+        sketches[-1].table,
+        scores,
+        first.hash.a,
+        first.hash.b,
+        seen,
+        *items.stride()[:2],
+        kv_heads,
+        used,
+        elapsed,
+        decay**elapsed,
+        decay,
+        math.log2(decay),
+        DEPTH=depth,
+        WIDTH=width,
+        MEAN=len(sketches) > 1,
+        BLOCK=min(128, triton.next_power_of_2(used)),
+        CELLS=1024,
+    )
     return scores

@@ -31,7 +31,9 @@ class StepGraphs:
                 "8-bit counters): decode with graph=False"
             )
         if not getattr(cache, "recordable", True):
-            raise ValueError(f"a {type(cache).__name__} decides on the host while it decodes: decode with graph=False")
+            raise ValueError(
+                f"a {type(cache).__name__} decides on the host while it decodes: decode with graph=False"
+            )
         self.model, self.cache, self.compiled = model, cache, compiled
         self.warm, self.graphs = set(), {}
         self.clock = self.filled = self.expected = self.slots = None
@@ -51,7 +53,9 @@ class StepGraphs:
         seen = self.cache.seen_tokens
         if self.expected != seen:  # the device counts for itself, except after other calls
             if self.cache.passes.first is not None:
-                raise ValueError("recorded steps take texts without padding: decode this batch with graph=False")
+                raise ValueError(
+                    "recorded steps take texts without padding: decode this batch with graph=False"
+                )
             self.clock.fill_(seen)
             self.filled.copy_(torch.tensor([layer.slots.used for layer in layers]))
         self.expected = seen + 1
@@ -108,7 +112,9 @@ class StepGraphs:
                 if self.compiled:
                     logits = self.compiled(self.token, self.cache, positions)
                 else:
-                    logits = self.model(self.token, past_key_values=self.cache, use_cache=True, position_ids=positions).logits
+                    logits = self.model(
+                        self.token, past_key_values=self.cache, use_cache=True, position_ids=positions
+                    ).logits
             finally:
                 for layer in layers:
                     vars(layer).pop("ops", None)

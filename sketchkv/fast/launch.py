@@ -17,7 +17,9 @@ except ImportError:  # the CPU builds of torch come without: importing works, on
         return function or jit
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, slowly, to check their arithmetic
+INTERPRETED = (
+    os.environ.get("TRITON_INTERPRET") == "1"
+)  # kernels run on the CPU, slowly, to check their arithmetic
 
 
 def usable(device):

@@ -4,7 +4,7 @@ Each method falls back on the eager rule where a kernel does not serve: several 
 that computes in a way of its own.
 """
 
-from sketchkv.fast import attention, coded, codes, eviction
+from sketchkv.fast import attention, coded, codes, eviction, storage
 from sketchkv.layer import BoundedLayer
 from sketchkv.ops import Eager
 from sketchkv.policies import AttentionMass, Policy, Sketch
@@ -36,7 +36,7 @@ class Fused(Eager):
         slots = layer.slots
         if keys.shape[2] > 1 or not (type(slots.codec) is Plain or _is_coded(layer)):
             return super().append(layer, keys, values, tokens)
-        append = attention.append if type(slots.codec) is Plain else codes.append
+        append = storage.append if type(slots.codec) is Plain else codes.append
         append(keys, values, tokens.positions, slots, self.filled)
         return self._stored(slots)
 
@@ -102,7 +102,7 @@ class Fused(Eager):
             index = evicted.long()
             taken = slots.take("keys", index), slots.take("values", index)
             summary.fold(*taken, slots["positions"].gather(-1, index))
-        eviction.compact(slots, evicted)
+        storage.compact(slots, evicted)
 
 
 fused = Fused()
@@ -112,7 +112,9 @@ def grows(layer, padded=False):
     """Whether a step of the layer may be recorded once for any number of occupied slots, as long as none is evicted."""
     policy = type(layer.policy)
     watches = policy.uses_attention and policy.observe is not AttentionMass.observe
-    return not (padded or watches or policy.query is not Policy.query) and (_is_plain(layer) or _is_coded(layer))
+    return not (padded or watches or policy.query is not Policy.query) and (
+        _is_plain(layer) or _is_coded(layer)
+    )
 
 
 def _is_plain(layer):
@@ -151,4 +153,6 @@ def _score(layer, tokens):
         signatures = slots["signature"]
     else:
         signatures = policy.signatures(slots)
-    return eviction.remember(signatures, slots["mass"], slots["positions"], policy.sketches, seen, elapsed, policy.decay)
+    return eviction.remember(
+        signatures, slots["mass"], slots["positions"], policy.sketches, seen, elapsed, policy.decay
+    )

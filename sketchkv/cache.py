@@ -18,7 +18,7 @@ FORMER = dict.fromkeys(
     "quantizer": "bits= alone; ranges per group are in sketchkv.study.extras",
     "kind": "a policy of sketchkv.study.extras",
     "counters": "a policy of sketchkv.study.extras",
-} | dict.fromkeys(("coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping")  # fmt: skip
+} | dict.fromkeys(("coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping")
 
 
 class SketchCache(Cache):

@@ -2,7 +2,12 @@
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from sketchkv.cache import text_config
 from sketchkv.checks import flag, whole

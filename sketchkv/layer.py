@@ -69,7 +69,9 @@ class BoundedLayer(CacheLayerMixin):
         self.waiting = False  # whether `update` took tokens that no attention has come for yet
 
     selective = property(lambda self: self.attend_topk < self.max_cache_size)
-    capacity = property(lambda self: self.max_cache_size + self.evict_every, doc="Slots per sequence and KV head.")
+    capacity = property(
+        lambda self: self.max_cache_size + self.evict_every, doc="Slots per sequence and KV head."
+    )
 
     # The interface of a transformers cache layer
 
@@ -130,7 +132,9 @@ class BoundedLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx):
         if self.slots is None:
             return
-        for tensor in self.slots.tensors() + self.policy.tensors() + (self.summary.tensors() if self.summary else []):
+        for tensor in (
+            self.slots.tensors() + self.policy.tensors() + (self.summary.tensors() if self.summary else [])
+        ):
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def crop(self, *_):

@@ -26,7 +26,9 @@ class Tokens(NamedTuple):
     positions: Any  # int32 [batch, n], or [1, n] if all rows are alike; -1 for padding
     first: Any = 0  # position of each row's first real token, int32 [batch, 1, 1], or 0 for all
     padded: bool = False  # whether a row has padding, in this pass or before
-    clock: Any = None  # int32 [1], the one new token's position, in a step that is recorded to run at other positions
+    clock: Any = (
+        None  # int32 [1], the one new token's position, in a step that is recorded to run at other positions
+    )
 
     def part(self, block):
         """The tokens of a slice."""
@@ -96,7 +98,9 @@ class Passes:
         if id(owner) in names:  # it broke off; if that was before it came to a layer, nothing is lost
             self.owners = self.owners[: names.index(id(owner))]
         start = self.seen
-        if any(layer.seen != start or layer.waiting for layer in self.layers) or any(s != start for _, s in self.owners):
+        if any(layer.seen != start or layer.waiting for layer in self.layers) or any(
+            s != start for _, s in self.owners
+        ):
             raise RuntimeError(BROKEN)
 
     def end(self, owner=None):
@@ -131,7 +135,11 @@ class Passes:
         """`positions` with -1 for padding. What a mask must be: as long as the text, padding in front of it alone."""
         count = positions.shape[1]
         if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-            given = f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+            given = (
+                f"a mask of shape {tuple(mask.shape)}"
+                if isinstance(mask, torch.Tensor)
+                else type(mask).__name__
+            )
             raise ValueError(
                 f"SketchCache takes a 2-D attention_mask [batch, tokens so far] or none, got {given}: 4-D masks cannot say "
                 "which evicted tokens they mean"
@@ -164,7 +172,9 @@ class Passes:
 
     def _check_length(self, end, count, position_ids):
         if end > MOST_TOKENS:
-            raise ValueError(f"a text may have {MOST_TOKENS} tokens at most, since positions are int32; this one has {end}")
+            raise ValueError(
+                f"a text may have {MOST_TOKENS} tokens at most, since positions are int32; this one has {end}"
+            )
         if self.max_positions is None or end <= self.max_positions:
             return
         # Left padding makes positions smaller than the number of tokens; looking at them is dear, so only here.
@@ -175,7 +185,10 @@ class Passes:
                 f"{self.max_positions - 1}): shorten the text or use a model with rotary positions"
             )
         if last - count < self.max_positions <= last:  # once in a text
-            warnings.warn(f"position {last} lies beyond the {self.max_positions} that the model was made for", stacklevel=2)
+            warnings.warn(
+                f"position {last} lies beyond the {self.max_positions} that the model was made for",
+                stacklevel=2,
+            )
 
     def check(self):
         """Raises ValueError if a mask hid stored tokens."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_kernels import DEVICE, HAS_TRITON, INTERPRET, runs, sorted_by_position
 
-from sketchkv import LRU, TOVA, AttentionMass, H2O, KeyNorm, Random, Sketch, SnapKV, Summary, Window
+from sketchkv import H2O, LRU, TOVA, AttentionMass, KeyNorm, Random, Sketch, SnapKV, Summary, Window
 from sketchkv.fast.ops import Fused
 from sketchkv.layer import BoundedLayer, Form, Settings
 from sketchkv.passes import Tokens

@@ -41,6 +41,9 @@ class SketchCache(Cache):
     bits: 8, 6, 5, 4, 3 or 2 holds keys and values quantized, 16 in float16; a pair is for keys and values; None: the model's
         dtype. Attention decodes one layer at a time: that working memory is not part of `nbytes`.
     codec: another way to store keys and values, a function of (dtype, device) that gives a `sketchkv.slots.Plain`.
+    index: a `sketchkv.index.KeyIndex`: what is evicted is not forgotten, and each query asks for it (`sketchkv.recall`).
+    store: where all tokens are then: "host", an existing folder's path or a `sketchkv.store.HostStore`.
+    exact_prompts: with an index, whether a pass of several tokens attends to all before them, or as steps would.
     Raises ValueError for a value out of range or a cap that leaves no room beside sinks and recent window, TypeError for a
     parameter that does not exist (one that did is named with its new spelling).
     """
@@ -59,6 +62,9 @@ class SketchCache(Cache):
         summary=None,
         bits=None,
         codec=None,
+        index=None,
+        store="host",
+        exact_prompts=True,
         **former,
     ):
         for name, value in former.items():
@@ -68,6 +74,11 @@ class SketchCache(Cache):
         windows = layer_windows(config)
         count = len(windows)
         caps = [whole("max_cache_size", cap, 1, MOST_TOKENS) for cap in _per_layer("max_cache_size", max_cache_size, count)]
+        self.index, self.store, self.exact_prompts = index, store, exact_prompts
+        if index is not None:
+            self.store = _with_index(store, policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk, summary=summary)
+            # Steps choose on the host what they read; what is scored is decoded, not a prompt.
+            self.recordable, self.max_chunk_size = False, 1 if exact_prompts else None
         policies = _per_layer("policy", Sketch() if policy is None else policy, count)
         if not all(isinstance(each, Policy) for each in policies):
             raise TypeError(f"policy must be a sketchkv Policy, or a list of {count}, one per layer; got {policy!r}")
@@ -95,6 +106,10 @@ class SketchCache(Cache):
 
     def make_layer(self, cap, window, policy, settings, summary):
         """A layer of `cap` tokens; window: how many tokens its queries see, None: all."""
+        if window is None and self.index is not None:
+            from sketchkv.recall import RecallLayer
+
+            return RecallLayer(cap, settings, copy.copy(self.index), copy.copy(self.store), self.exact_prompts)
         if window is None:
             return BoundedLayer(policy, cap, settings, summary)
         from sketchkv.window import WindowLayer
@@ -110,6 +125,16 @@ class SketchCache(Cache):
 
         settings = dict(bits=(5, 4), summary=Summary(), policy=AttentionMass(value_norm=True)) | changes
         return cls(config, max_cache_size, **settings)
+
+    @classmethod
+    def recall(cls, config, max_cache_size=512, top=256, store="host", **changes):
+        """Fast memory holds an index of all tokens and `max_cache_size` of them; each step attends to sinks, the newest 64 and
+        the `top` that the index ranks highest for its queries, read from `store` if need be (`sketchkv.recall`). 5-bit keys and
+        4-bit values. `changes` replace single parameters."""
+        from sketchkv.index import KeyIndex
+
+        settings = dict(bits=(5, 4), recent_window=64, index=KeyIndex(top=top)) | changes
+        return cls(config, max_cache_size, store=store, **settings)
 
     @property
     def seen_tokens(self):
@@ -135,21 +160,31 @@ class SketchCache(Cache):
         return self.layers[layer].slots.positions.long()
 
     def nbytes(self):
-        """Bytes of the tensors really held: {"kv", "sketch", "policy", "total"}.
+        """Bytes of the tensors really held: {"kv", "sketch", "policy", "total"}, with an index also {"index", "host"}.
 
         "kv": key and value slots, with the `evict_every` extra ones, scales, centre and rotation (one for all layers) of
         quantized ones, and the means of the summary. "sketch": counters, hash parameters, projections and a signature per
-        slot. "policy": positions and everything else that choosing needs.
+        slot. "policy": positions and everything else that choosing needs. "host": the store, the one that "total" leaves out.
         """
         held, shared = {"kv": 0, "sketch": 0, "policy": 0}, {}
+        indexed = {}
         for layer in self.layers:
             for kind, count in layer.nbytes().items():
-                held[kind] += count
+                held[kind] = held.get(kind, 0) + count
             if layer.slots is not None:
                 shared |= {id(tensor): tensor.nbytes for tensor in layer.slots.codec.shared()}
+            indexed |= {id(tensor): tensor.nbytes for tensor in layer.index.shared()} if hasattr(layer, "index") else {}
         held["kv"] += sum(shared.values())
+        if self.index is not None:  # a rotation that the codec counts is the same
+            held["index"] = held.get("index", 0) + sum(indexed[key] for key in indexed.keys() - shared.keys())
         held["policy"] += 0 if self.passes.first is None else self.passes.first.nbytes
-        return held | {"total": sum(held.values())}
+        return held | {"total": sum(held.values()) - held.get("host", 0)}
+
+    def traffic(self):
+        """Of a cache with an index, since the last reset: bytes "written" to the store, "fetched" into slots by steps and
+        "streamed" while passes of several tokens came, and tokens that steps have "chosen", of which "missing" in slots."""
+        moved = [layer.moved for layer in self.layers if hasattr(layer, "moved")]
+        return {name: sum(each[name] for each in moved) for name in (moved[0] if moved else ())}
 
     def check(self):
         """Raises ValueError if an importance was NaN or a mask hid stored tokens: on CUDA, where looking makes the host wait,
@@ -209,6 +244,21 @@ def _codec(bits, codec):
     from sketchkv.quantize import quantized
 
     return quantized(bits)
+
+
+def _with_index(store, **others):
+    """The store of a cache with an index, as an object."""
+    from sketchkv.store import FolderStore, HostStore
+
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"index and {', '.join(given)} exclude each other: with an index nothing is lost that a summary could stand for, the "
+            "query decides what is attended to, slots attended to longest ago are overwritten, and prompts pass exactly"
+        )
+    if hasattr(store, "open"):
+        return store
+    return HostStore() if store == "host" else FolderStore(store)
 
 
 def _per_layer(name, value, count):

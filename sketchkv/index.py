@@ -7,10 +7,12 @@ bounds of pages instead: Quest (Tang et al. 2024, arXiv 2406.10774). A score of 
 the question is known; this one decides after.
 """
 
+from functools import lru_cache
+
 import torch
 from torch.nn.functional import embedding_bag
 
-from sketchkv.quantize import TINY, Normal, matrix, rotation
+from sketchkv.quantize import TINY, Normal, matrix, normal_levels, rotation
 
 LARGEST = torch.finfo(torch.float16).max
 GROWTH = 1024  # tokens for which memory is taken at a time
@@ -78,11 +80,8 @@ class KeyIndex:
         self.arrays = {"positions": torch.zeros(batch, 1, 0, dtype=torch.int32, device=device)}
         self.pending = keys.new_zeros(batch, heads, self.block, head_dim)
         self.rotation = rotation(head_dim, device)
-        self.coder, self.centres = (Normal(bits, head_dim, device) for bits in (self.bits, CENTRE_BITS))
-        # The levels that each of the 256 bytes stands for, `[256, 8 / bits]`, in the order of `pack`.
-        shifts = torch.arange(0, 8, self.bits, device=device)
-        codes = torch.arange(256, device=device)[:, None] >> shifts & 2**self.bits - 1
-        self.levels = self.coder.levels[codes]
+        self.coder, self.centres = (Normal(bits, device) for bits in (self.bits, CENTRE_BITS))
+        self.levels = levels_of_bytes(self.bits, device)
 
     def _grow(self, needed):
         blocks = max(0, -(-(needed - self.capacity) // self.growth))
@@ -209,6 +208,10 @@ class KeyIndex:
         """Bytes held, room for tokens to come and the keys of the open block included."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
+    def shared(self):
+        """Tensors that all indexes of a device share."""
+        return [self.rotation, self.levels] if self.shape else []
+
     def reorder(self, index):
         """Row i becomes what row `index[i]` was, in place (beam search)."""
         for tensor in self._tensors():
@@ -220,6 +223,13 @@ class KeyIndex:
 
     def _tensors(self):
         return [self.pending, *self.arrays.values()] if self.shape else []
+
+
+@lru_cache
+def levels_of_bytes(bits, device):
+    """The levels that each of the 256 bytes stands for, `[256, 8 / bits]`, in the order of `pack`."""
+    codes = torch.arange(256, device=device)[:, None] >> torch.arange(0, 8, bits, device=device) & 2**bits - 1
+    return normal_levels(bits).float().to(device)[codes]
 
 
 class BothSigns(KeyIndex):

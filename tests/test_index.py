@@ -143,7 +143,7 @@ def test_a_signature_is_the_top_plane_of_the_codes(bits):
     index = filled(KeyIndex(block=16, num_sinks=0), normal(1, 2, 32, 64))
     turned = normal(1, 2, 32, 64) @ turn(64)
     away = turned.unflatten(2, (-1, 16)) - index.centre()[..., None, :]
-    codes, _ = Normal(bits, 64, "cpu").encode(away.flatten(2, 3))
+    codes, _ = Normal(bits, "cpu").encode(away.flatten(2, 3))
     assert torch.equal(codes[..., -8:], index.used("signature"))
 
 

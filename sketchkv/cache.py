@@ -76,7 +76,7 @@ class SketchCache(Cache):
         caps = [whole("max_cache_size", cap, 1, MOST_TOKENS) for cap in _per_layer("max_cache_size", max_cache_size, count)]
         self.index, self.store, self.exact_prompts = index, store, exact_prompts
         if index is not None:
-            self.store = _with_index(store, policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk, summary=summary)
+            self.store = _with_index(index, store, policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk, summary=summary)
             # Steps choose on the host what they read; what is scored is decoded, not a prompt.
             self.recordable, self.max_chunk_size = False, 1 if exact_prompts else None
         policies = _per_layer("policy", Sketch() if policy is None else policy, count)
@@ -246,17 +246,19 @@ def _codec(bits, codec):
     return quantized(bits)
 
 
-def _with_index(store, **others):
+def _with_index(index, store, **others):
     """The store of a cache with an index, as an object."""
     from sketchkv.store import FolderStore, HostStore
 
+    if not hasattr(index, "choose"):
+        raise TypeError(f"index must be a sketchkv.index.KeyIndex, such as KeyIndex(top=256), or None; got {index!r}")
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise ValueError(
             f"index and {', '.join(given)} exclude each other: with an index nothing is lost that a summary could stand for, the "
             "query decides what is attended to, slots attended to longest ago are overwritten, and prompts pass exactly"
         )
-    if hasattr(store, "open"):
+    if hasattr(store, "reorder"):
         return store
     return HostStore() if store == "host" else FolderStore(store)
 

@@ -41,7 +41,7 @@ def generate(
     generation_config: a transformers `GenerationConfig`, such as `model.generation_config`, from which all of these are
         taken that are left at their defaults.
     streamer: a transformers streamer, given the prompt and each token as it comes.
-    chunk_size: tokens of the prompt per forward pass, a matter of memory and speed only.
+    chunk_size: at most so many tokens of the prompt per forward pass, a matter of memory and speed only.
     graph: record steps as CUDA graphs (`sketchkv.fast.graphs`), for a `SketchCache` and texts without padding.
     compile: run the model's part of a step through torch.compile (`sketchkv.fast.compiled`), for a `SketchCache`.
     Returns int64 `[batch, tokens + new tokens]`.
@@ -62,8 +62,10 @@ def generate(
     step = _step(model, cache, mask is not None, graph, compile)
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    for start in range(0, input_ids.shape[1], chunk_size) if max_new_tokens else ():
-        chunk = slice(start, start + chunk_size)
+    # The remainder comes first: a last chunk of one token would be a step, to a cache that tells prompts from steps.
+    stops = range(input_ids.shape[1] % chunk_size or chunk_size, input_ids.shape[1] + 1, chunk_size)
+    for stop in stops if max_new_tokens else ():
+        chunk = slice(max(0, stop - chunk_size), stop)
         padding = {} if mask is None else {"attention_mask": mask[:, : chunk.stop], "position_ids": positions[:, chunk]}
         logits = model(input_ids[:, chunk], past_key_values=cache, use_cache=True, logits_to_keep=1, **padding).logits
     tokens, finished = input_ids, torch.zeros(len(input_ids), 1, dtype=torch.bool, device=input_ids.device)

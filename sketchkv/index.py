@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import embedding_bag
 
+from sketchkv.ops import order
 from sketchkv.quantize import TINY, Normal, matrix, normal_levels, rotation
 
 LARGEST = torch.finfo(torch.float16).max
@@ -197,10 +198,12 @@ class KeyIndex:
         return pooled.masked_fill_(outside, -torch.inf)
 
     def choose(self, query, scaling, start=0, end=None, resident=None):
-        """The `top` tokens of highest rank, highest first, -1 where there are fewer: int64
+        """The `top` tokens of highest rank, highest first, of equal ones the newer, -1 where there are fewer: int64
         `[batch, kv_heads, n, min(top, tokens)]`, numbers in the order of `add`. Parameters as in `rank`."""
-        ranks, tokens = self.rank(query, scaling, start, end, resident).topk(min(self.top, self.seen), -1)
-        return tokens.masked_fill_(ranks == -torch.inf, -1)
+        ranks = self.rank(query, scaling, start, end, resident)
+        number = torch.arange(self.seen, device=ranks.device)
+        tokens = order(ranks, number).topk(min(self.top, self.seen), -1).indices
+        return tokens.masked_fill_(ranks.gather(-1, tokens) == -torch.inf, -1)
 
     # Upkeep
 

@@ -63,7 +63,7 @@ class HostStore:
         for name, width, dtype in self.layout:
             size = width * dtype.itemsize
             part = records[..., start : start + size].clone(memory_format=torch.contiguous_format)
-            arrays[name] = part.view(dtype)
+            arrays[name] = part.view(dtype) if size else part.to(dtype)
             start += size
         return {name: array.to(tokens.device) for name, array in arrays.items()}
 

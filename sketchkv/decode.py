@@ -46,7 +46,7 @@ def generate(
     generation_config: a transformers `GenerationConfig`, such as `model.generation_config`, from which all of these are
         taken that are left at their defaults.
     streamer: a transformers streamer, given the prompt and each token as it comes.
-    chunk_size: tokens of the prompt per forward pass, a matter of memory and speed only.
+    chunk_size: at most so many tokens of the prompt per forward pass, a matter of memory and speed only.
     graph: record steps as CUDA graphs (`sketchkv.fast.graphs`), for a `SketchCache` and texts without padding.
     compile: run the model's part of a step through torch.compile (`sketchkv.fast.compiled`), for a `SketchCache`.
     Returns int64 `[batch, tokens + new tokens]`.
@@ -59,18 +59,32 @@ def generate(
         given |= dict(eos_token_id=eos_token_id, pad_token_id=pad_token_id)
         do_sample, temperature, top_k, top_p, eos_token_id, pad_token_id = _filled(given, generation_config)
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
-    input_ids, attention_mask, cache = _checked(model, input_ids, cache, chunk_size, max_new_tokens - 1, attention_mask)
-    pick = _sampler(temperature, top_k, top_p) if flag("do_sample", do_sample) else _greedy(temperature, top_k, top_p)
+    input_ids, attention_mask, cache = _checked(
+        model, input_ids, cache, chunk_size, max_new_tokens - 1, attention_mask
+    )
+    pick = (
+        _sampler(temperature, top_k, top_p)
+        if flag("do_sample", do_sample)
+        else _greedy(temperature, top_k, top_p)
+    )
     ends, pad = _ends(eos_token_id, pad_token_id, input_ids.device)
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
     positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     step = _step(model, cache, mask is not None, graph, compile)
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    for start in range(0, input_ids.shape[1], chunk_size) if max_new_tokens else ():
-        chunk = slice(start, start + chunk_size)
-        padding = {} if mask is None else {"attention_mask": mask[:, : chunk.stop], "position_ids": positions[:, chunk]}
-        logits = model(input_ids[:, chunk], past_key_values=cache, use_cache=True, logits_to_keep=1, **padding).logits
+    # The remainder comes first: a last chunk of one token would be a step, to a cache that tells prompts from steps.
+    stops = range(input_ids.shape[1] % chunk_size or chunk_size, input_ids.shape[1] + 1, chunk_size)
+    for stop in stops if max_new_tokens else ():
+        chunk = slice(max(0, stop - chunk_size), stop)
+        padding = (
+            {}
+            if mask is None
+            else {"attention_mask": mask[:, : chunk.stop], "position_ids": positions[:, chunk]}
+        )
+        logits = model(
+            input_ids[:, chunk], past_key_values=cache, use_cache=True, logits_to_keep=1, **padding
+        ).logits
     tokens, finished = input_ids, torch.zeros(len(input_ids), 1, dtype=torch.bool, device=input_ids.device)
     for count in range(1, max_new_tokens + 1):
         token = pick(tokens, logits[:, -1].float())
@@ -104,7 +118,10 @@ def stream(model, input_ids, cache=None, chunk_size=512):
         limit = min(limit, cache.evict_every)
     chunk_size = min(chunk_size, limit)
     for start in range(0, input_ids.shape[1], chunk_size):
-        yield start, model(input_ids[:, start : start + chunk_size], past_key_values=cache, use_cache=True).logits
+        yield (
+            start,
+            model(input_ids[:, start : start + chunk_size], past_key_values=cache, use_cache=True).logits,
+        )
     _check(cache)
 
 
@@ -126,7 +143,11 @@ def score(model, input_ids, cache=None, *, chunk_size=512, return_logits=False):
     for start, logits in stream(model, input_ids, cache, chunk_size):
         targets = ids[:, start + 1 : start + 1 + logits.shape[1]].long()
         predicted = logits[:, : targets.shape[1]].float().flatten(0, 1)
-        nll.append(torch.nn.functional.cross_entropy(predicted, targets.flatten(), reduction="none").view(targets.shape))
+        nll.append(
+            torch.nn.functional.cross_entropy(predicted, targets.flatten(), reduction="none").view(
+                targets.shape
+            )
+        )
         kept += [logits] if return_logits else []
     return (torch.cat(nll, 1), torch.cat(kept, 1)) if return_logits else torch.cat(nll, 1)
 
@@ -144,7 +165,9 @@ def _ids(given):
     if given.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids must be int64 or int32, got {given.dtype}: use input_ids.long()")
     if given.ndim != 2 or 0 in given.shape:
-        raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got shape {tuple(given.shape)}")
+        raise ValueError(
+            f"input_ids must be [batch, tokens] with at least one token, got shape {tuple(given.shape)}"
+        )
     return given.long(), mask
 
 
@@ -157,22 +180,32 @@ def _checked(model, input_ids, cache, chunk_size, new_tokens=0, attention_mask=N
     mask = mask if attention_mask is None else attention_mask
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
         shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask must be a tensor of the shape of input_ids, {list(ids.shape)}; got {shape}")
+        raise ValueError(
+            f"attention_mask must be a tensor of the shape of input_ids, {list(ids.shape)}; got {shape}"
+        )
     if mask is not None:
         mask = mask.to(ids.device)
         if not bool(((mask == 0) | (mask == 1)).all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
-            raise ValueError("attention_mask must be 0 for padding, 1 for tokens, and padding must be on the left")
+            raise ValueError(
+                "attention_mask must be 0 for padding, 1 for tokens, and padding must be on the left"
+            )
         if not new_tokens and attention_mask is None and not bool(mask.all()):
             raise ValueError("texts with padding can't be scored: give texts of equal length")
     config = text_config(model.config)
     if ids.device.type != "meta" and (bool((ids < 0).any()) or bool((ids >= config.vocab_size).any())):
-        raise ValueError(f"input_ids must be in [0, {config.vocab_size}), the model's vocabulary: is this its tokenizer?")
+        raise ValueError(
+            f"input_ids must be in [0, {config.vocab_size}), the model's vocabulary: is this its tokenizer?"
+        )
     if next(model.parameters()).device.type == "meta":
-        raise ValueError("the model is on the meta device and has no weights: load it, or move it with model.to_empty()")
+        raise ValueError(
+            "the model is on the meta device and has no weights: load it, or move it with model.to_empty()"
+        )
     cache = DynamicCache(config=model.config) if cache is None else cache
     if not isinstance(cache, Cache):
         kind = cache.__name__ if isinstance(cache, type) else type(cache).__name__
-        raise TypeError(f"cache must be a SketchCache or another transformers cache, made with (...); got {kind}")
+        raise TypeError(
+            f"cache must be a SketchCache or another transformers cache, made with (...); got {kind}"
+        )
     if cache.get_seq_length() > 0:
         raise ValueError("the cache already holds a text: call cache.reset() or make a new one")
     length, positions = ids.shape[1] + max(new_tokens, 0), getattr(config, "max_position_embeddings", None)
@@ -193,7 +226,9 @@ def _filled(given, config):
 def _sampler(temperature, top_k, top_p):
     """A function of (tokens so far, logits) -> next token, drawn from torch's global generator."""
     if isinstance(temperature, bool) or not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a positive number, got {temperature!r}: do_sample=False is greedy")
+        raise ValueError(
+            f"temperature must be a positive number, got {temperature!r}: do_sample=False is greedy"
+        )
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
     warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1.0 else []
@@ -205,7 +240,9 @@ def _sampler(temperature, top_k, top_p):
 
 def _greedy(temperature, top_k, top_p):
     if temperature != 1.0 or top_p is not None or top_k is not None:
-        raise ValueError("temperature, top_k and top_p are of sampling: set do_sample=True, or leave them out")
+        raise ValueError(
+            "temperature, top_k and top_p are of sampling: set do_sample=True, or leave them out"
+        )
     return lambda tokens, logits: logits.argmax(-1, keepdim=True)
 
 
@@ -219,7 +256,9 @@ def _ends(eos_token_id, pad_token_id, device):
     ends = [whole("eos_token_id", each, 0, 2**31) for each in ends]
     if not ends:
         return None, None
-    return torch.tensor(ends, device=device), ends[0] if pad_token_id is None else whole("pad_token_id", pad_token_id, 0)
+    return torch.tensor(ends, device=device), ends[0] if pad_token_id is None else whole(
+        "pad_token_id", pad_token_id, 0
+    )
 
 
 def _step(model, cache, padded, graph, compile):

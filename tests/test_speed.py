@@ -6,8 +6,8 @@ import time
 import pandas as pd
 import pytest
 import torch
-from sketchkv.sketch import CountMinSketch
 
+from sketchkv.sketch import CountMinSketch
 from sketchkv.study import aims, bench, speed, timing
 
 

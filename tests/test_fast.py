@@ -208,7 +208,9 @@ class Forgets(Fused):
 
 @runs
 @pytest.mark.parametrize("feature", ["plain", "compact"])
-@pytest.mark.parametrize("mutant", [SinksOff(), RecentOff(), Forgets()], ids=lambda mutant: type(mutant).__name__)
+@pytest.mark.parametrize(
+    "mutant", [SinksOff(), RecentOff(), Forgets()], ids=lambda mutant: type(mutant).__name__
+)
 def test_the_table_sees_small_faults(mutant, feature):
     # Norms of keys know no age: protected tokens are as likely as others to be the lowest.
     policy = "decayed mean" if isinstance(mutant, Forgets) else "key norm"

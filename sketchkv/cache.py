@@ -76,7 +76,8 @@ class SketchCache(Cache):
         caps = [whole("max_cache_size", cap, 1, MOST_TOKENS) for cap in _per_layer("max_cache_size", max_cache_size, count)]
         self.index, self.store, self.exact_prompts = index, store, exact_prompts
         if index is not None:
-            self.store = _with_index(index, store, policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk, summary=summary)
+            others = dict(policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk, summary=summary)
+            self.store = _with_index(index, store, others)
             # Steps choose on the host what they read; what is scored is decoded, not a prompt.
             self.recordable, self.max_chunk_size = False, 1 if exact_prompts else None
         policies = _per_layer("policy", Sketch() if policy is None else policy, count)
@@ -246,7 +247,7 @@ def _codec(bits, codec):
     return quantized(bits)
 
 
-def _with_index(index, store, **others):
+def _with_index(index, store, others):
     """The store of a cache with an index, as an object."""
     from sketchkv.store import FolderStore, HostStore
 

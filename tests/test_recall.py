@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import build
 
 import sketchkv
@@ -19,6 +20,7 @@ from sketchkv.quantize import quantized
 from sketchkv.recall import RecallLayer
 from sketchkv.slots import Plain
 from sketchkv.store import PAGE, FolderStore, HostStore
+from sketchkv.window import WindowLayer
 
 
 @pytest.fixture(params=["llama", "gpt2", "qwen3"])
@@ -49,7 +51,11 @@ def filled(codec=Plain, tokens=150, index=None, cap=40, **settings):
     """A layer that a prompt has passed through, and what comes next: (query, key, value, tokens)."""
     settings = Settings(num_sinks=4, recent_window=16, codec=codec, **settings)
     layer = RecallLayer(cap, settings, index or KeyIndex(top=12, block=16), HostStore())
-    query, key, value = normal(2, 4, tokens + 1, 16) * 2, normal(2, 2, tokens + 1, 16, seed=1), normal(2, 2, tokens + 1, 16, seed=2)
+    query, key, value = (
+        normal(2, 4, tokens + 1, 16) * 2,
+        normal(2, 2, tokens + 1, 16, seed=1),
+        normal(2, 2, tokens + 1, 16, seed=2),
+    )
     positions = torch.arange(tokens + 1, dtype=torch.int32)[None]
     old = [x[:, :, :-1] for x in (query, key, value)]
     layer.update(*old[1:])
@@ -70,11 +76,14 @@ def step(layer, parts, tokens):
 def test_steps_equal_a_full_cache_masked_to_what_they_attend_to(model, ids, padding, padded):
     ids, mask = padding if padded else (ids, torch.ones_like(ids))
     places, cache, logits = (mask.cumsum(-1) - 1).clamp(min=0), recall(model), []
-    visible = [torch.zeros(2, 4 if model.config.model_type == "gpt2" else 2, 100, 101, dtype=torch.bool) for _ in range(2)]
+    visible = [
+        torch.zeros(2, 4 if model.config.model_type == "gpt2" else 2, 100, 101, dtype=torch.bool)
+        for _ in range(2)
+    ]
     for t in range(100):
         given = dict(attention_mask=mask[:, : t + 1], position_ids=places[:, t : t + 1]) if padded else {}
         logits.append(model(ids[:, t : t + 1], past_key_values=cache, **given).logits)
-        for layer, of_layer in zip(cache.layers, visible):
+        for layer, of_layer in zip(cache.layers, visible, strict=True):
             at = attended(layer)
             of_layer[:, :, t].scatter_(-1, at.where(at >= 0, 100), True)
             assert ((at >= 0).sum(-1) <= 4 + 16 + 12).all()
@@ -89,7 +98,9 @@ def test_steps_equal_a_full_cache_masked_to_what_they_attend_to(model, ids, padd
     logits = torch.cat(logits, 1)
     torch.testing.assert_close(logits[0], expected[0], atol=1e-4, rtol=0)
     torch.testing.assert_close(logits[1, 23:], expected[1, 23:], atol=1e-4, rtol=0)
-    assert (logits[0, 60:] - model(ids[:1]).logits[0, 60:]).abs().max() > 1e-2  # leaving out must have changed something
+    assert (
+        logits[0, 60:] - model(ids[:1]).logits[0, 60:]
+    ).abs().max() > 1e-2  # leaving out must have changed something
 
 
 @pytest.mark.parametrize("bits", [(5, 4), 16, 3])
@@ -135,7 +146,10 @@ def test_store_rows_that_are_not_asked_for_leave_no_trace_and_those_that_are_do(
         return step(other, parts, tokens)
 
     assert torch.equal(poisoned(lambda row, head: set(asked[row, head].tolist())), expected)
-    missing = {(r, h): set(asked[r, h].tolist()) - set(resident[r, h].tolist()) - {-1, 150} for r, h in np.ndindex(2, 2)}
+    missing = {
+        (r, h): set(asked[r, h].tolist()) - set(resident[r, h].tolist()) - {-1, 150}
+        for r, h in np.ndindex(2, 2)
+    }
     spoilt = poisoned(lambda row, head: set(range(150)) - set(sorted(missing[row, head])[:1]))
     assert any(missing.values())
     for row, head in np.ndindex(2, 2):
@@ -160,7 +174,12 @@ def test_prompts_pass_exactly_whatever_the_cap(model, padding, bits, chunk):
     def passed(cache):
         parts = torch.arange(100).split(chunk)
         out = [
-            model(ids[:, p], attention_mask=mask[:, : p[-1] + 1], position_ids=places[:, p], past_key_values=cache).logits
+            model(
+                ids[:, p],
+                attention_mask=mask[:, : p[-1] + 1],
+                position_ids=places[:, p],
+                past_key_values=cache,
+            ).logits
             for p in parts[: 100 // chunk]
         ]
         return torch.cat(out, 1)
@@ -171,7 +190,9 @@ def test_prompts_pass_exactly_whatever_the_cap(model, padding, bits, chunk):
     torch.testing.assert_close(logits[1, 23:], expected[1, 23:], atol=1e-4, rtol=0)
     assert cache.stored_tokens() == [40, 40] and cache.traffic()["streamed"] > 0
     kept = cache.kept_positions(0)[1, 0]  # sinks and the newest, and nothing twice
-    assert sorted(kept.tolist()) == sorted([*range(23, 27), *range(cache.seen_tokens - 36, cache.seen_tokens)])
+    assert sorted(kept.tolist()) == sorted(
+        [*range(23, 27), *range(cache.seen_tokens - 36, cache.seen_tokens)]
+    )
 
 
 def test_a_learned_sink_takes_its_share_in_a_prompt_and_in_a_step():
@@ -183,7 +204,9 @@ def test_a_learned_sink_takes_its_share_in_a_prompt_and_in_a_step():
     outputs = [layer.attend(query[:, :, :-1], key[:, :, :-1], value[:, :, :-1], many, form)]
     outputs.append(layer.attend(query[:, :, -1:], key[:, :, -1:], value[:, :, -1:], tokens, form))
     key, value = (x.repeat_interleave(2, 1) for x in (key, value))
-    logits = (query @ key.transpose(-1, -2) * 0.5).masked_fill(~torch.ones(31, 31, dtype=torch.bool).tril(), -torch.inf)
+    logits = (query @ key.transpose(-1, -2) * 0.5).masked_fill(
+        ~torch.ones(31, 31, dtype=torch.bool).tril(), -torch.inf
+    )
     weights = torch.cat([logits, sinks.view(1, 4, 1, 1).expand(2, -1, 31, 1)], -1).softmax(-1)[..., :-1]
     torch.testing.assert_close(torch.cat(outputs, 2), weights @ value, atol=1e-5, rtol=1e-4)
 
@@ -195,7 +218,9 @@ def test_a_learned_sink_takes_its_share_in_a_prompt_and_in_a_step():
 @pytest.mark.parametrize("chunk", [100, 33, 7])
 def test_by_index_chunks_give_what_steps_give(model, ids, bits, chunk):
     stepwise = score(model, ids, recall(model, bits=bits), return_logits=True)[1]
-    chunked = score(model, ids, recall(model, bits=bits, exact_prompts=False), chunk_size=chunk, return_logits=True)[1]
+    chunked = score(
+        model, ids, recall(model, bits=bits, exact_prompts=False), chunk_size=chunk, return_logits=True
+    )[1]
     torch.testing.assert_close(chunked, stepwise, atol=1e-4, rtol=0)
 
 
@@ -204,7 +229,9 @@ def test_rows_of_a_batch_are_independent_and_a_reset_forgets(model, ids):
     together = score(model, ids, cache)
     held = cache.nbytes()
     for row in range(2):
-        torch.testing.assert_close(together[row], score(model, ids[row : row + 1], recall(model))[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            together[row], score(model, ids[row : row + 1], recall(model))[0], atol=1e-4, rtol=0
+        )
     cache.reset()
     assert cache.traffic()["written"] == 0 and cache.stored_tokens() == [0, 0]
     assert torch.equal(score(model, ids.flip(0), cache), score(model, ids.flip(0), recall(model)))
@@ -219,7 +246,9 @@ def test_generate_and_model_generate_agree(model, padding, how, exact):
     ids, mask = padding
     cache, by_hand = recall(model, exact_prompts=exact), recall(model, exact_prompts=exact)
     torch.manual_seed(5)
-    tokens = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=30, eos_token_id=None, **how)
+    tokens = model.generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=30, eos_token_id=None, **how
+    )
     torch.manual_seed(5)
     assert torch.equal(generate(model, ids, by_hand, 30, attention_mask=mask, chunk_size=11, **how), tokens)
     assert cache.seen_tokens == 129 and 0 < cache.traffic()["missing"] < cache.traffic()["chosen"]
@@ -227,11 +256,10 @@ def test_generate_and_model_generate_agree(model, padding, how, exact):
 
 def test_beam_search_equals_each_beam_decoded_alone(model, ids):
     cache = recall(model, exact_prompts=False)
-    out = model.generate(
-        ids[:, :70], past_key_values=cache, max_new_tokens=30, num_beams=4, num_return_sequences=4, do_sample=False,
-        eos_token_id=None, length_penalty=0.0, output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    for sequence, reported in zip(out.sequences, out.sequences_scores):
+    beams = dict(num_beams=4, num_return_sequences=4, do_sample=False, eos_token_id=None, length_penalty=0.0)
+    told = dict(output_scores=True, return_dict_in_generate=True)
+    out = model.generate(ids[:, :70], past_key_values=cache, max_new_tokens=30, **beams, **told)
+    for sequence, reported in zip(out.sequences, out.sequences_scores, strict=True):
         nll = score(model, sequence[None], recall(model, exact_prompts=False))[0, 69:]
         assert abs(-nll.sum() - reported) < 1e-3
     assert len(out.beam_indices.unique()) > 2  # beams were really exchanged
@@ -240,18 +268,52 @@ def test_beam_search_equals_each_beam_decoded_alone(model, ids):
     assert len(tables[:, -1].unique()) == len(tables)  # open ones are not
 
 
+@pytest.mark.parametrize("bits", [None, (5, 4)])
+def test_half_precision(llama, ids, bits):
+    model, expected = copy.deepcopy(llama).to(torch.bfloat16), llama(ids).logits
+    for exact in (True, False):
+        cache = recall(model, bits=bits, exact_prompts=exact, cap=128, top=100)
+        logits = model(ids, past_key_values=cache).logits
+        bounded = model(ids, past_key_values=SketchCache(model.config, 128, bits=bits)).logits
+        assert logits.dtype == torch.bfloat16
+        # Rounding of one product is about 2^-8; anything masked wrongly changes logits by whole units.
+        assert (logits - bounded).abs().float().mean() < 0.05 * expected.std()
+        score(model, ids, recall(model, bits=bits, exact_prompts=exact))
+
+
+def test_layers_with_a_window_stay_as_they_are(ids):
+    config = transformers.Gemma2Config(
+        **dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16),
+        **dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=24, max_position_embeddings=512),
+    )
+    torch.manual_seed(0)
+    model = sketchkv.enable(transformers.Gemma2ForCausalLM(config).eval().requires_grad_(False))
+    cache = recall(model, cap=130, top=110)
+    assert [type(layer) for layer in cache.layers] == [WindowLayer, RecallLayer]
+    expected = model(ids).logits
+    torch.testing.assert_close(score(model, ids, cache, return_logits=True)[1], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(ids, past_key_values=recall(model)).logits, expected, atol=1e-4, rtol=0)
+
+
 # Stores
 
 
 def opened(store, batch=3):
-    arrays = {"codes": torch.zeros(1, 1, 1, 5, dtype=torch.uint8), "scale": torch.zeros(1, 1, 1, 1, dtype=torch.float16)}
+    arrays = {
+        "codes": torch.zeros(1, 1, 1, 5, dtype=torch.uint8),
+        "scale": torch.zeros(1, 1, 1, 1, dtype=torch.float16),
+    }
     store.open(arrays | {"none": torch.zeros(1, 1, 1, 0, dtype=torch.float16)}, (batch, 2))
     return store
 
 
 def coded(count, batch=3, seed=0):
     codes = torch.randint(0, 256, (batch, 2, count, 5), generator=torch.Generator().manual_seed(seed)).byte()
-    return {"codes": codes, "scale": normal(batch, 2, count, 1, seed=seed).half(), "none": torch.zeros(batch, 2, count, 0).half()}
+    return {
+        "codes": codes,
+        "scale": normal(batch, 2, count, 1, seed=seed).half(),
+        "none": torch.zeros(batch, 2, count, 0).half(),
+    }
 
 
 @pytest.mark.parametrize("kind", ["host", "folder"])

@@ -1,5 +1,6 @@
 """A layer that evicts and does not forget: an index ranks every token that was seen, and those that a query
-asks for come back from a store. What matters is told by the query itself (`sketchkv.index`), not by past attention.
+asks for come back from a store. What matters is told by the query itself (`sketchkv.index`), not by past
+attention.
 """
 
 import torch
@@ -15,21 +16,21 @@ QUERIES, READ = 512, 256
 class RecallLayer(BoundedLayer):
     """Slots as a cache of a store that holds every token.
 
-    A decode step attends to sinks, recent window and the `index.top` other tokens that the index ranks highest for
-    its queries. What of these is not in the slots is read from the store into the slots that were attended to
-    longest ago; a slot is overwritten and nothing copied back, since every token was written to the store when it
-    entered.
+    A decode step attends to sinks, recent window and the `index.top` other tokens that the index ranks
+    highest for its queries. What of these is not in the slots is read from the store into the slots that were
+    attended to longest ago; a slot is overwritten and nothing copied back, since every token was written to
+    the store when it entered.
 
-    A pass of several tokens reads the stored tokens once per 512 queries, block by block, merged by log-sum-exp: the
-    whole of them is never in fast memory, one block is for a moment, decoded and not counted. Its queries attend to
-    all tokens before them (`exact_prompts`), or each to what it would attend to as a step, for which the stored
-    tokens are read once per block of the index. Afterwards slots hold sinks and the newest tokens. With
-    `exact_prompts` a pass of one token is a step, be it of a prompt or not.
+    A pass of several tokens reads the stored tokens once per 512 queries, block by block, merged by
+    log-sum-exp: the whole of them is never in fast memory, one block is for a moment, decoded and not
+    counted. Its queries attend to all tokens before them (`exact_prompts`), or each to what it would attend
+    to as a step, for which the stored tokens are read once per block of the index. Afterwards slots hold
+    sinks and the newest tokens. With `exact_prompts` a pass of one token is a step, be it of a prompt or not.
 
-    Codec and index are apart: the codec codes a key around its own centre, the index around its block's, so that the
-    signs of a key are stored twice, with its codes and as its signature. That costs head_dim bits per token and KV
-    head in the store and as many in each slot; the index holds the keys of its open block a second time, in the
-    model's dtype: `index.block * head_dim` numbers per KV head.
+    Codec and index are apart: the codec codes a key around its own centre, the index around its block's, so
+    that the signs of a key are stored twice, with its codes and as its signature. That costs head_dim bits
+    per token and KV head in the store and as many in each slot; the index holds the keys of its open block a
+    second time, in the model's dtype: `index.block * head_dim` numbers per KV head.
 
     index: a `sketchkv.index.KeyIndex` of the layer's own.
     store: a `sketchkv.store.HostStore` of the layer's own.
@@ -47,12 +48,13 @@ class RecallLayer(BoundedLayer):
         if max_cache_size < least:
             raise ValueError(
                 f"max_cache_size={max_cache_size} can't hold {self.num_sinks} sinks, a recent window of "
-                f"{self.recent_window} and the top {index.top} of the index: raise it to {least} or lower one of them"
+                f"{self.recent_window} and the top {index.top} of the index: raise it to {least} or lower one"
             )
         if self.recent_window < index.block:
             raise ValueError(
-                f"recent_window={self.recent_window} is shorter than the index's block of {index.block} tokens, "
-                f"which can be ranked when it is full: raise recent_window to {index.block} or lower KeyIndex(block=...)"
+                f"recent_window={self.recent_window} is less than the index's block of {index.block} tokens, "
+                f"it is ranked when it is full: raise recent_window to {index.block} or lower "
+                "KeyIndex(block=...)"
             )
 
     def lazy_initialization(self, key_states, value_states):
@@ -152,7 +154,7 @@ class RecallLayer(BoundedLayer):
         return (at != EMPTY) & ((at >= self.seen - self.recent_window) | (at < first + self.num_sinks))
 
     def _idle(self, needed):
-        """All slots: empty ones first, then by when they were attended to, the older token first, the needed last."""
+        """All slots: empty ones first, then by when they were last attended to, the needed ones last."""
         asked, at = self.slots["asked"].long(), self.slots["positions"]
         age = ((asked << 32) + at).masked_fill(at == EMPTY, -1)
         return age.masked_fill(needed, torch.iinfo(torch.int64).max).argsort(-1)
@@ -199,8 +201,8 @@ class RecallLayer(BoundedLayer):
         return self.ops.attend(self, turned, tokens, form)
 
     def _stream(self, query, turned, tokens, form):
-        """Attention of n new tokens over the store, block by block, with a running maximum as in FlashAttention
-        (Dao et al. 2022, arXiv 2205.14135)."""
+        """Attention of n new tokens over the store, block by block, with a running maximum as in
+        FlashAttention (Dao et al. 2022, arXiv 2205.14135)."""
         (batch, heads), count, device = self.slots.shape, query.shape[2], query.device
         number = torch.arange(self.seen - count, self.seen, device=device)[:, None]
         first = torch.as_tensor(tokens.first, device=device).view(-1, 1, 1, 1)
@@ -227,7 +229,7 @@ class RecallLayer(BoundedLayer):
         return (output / total).flatten(1, 2).to(query.dtype)
 
     def _allowed(self, query, turned, tokens, form, number, first):
-        """What each of n new tokens would attend to as a step: bool `[batch, num_kv_heads, n, tokens seen]`."""
+        """What each of n new tokens would attend to alone: bool `[batch, num_kv_heads, n, tokens seen]`."""
         device, oldest = query.device, max(0, self.seen - len(number) + 1 - self.recent_window)
         newest = torch.arange(oldest, self.seen)
         sinks = first.view(-1, 1, 1) + torch.arange(self.num_sinks, device=device)
@@ -245,8 +247,8 @@ class RecallLayer(BoundedLayer):
         return marked[..., :-1] | (token > number - self.recent_window) | (token < first + self.num_sinks)
 
     def _choose(self, query, logits, tokens, form, end):
-        """Tokens that the index ranks highest, `[batch, num_kv_heads, n, top]`, -1 where there are fewer; `logits`
-        are those of the tokens that a query attends to anyway."""
+        """Tokens that the index ranks highest, `[batch, num_kv_heads, n, top]`, -1 where there are fewer;
+        `logits` are those of the tokens that a query attends to anyway."""
         first = tokens.first if isinstance(tokens.first, int) else tokens.first[:, :, 0]
         resident = logits.logsumexp(-1).flatten(1, 2)
         return self.index.choose(query, form.scaling, first + self.num_sinks, end, resident)

@@ -12,12 +12,13 @@ PAGE = 64  # tokens
 
 
 class HostStore:
-    """Codes of every token, in host memory (pinned where the model is on CUDA). A layer writes each token once, when
-    it enters, and reads tokens by their numbers.
+    """Codes of every token, in host memory (pinned where the model is on CUDA). A layer writes each token
+    once, when it enters, and reads tokens by their numbers.
 
-    A token is one record of bytes per KV head, all arrays of its codec side by side. Records lie in pages of 64
-    tokens; a sequence is a list of pages. A full page never changes again, so that beams share it: a reorder copies
-    the open pages alone. As an argument of a cache a store is a template, of which each layer takes a copy.
+    A token is one record of bytes per KV head, all arrays of its codec side by side. Records lie in pages of
+    64 tokens; a sequence is a list of pages. A full page never changes again, so that beams share it: a
+    reorder copies the open pages alone. As an argument of a cache a store is a template, of which each layer
+    takes a copy.
     """
 
     table = None
@@ -40,8 +41,8 @@ class HostStore:
         self.tokens = 0
 
     def write(self, start, arrays):
-        """Stores n tokens from number `start` on, arrays `[batch, num_kv_heads, n, ...]` as `codec.encode` gives
-        them. What is written again must lie in the open page. Returns bytes written.
+        """Stores n tokens from number `start` on, arrays `[batch, num_kv_heads, n, ...]` as `codec.encode`
+        gives them. What is written again must lie in the open page. Returns bytes written.
 
         Raises MemoryError or OSError before anything has changed if there is no room.
         """
@@ -67,7 +68,7 @@ class HostStore:
         return {name: array.to(tokens.device) for name, array in arrays.items()}
 
     def reorder(self, index):
-        """Row i becomes what row `index[i]` was: full pages are shared, each row has an open page of its own."""
+        """Row i becomes what row `index[i]` was: full pages are shared, each row has its own open page."""
         self.table = self.table.index_select(0, index.cpu())
         if self.tokens % PAGE:
             shared = self.table[:, -1]
@@ -115,8 +116,8 @@ class HostStore:
 
 
 class FolderStore(HostStore):
-    """The same in a memory-mapped file per layer, without a name where the system allows it and readable for the
-    owner alone (mode 0600): it is gone when the process ends, however it ends.
+    """The same in a memory-mapped file per layer, without a name where the system allows it and readable for
+    the owner alone (mode 0600): it is gone when the process ends, however it ends.
 
     path: an existing folder, on a disk and not in memory.
     """

@@ -1,4 +1,4 @@
-"""Recall against its oracles: given what a step attends to, attention is that of a masked full cache of the same codes."""
+"""Recall against its oracles: given the choice, attention is that of a masked full cache of its codes."""
 
 import copy
 import errno

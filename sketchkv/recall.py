@@ -53,7 +53,7 @@ class RecallLayer(BoundedLayer):
         if self.recent_window < index.block:
             raise ValueError(
                 f"recent_window={self.recent_window} is less than the index's block of {index.block} tokens, "
-                f"it is ranked when it is full: raise recent_window to {index.block} or lower "
+                f"which is ranked when it is full: raise recent_window to {index.block} or lower "
                 "KeyIndex(block=...)"
             )
 

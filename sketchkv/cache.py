@@ -11,19 +11,14 @@ from sketchkv.policies import AttentionMass, Policy, Sketch
 from sketchkv.slots import Plain
 
 # How parameters of former versions are spelled now.
-FORMER = (
-    dict.fromkeys(
-        ("width", "depth", "key", "decay", "mean", "lsh_bits", "seed"),
-        "policy=Sketch({name}=...), from sketchkv import Sketch",
-    )
-    | {
-        "summary_slots": "summary=Summary({value}), from sketchkv.summary import Summary",
-        "quantizer": "bits= alone; ranges per group are in sketchkv.study.extras",
-        "kind": "a policy of sketchkv.study.extras",
-        "counters": "a policy of sketchkv.study.extras",
-    }
-    | dict.fromkeys(("coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping")
-)
+FORMER = dict.fromkeys(
+    ("width", "depth", "key", "decay", "mean", "lsh_bits", "seed"), "policy=Sketch({name}=...), from sketchkv import Sketch"
+) | {
+    "summary_slots": "summary=Summary({value}), from sketchkv.summary import Summary",
+    "quantizer": "bits= alone; ranges per group are in sketchkv.study.extras",
+    "kind": "a policy of sketchkv.study.extras",
+    "counters": "a policy of sketchkv.study.extras",
+} | dict.fromkeys(("coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping")  # fmt: skip
 
 
 class SketchCache(Cache):
@@ -84,14 +79,10 @@ class SketchCache(Cache):
         ]
         self.index, self.store, self.exact_prompts = index, store, exact_prompts
         if index is not None:
-            self.store = _with_index(
-                index,
-                store,
-                policy=policy,
-                prefill_chunk=prefill_chunk,
-                attend_topk=attend_topk,
-                summary=summary,
+            others = dict(
+                policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk, summary=summary
             )
+            self.store = _with_index(index, store, others)
             # Steps choose on the host what they read; what is scored is decoded, not a prompt.
             self.recordable, self.max_chunk_size = False, 1 if exact_prompts else None
         policies = _per_layer("policy", Sketch() if policy is None else policy, count)
@@ -281,7 +272,7 @@ def _codec(bits, codec):
     return quantized(bits)
 
 
-def _with_index(index, store, **others):
+def _with_index(index, store, others):
     """The store of a cache with an index, as an object."""
     from sketchkv.store import FolderStore, HostStore
 

@@ -198,8 +198,9 @@ class KeyIndex:
         return pooled.masked_fill_(outside, -torch.inf)
 
     def choose(self, query, scaling, start=0, end=None, resident=None):
-        """The `top` tokens of highest rank, highest first, of equal ones the newer, -1 where there are fewer: int64
-        `[batch, kv_heads, n, min(top, tokens)]`, numbers in the order of `add`. Parameters as in `rank`."""
+        """The `top` tokens of highest rank, highest first and of equal ones the newer, -1 where there are
+        fewer: int64 `[batch, kv_heads, n, min(top, tokens)]`, numbers in the order of `add`. Parameters as in
+        `rank`."""
         ranks = self.rank(query, scaling, start, end, resident)
         number = torch.arange(self.seen, device=ranks.device)
         tokens = order(ranks, number).topk(min(self.top, self.seen), -1).indices

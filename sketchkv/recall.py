@@ -1,5 +1,6 @@
-"""A layer that evicts and does not forget: an index ranks every token that was seen, and those that a query asks for come
-back from a store. The measure of what matters now is the query itself (`sketchkv.index`), not past attention.
+"""A layer that evicts and does not forget: an index ranks every token that was seen, and those that a query
+asks for come back from a store. What matters is told by the query itself (`sketchkv.index`), not by past
+attention.
 """
 
 import torch
@@ -8,26 +9,31 @@ from sketchkv.layer import BoundedLayer
 from sketchkv.policies import Window
 from sketchkv.slots import EMPTY
 
-# Queries of one attention product while a prompt passes, and tokens that are read from the store for them at a time.
+# While a prompt passes: queries of one attention product, and tokens read from the store at a time.
 QUERIES, READ = 512, 256
 
 
 class RecallLayer(BoundedLayer):
     """Slots as a cache of a store that holds every token.
 
-    A decode step attends to sinks, recent window and the `index.top` other tokens that the index ranks highest for its
-    queries. What of these is not in the slots is read from the store into the slots that were attended to longest ago; a slot
-    is overwritten and nothing copied back, since every token was written to the store when it entered.
+    A decode step attends to sinks, recent window and the `index.top` other tokens that the index ranks
+    highest for its queries. What of these is not in the slots is read from the store into the slots that were
+    attended to longest ago; a slot is overwritten and nothing copied back, since every token was written to
+    the store when it entered.
 
-    A pass of several tokens reads the stored tokens once per 512 queries, block by block, merged by log-sum-exp: the whole of
-    them is never in fast memory, one block is for a moment, decoded and not counted. Its queries attend to all tokens before
-    them (`exact_prompts`), or each to what it would attend to as a step. Afterwards slots hold sinks and the newest tokens.
+    A pass of several tokens reads the stored tokens once per 512 queries, block by block, merged by
+    log-sum-exp: the whole of them is never in fast memory, one block is for a moment, decoded and not
+    counted. Its queries attend to all tokens before them (`exact_prompts`), or each to what it would attend
+    to as a step, for which the stored tokens are read once per block of the index. Afterwards slots hold
+    sinks and the newest tokens. With `exact_prompts` a pass of one token is a step, be it of a prompt or not.
 
-    Codec and index are apart: the codec codes a key around its own centre, the index around its block's, so that signs of a
-    key are stored twice, with codes and as signature. That costs head_dim bits per token and KV head in the store, and in
-    each slot; the index holds the keys of its open block a second time, `index.block * head_dim` numbers per KV head.
+    Codec and index are apart: the codec codes a key around its own centre, the index around its block's, so
+    that the signs of a key are stored twice, with its codes and as its signature. That costs head_dim bits
+    per token and KV head in the store and as many in each slot; the index holds the keys of its open block a
+    second time, in the model's dtype: `index.block * head_dim` numbers per KV head.
 
-    index: a `sketchkv.index.KeyIndex` of the layer's own; store: a `sketchkv.store.HostStore` of the layer's own.
+    index: a `sketchkv.index.KeyIndex` of the layer's own.
+    store: a `sketchkv.store.HostStore` of the layer's own.
     Raises ValueError for a cap or a window that is too small.
     """
 
@@ -41,13 +47,14 @@ class RecallLayer(BoundedLayer):
         least = self.num_sinks + self.recent_window + index.top
         if max_cache_size < least:
             raise ValueError(
-                f"max_cache_size={max_cache_size} can't hold {self.num_sinks} sinks, a recent window of {self.recent_window} "
-                f"and the top {index.top} of the index: raise it to {least} or lower one of them"
+                f"max_cache_size={max_cache_size} can't hold {self.num_sinks} sinks, a recent window of "
+                f"{self.recent_window} and the top {index.top} of the index: raise it to {least} or lower one"
             )
         if self.recent_window < index.block:
             raise ValueError(
-                f"recent_window={self.recent_window} is shorter than the index's block of {index.block} tokens, which can be "
-                f"ranked when it is full: raise recent_window to {index.block} or lower KeyIndex(block=...)"
+                f"recent_window={self.recent_window} is less than the index's block of {index.block} tokens, "
+                f"which is ranked when it is full: raise recent_window to {index.block} or lower "
+                "KeyIndex(block=...)"
             )
 
     def lazy_initialization(self, key_states, value_states):
@@ -56,7 +63,7 @@ class RecallLayer(BoundedLayer):
         if slots.codec.settles_after > slots.capacity:
             least = slots.codec.settles_after
             raise ValueError(
-                f"max_cache_size={slots.capacity} is too small for this codec: raise it to {least}"
+                f"max_cache_size={slots.capacity} is too small for the codec: raise it to {least}"
             )
         slots.add("asked", torch.int32)  # tokens seen when a query last attended to it
         parts = {name: slots.arrays[name] for group in slots.parts.values() for name in group}
@@ -80,18 +87,14 @@ class RecallLayer(BoundedLayer):
         return super().nbytes() | {"index": self.index.nbytes(), "host": self.store.nbytes()}
 
     def advance(self):
-        raise NotImplementedError(
-            "steps with an index can't be recorded: what they read depends on the query"
-        )
+        raise NotImplementedError("steps with an index can't be recorded: the query decides what they read")
 
     def attend(self, query, key, value, tokens, form):
         slots, codec, total, outputs, start = self.slots, self.slots.codec, query.shape[2], [], 0
         turned = codec.turn(query, key, value)
         while start < total:
-            count = min(
-                QUERIES if self.exact_prompts else self.index.block - self.seen % self.index.block,
-                total - start,
-            )
+            most = QUERIES if self.exact_prompts else self.index.block - self.seen % self.index.block
+            count = min(most, total - start)
             if self.seen < codec.settles_after:
                 count = min(count, codec.settles_after - self.seen)
             block, now = slice(start, start + count), tokens.part(slice(start, start + count))
@@ -111,7 +114,7 @@ class RecallLayer(BoundedLayer):
     # New tokens
 
     def _enter(self, raw, key, value, tokens, alone):
-        """New tokens go to the store, to the index and, as long as there is room or if one comes `alone`, to slots."""
+        """New tokens go to the store, to the index and, if there is room or one comes `alone`, to slots."""
         slots, count = self.slots, key.shape[2]
         coded = slots.codec.encode("keys", key) | slots.codec.encode("values", value)
         self._write(self.seen, coded)
@@ -135,10 +138,8 @@ class RecallLayer(BoundedLayer):
 
     def _all(self):
         """Every row and head, to be broadcast with slots."""
-        return [
-            torch.arange(n, device=self.slots.device).view(-1, *[1] * more)
-            for n, more in zip(self.slots.shape, (2, 1))
-        ]
+        (batch, heads), device = self.slots.shape, self.slots.device
+        return torch.arange(batch, device=device)[:, None, None], torch.arange(heads, device=device)[:, None]
 
     def _place(self, where, coded, positions):
         """Puts tokens into the slots `where`, a tuple of (row, head, slot)."""
@@ -153,21 +154,16 @@ class RecallLayer(BoundedLayer):
         return (at != EMPTY) & ((at >= self.seen - self.recent_window) | (at < first + self.num_sinks))
 
     def _idle(self, needed):
-        """All slots, those that are needed last, before them by when they were attended to, the older token first."""
+        """All slots: empty ones first, then by when they were last attended to, the needed ones last."""
         asked, at = self.slots["asked"].long(), self.slots["positions"]
-        return (
-            ((asked << 32) + at)
-            .masked_fill(at == EMPTY, -1)
-            .masked_fill(needed, torch.iinfo(torch.int64).max)
-            .argsort(-1)
-        )
+        age = ((asked << 32) + at).masked_fill(at == EMPTY, -1)
+        return age.masked_fill(needed, torch.iinfo(torch.int64).max).argsort(-1)
 
     def _refill(self, tokens):
         """Slots hold sinks and the newest tokens, after a pass that had no room for all of its own."""
         slots, first = self.slots, torch.as_tensor(tokens.first, device=self.slots.device).view(-1, 1)
-        newest = torch.arange(self.seen - slots.capacity + self.num_sinks, self.seen, device=slots.device)[
-            None
-        ]
+        oldest = self.seen - slots.capacity + self.num_sinks
+        newest = torch.arange(oldest, self.seen, device=slots.device)[None]
         newest = newest.where(newest >= first + self.num_sinks, EMPTY)
         sinks = first + torch.arange(self.num_sinks, device=slots.device)
         token = torch.cat([sinks.expand(len(newest), -1), newest], -1)
@@ -205,8 +201,8 @@ class RecallLayer(BoundedLayer):
         return self.ops.attend(self, turned, tokens, form)
 
     def _stream(self, query, turned, tokens, form):
-        """Attention of n new tokens over the store, block by block, with a running maximum as in FlashAttention (Dao et al.
-        2022, arXiv 2205.14135)."""
+        """Attention of n new tokens over the store, block by block, with a running maximum as in
+        FlashAttention (Dao et al. 2022, arXiv 2205.14135)."""
         (batch, heads), count, device = self.slots.shape, query.shape[2], query.device
         number = torch.arange(self.seen - count, self.seen, device=device)[:, None]
         first = torch.as_tensor(tokens.first, device=device).view(-1, 1, 1, 1)
@@ -233,11 +229,9 @@ class RecallLayer(BoundedLayer):
         return (output / total).flatten(1, 2).to(query.dtype)
 
     def _allowed(self, query, turned, tokens, form, number, first):
-        """What each of n new tokens attends to, were it a step: bool `[batch, num_kv_heads, n, tokens seen]`."""
-        device, newest = (
-            query.device,
-            torch.arange(max(0, self.seen - len(number) + 1 - self.recent_window), self.seen),
-        )
+        """What each of n new tokens would attend to alone: bool `[batch, num_kv_heads, n, tokens seen]`."""
+        device, oldest = query.device, max(0, self.seen - len(number) + 1 - self.recent_window)
+        newest = torch.arange(oldest, self.seen)
         sinks = first.view(-1, 1, 1) + torch.arange(self.num_sinks, device=device)
         near = torch.cat([sinks, newest.to(device).expand(len(first), 1, -1)], -1)
         keys, _ = self._vectors(near.clamp(0, self.seen - 1))
@@ -253,19 +247,17 @@ class RecallLayer(BoundedLayer):
         return marked[..., :-1] | (token > number - self.recent_window) | (token < first + self.num_sinks)
 
     def _choose(self, query, logits, tokens, form, end):
-        """Tokens that the index ranks highest, `[batch, num_kv_heads, n, top]`, -1 where there are fewer; `logits` are those of
-        the tokens that a query attends to anyway."""
+        """Tokens that the index ranks highest, `[batch, num_kv_heads, n, top]`, -1 where there are fewer;
+        `logits` are those of the tokens that a query attends to anyway."""
         first = tokens.first if isinstance(tokens.first, int) else tokens.first[:, :, 0]
-        return self.index.choose(
-            query, form.scaling, first + self.num_sinks, end, logits.logsumexp(-1).flatten(1, 2)
-        )
+        resident = logits.logsumexp(-1).flatten(1, 2)
+        return self.index.choose(query, form.scaling, first + self.num_sinks, end, resident)
 
     def _vectors(self, token):
         """Keys and values of these tokens, decoded, of all heads."""
         slots, arrays = self.slots, self._read(*self._all(), token, "streamed")
-        return [
-            slots.codec.decode(n, {part: arrays[part] for part in slots.parts[n]}) for n in ("keys", "values")
-        ]
+        parts = ({name: arrays[name] for name in slots.parts[kind]} for kind in ("keys", "values"))
+        return [slots.codec.decode(kind, each) for kind, each in zip(("keys", "values"), parts, strict=True)]
 
     def _logits(self, query, keys, form):
         """Float32 `[batch, num_kv_heads, group, n, tokens]`."""

@@ -12,13 +12,13 @@ PAGE = 64  # tokens
 
 
 class HostStore:
-    """Codes of every token, in host memory (pinned where the model is on CUDA). A layer writes each token once, when it
-    enters, and reads tokens by their numbers.
+    """Codes of every token, in host memory (pinned where the model is on CUDA). A layer writes each token
+    once, when it enters, and reads tokens by their numbers.
 
-    A token is one record of bytes per KV head, all arrays of its codec side by side. Records lie in pages of 64 tokens; a
-    sequence is a list of pages. A full page never changes again, so that beams share it: a reorder copies the open pages.
-
-    As an argument of a cache a store is a template, of which each layer takes a copy.
+    A token is one record of bytes per KV head, all arrays of its codec side by side. Records lie in pages of
+    64 tokens; a sequence is a list of pages. A full page never changes again, so that beams share it: a
+    reorder copies the open pages alone. As an argument of a cache a store is a template, of which each layer
+    takes a copy.
     """
 
     table = None
@@ -41,15 +41,13 @@ class HostStore:
         self.tokens = 0
 
     def write(self, start, arrays):
-        """Stores n tokens from number `start` on, arrays `[batch, num_kv_heads, n, ...]`, as `codec.encode` gives them. What
-        is written again must lie in the open page. Returns bytes written.
+        """Stores n tokens from number `start` on, arrays `[batch, num_kv_heads, n, ...]` as `codec.encode`
+        gives them. What is written again must lie in the open page. Returns bytes written.
 
         Raises MemoryError or OSError before anything has changed if there is no room.
         """
-        parts = [
-            arrays[name].to("cpu", dtype).contiguous().view(torch.uint8) for name, _, dtype in self.layout
-        ]
-        records = torch.cat(parts, -1)
+        parts = (arrays[name].to("cpu", dtype).contiguous() for name, _, dtype in self.layout)
+        records = torch.cat([part.view(torch.uint8) for part in parts], -1)
         end = start + records.shape[2]
         more = -(-end // PAGE) - self.table.shape[1]
         if more > 0:
@@ -60,7 +58,7 @@ class HostStore:
         return records.numel()
 
     def read(self, rows, heads, tokens):
-        """{name: array `[..., width]`} of the tokens with these numbers (int64, of any shapes that broadcast)."""
+        """{name: array `[..., width]`} of the tokens with these numbers (int64, shapes that broadcast)."""
         records, start, arrays = self.pages[self._at(rows.cpu(), heads.cpu(), tokens.cpu())], 0, {}
         for name, width, dtype in self.layout:
             size = width * dtype.itemsize
@@ -70,7 +68,7 @@ class HostStore:
         return {name: array.to(tokens.device) for name, array in arrays.items()}
 
     def reorder(self, index):
-        """Row i becomes what row `index[i]` was: full pages are shared, each row gets an open page of its own."""
+        """Row i becomes what row `index[i]` was: full pages are shared, each row has its own open page."""
         self.table = self.table.index_select(0, index.cpu())
         if self.tokens % PAGE:
             shared = self.table[:, -1]
@@ -111,15 +109,15 @@ class HostStore:
             larger = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
         except RuntimeError as error:
             raise MemoryError(
-                f"the host has no {size:,} bytes for the store: use a folder, store='path'"
+                f"the host has no {size:,} bytes for a store: take a folder, store='path'"
             ) from error
         larger[: self.bytes.numel()] = self.bytes
         return larger
 
 
 class FolderStore(HostStore):
-    """The same in a memory-mapped file per layer, without a name where the system allows it and readable for the owner alone
-    (mode 0600): it is gone when the process ends, however it ends.
+    """The same in a memory-mapped file per layer, without a name where the system allows it and readable for
+    the owner alone (mode 0600): it is gone when the process ends, however it ends.
 
     path: an existing folder, on a disk and not in memory.
     """
@@ -137,7 +135,7 @@ class FolderStore(HostStore):
         try:
             if hasattr(
                 os, "posix_fallocate"
-            ):  # a full disk is told now, and not by a signal when pages are written
+            ):  # a full disk is told now, not by a signal when pages are written
                 os.posix_fallocate(self.file.fileno(), 0, size)
             else:
                 self.file.truncate(size)

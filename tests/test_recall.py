@@ -1,4 +1,4 @@
-"""Recall against its oracles: given what a step attends to, attention is that of a masked full cache of the same codes."""
+"""Recall against its oracles: given the choice, attention is that of a masked full cache of its codes."""
 
 import copy
 import errno
@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import build
 
 import sketchkv
@@ -19,6 +20,7 @@ from sketchkv.quantize import quantized
 from sketchkv.recall import RecallLayer
 from sketchkv.slots import Plain
 from sketchkv.store import PAGE, FolderStore, HostStore
+from sketchkv.window import WindowLayer
 
 
 @pytest.fixture(params=["llama", "gpt2", "qwen3"])
@@ -81,7 +83,7 @@ def test_steps_equal_a_full_cache_masked_to_what_they_attend_to(model, ids, padd
     for t in range(100):
         given = dict(attention_mask=mask[:, : t + 1], position_ids=places[:, t : t + 1]) if padded else {}
         logits.append(model(ids[:, t : t + 1], past_key_values=cache, **given).logits)
-        for layer, of_layer in zip(cache.layers, visible):
+        for layer, of_layer in zip(cache.layers, visible, strict=True):
             at = attended(layer)
             of_layer[:, :, t].scatter_(-1, at.where(at >= 0, 100), True)
             assert ((at >= 0).sum(-1) <= 4 + 16 + 12).all()
@@ -254,17 +256,43 @@ def test_generate_and_model_generate_agree(model, padding, how, exact):
 
 def test_beam_search_equals_each_beam_decoded_alone(model, ids):
     cache = recall(model, exact_prompts=False)
-    out = model.generate(
-        ids[:, :70], past_key_values=cache, max_new_tokens=30, num_beams=4, num_return_sequences=4, do_sample=False,
-        eos_token_id=None, length_penalty=0.0, output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
-    for sequence, reported in zip(out.sequences, out.sequences_scores):
+    beams = dict(num_beams=4, num_return_sequences=4, do_sample=False, eos_token_id=None, length_penalty=0.0)
+    told = dict(output_scores=True, return_dict_in_generate=True)
+    out = model.generate(ids[:, :70], past_key_values=cache, max_new_tokens=30, **beams, **told)
+    for sequence, reported in zip(out.sequences, out.sequences_scores, strict=True):
         nll = score(model, sequence[None], recall(model, exact_prompts=False))[0, 69:]
         assert abs(-nll.sum() - reported) < 1e-3
     assert len(out.beam_indices.unique()) > 2  # beams were really exchanged
     tables = cache.layers[0].store.table
     assert len(tables[:, 0].unique()) < len(tables)  # full pages are shared
     assert len(tables[:, -1].unique()) == len(tables)  # open ones are not
+
+
+@pytest.mark.parametrize("bits", [None, (5, 4)])
+def test_half_precision(llama, ids, bits):
+    model, expected = copy.deepcopy(llama).to(torch.bfloat16), llama(ids).logits
+    for exact in (True, False):
+        cache = recall(model, bits=bits, exact_prompts=exact, cap=128, top=100)
+        logits = model(ids, past_key_values=cache).logits
+        bounded = model(ids, past_key_values=SketchCache(model.config, 128, bits=bits)).logits
+        assert logits.dtype == torch.bfloat16
+        # Rounding of one product is about 2^-8; anything masked wrongly changes logits by whole units.
+        assert (logits - bounded).abs().float().mean() < 0.05 * expected.std()
+        score(model, ids, recall(model, bits=bits, exact_prompts=exact))
+
+
+def test_layers_with_a_window_stay_as_they_are(ids):
+    config = transformers.Gemma2Config(
+        **dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16),
+        **dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=24, max_position_embeddings=512),
+    )
+    torch.manual_seed(0)
+    model = sketchkv.enable(transformers.Gemma2ForCausalLM(config).eval().requires_grad_(False))
+    cache = recall(model, cap=130, top=110)
+    assert [type(layer) for layer in cache.layers] == [WindowLayer, RecallLayer]
+    expected = model(ids).logits
+    torch.testing.assert_close(score(model, ids, cache, return_logits=True)[1], expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(ids, past_key_values=recall(model)).logits, expected, atol=1e-4, rtol=0)
 
 
 # Stores

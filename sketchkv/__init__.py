@@ -15,6 +15,28 @@ if TYPE_CHECKING:
     from sketchkv.peers import LRU, TOVA, KeyNorm, SnapKV
     from sketchkv.summary import Summary
 
+__all__ = [
+    "H2O",
+    "LRU",
+    "TOVA",
+    "AttentionMass",
+    "CountMinSketch",
+    "KeyNorm",
+    "Policy",
+    "Random",
+    "Sketch",
+    "SketchCache",
+    "SnapKV",
+    "Summary",
+    "Window",
+    "disable",
+    "enable",
+    "generate",
+    "load",
+    "pyramid",
+    "score",
+]
+
 # Loaded when asked for: `import sketchkv` takes no longer than the cache needs.
 _LATER = {
     "disable": "attention",

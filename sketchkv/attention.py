@@ -25,7 +25,9 @@ REFUSED = {
 }
 
 
-def _attention(module, query, key, value, attention_mask, *, scaling=None, softcap=None, s_aux=None, **kwargs):
+def _attention(
+    module, query, key, value, attention_mask, *, scaling=None, softcap=None, s_aux=None, **kwargs
+):
     """The attention function of an enabled model: the bounded one for keys that come from a `SketchCache`, the model's own
     for all others."""
     instead, visit = kwargs.pop("sketchkv_attend", None), getattr(key, "_sketchkv", None)
@@ -36,16 +38,22 @@ def _attention(module, query, key, value, attention_mask, *, scaling=None, softc
     unknown = [name for name, given in kwargs.items() if _matters(name, given)]
     if unknown:
         hint = ": call model.eval()" if unknown == ["dropout"] else ""
-        raise ValueError(f"{type(module).__name__} asks its attention for {unknown}, which a SketchCache can't give{hint}")
+        raise ValueError(
+            f"{type(module).__name__} asks its attention for {unknown}, which a SketchCache can't give{hint}"
+        )
     if visit is USED:
-        raise ValueError(f"{type(module).__name__} attends twice with the same keys: a SketchCache can't tell the two apart")
+        raise ValueError(
+            f"{type(module).__name__} attends twice with the same keys: a SketchCache can't tell the two apart"
+        )
     form = Form(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if instead is not None:
         return instead(query, key, value, form, module.layer_idx), None
     key._sketchkv = USED
     layer, tokens = visit
     if key.shape[2] != tokens.positions.shape[1]:
-        raise ValueError(f"the pass was announced with {tokens.positions.shape[1]} tokens and brings {key.shape[2]}")
+        raise ValueError(
+            f"the pass was announced with {tokens.positions.shape[1]} tokens and brings {key.shape[2]}"
+        )
     with torch.no_grad():
         output = layer.attend(query, key, value, tokens, form)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
@@ -62,7 +70,9 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        raise RuntimeError("a SketchCache can't be trained through: train without past_key_values, or with another cache")
+        raise RuntimeError(
+            "a SketchCache can't be trained through: train without past_key_values, or with another cache"
+        )
 
 
 def _own(module):
@@ -80,7 +90,9 @@ def _own(module):
 def _matters(name, given):
     """Whether an argument of an attention function may change what is seen or how logits are formed: flags and sizes, such
     as the window that the layer knows, do not."""
-    return name != "position_ids" and (isinstance(given, torch.Tensor) or (isinstance(given, float) and given != 0))
+    return name != "position_ids" and (
+        isinstance(given, torch.Tensor) or (isinstance(given, float) and given != 0)
+    )
 
 
 @lru_cache
@@ -152,7 +164,9 @@ def enable(model):
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
     _set_attention(top, config, name)
     if config._attn_implementation != name:
-        raise ValueError(f"enable() can't bound a {type(top).__name__}: its attention function can't be replaced")
+        raise ValueError(
+            f"enable() can't bound a {type(top).__name__}: its attention function can't be replaced"
+        )
     for each in models:
         if _begin not in each._forward_pre_hooks.values():
             each.register_forward_pre_hook(_begin, with_kwargs=True)
@@ -187,7 +201,9 @@ def _models(model):
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     models = [module for module in modules if isinstance(module, PreTrainedModel)]
     if not models:
-        raise TypeError(f"enable() takes a transformers model, such as AutoModelForCausalLM gives; got {type(model).__name__}")
+        raise TypeError(
+            f"enable() takes a transformers model, such as AutoModelForCausalLM gives; got {type(model).__name__}"
+        )
     return models
 
 
@@ -230,7 +246,10 @@ def _refusal(model, config):
             getattr(config, "kv_lora_rank", None) is not None,
         ),
         ("layers share the keys of others", getattr(config, "num_kv_shared_layers", None)),
-        ("its rotary angles change with the length of the text, and stored keys keep theirs", _stretches(config)),
+        (
+            "its rotary angles change with the length of the text, and stored keys keep theirs",
+            _stretches(config),
+        ),
     ]
     return next((reason for reason, holds in reasons if holds), None)
 

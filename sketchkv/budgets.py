@@ -17,5 +17,8 @@ def pyramid(max_cache_size, layers, steepness=0.5):
     if isinstance(steepness, bool) or not isinstance(steepness, Real) or not -1 < steepness < 1:
         raise ValueError(f"steepness must lie between -1 and 1, got {steepness!r}")
     # Sums are rounded, not caps: so that the whole is kept.
-    tops = [round(max_cache_size * n * (1 + steepness * (layers - n) / max(layers - 1, 1))) for n in range(layers + 1)]
+    tops = [
+        round(max_cache_size * n * (1 + steepness * (layers - n) / max(layers - 1, 1)))
+        for n in range(layers + 1)
+    ]
     return [top - below for below, top in zip(tops, tops[1:], strict=False)]

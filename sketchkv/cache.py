@@ -11,14 +11,19 @@ from sketchkv.policies import AttentionMass, Policy, Sketch
 from sketchkv.slots import Plain
 
 # How parameters of former versions are spelled now.
-FORMER = dict.fromkeys(
-    ("width", "depth", "key", "decay", "mean", "lsh_bits", "seed"), "policy=Sketch({name}=...), from sketchkv import Sketch"
-) | {
-    "summary_slots": "summary=Summary({value}), from sketchkv.summary import Summary",
-    "quantizer": "bits= alone; ranges per group are in sketchkv.study.extras",
-    "kind": "a policy of sketchkv.study.extras",
-    "counters": "a policy of sketchkv.study.extras",
-} | dict.fromkeys(("coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping")  # fmt: skip
+FORMER = (
+    dict.fromkeys(
+        ("width", "depth", "key", "decay", "mean", "lsh_bits", "seed"),
+        "policy=Sketch({name}=...), from sketchkv import Sketch",
+    )
+    | {
+        "summary_slots": "summary=Summary({value}), from sketchkv.summary import Summary",
+        "quantizer": "bits= alone; ranges per group are in sketchkv.study.extras",
+        "kind": "a policy of sketchkv.study.extras",
+        "counters": "a policy of sketchkv.study.extras",
+    }
+    | dict.fromkeys(("coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping")
+)
 
 
 class SketchCache(Cache):
@@ -41,6 +46,9 @@ class SketchCache(Cache):
     bits: 8, 6, 5, 4, 3 or 2 holds keys and values quantized, 16 in float16; a pair is for keys and values; None: the model's
         dtype. Attention decodes one layer at a time: that working memory is not part of `nbytes`.
     codec: another way to store keys and values, a function of (dtype, device) that gives a `sketchkv.slots.Plain`.
+    index: a `sketchkv.index.KeyIndex`: what is evicted is not forgotten, and each query asks for it (`sketchkv.recall`).
+    store: where all tokens are then: "host", an existing folder's path or a `sketchkv.store.HostStore`.
+    exact_prompts: with an index, whether a pass of several tokens attends to all before them, or as steps would.
     Raises ValueError for a value out of range or a cap that leaves no room beside sinks and recent window, TypeError for a
     parameter that does not exist (one that did is named with its new spelling).
     """
@@ -59,6 +67,9 @@ class SketchCache(Cache):
         summary=None,
         bits=None,
         codec=None,
+        index=None,
+        store="host",
+        exact_prompts=True,
         **former,
     ):
         for name, value in former.items():
@@ -67,23 +78,48 @@ class SketchCache(Cache):
         config = text_config(config)
         windows = layer_windows(config)
         count = len(windows)
-        caps = [whole("max_cache_size", cap, 1, MOST_TOKENS) for cap in _per_layer("max_cache_size", max_cache_size, count)]
+        caps = [
+            whole("max_cache_size", cap, 1, MOST_TOKENS)
+            for cap in _per_layer("max_cache_size", max_cache_size, count)
+        ]
+        self.index, self.store, self.exact_prompts = index, store, exact_prompts
+        if index is not None:
+            self.store = _with_index(
+                index,
+                store,
+                policy=policy,
+                prefill_chunk=prefill_chunk,
+                attend_topk=attend_topk,
+                summary=summary,
+            )
+            # Steps choose on the host what they read; what is scored is decoded, not a prompt.
+            self.recordable, self.max_chunk_size = False, 1 if exact_prompts else None
         policies = _per_layer("policy", Sketch() if policy is None else policy, count)
         if not all(isinstance(each, Policy) for each in policies):
-            raise TypeError(f"policy must be a sketchkv Policy, or a list of {count}, one per layer; got {policy!r}")
+            raise TypeError(
+                f"policy must be a sketchkv Policy, or a list of {count}, one per layer; got {policy!r}"
+            )
         evict_every = whole("evict_every", evict_every, 1, MOST_TOKENS)
         settings = Settings(
             num_sinks=whole("num_sinks", num_sinks, 0, MOST_TOKENS),
             recent_window=whole("recent_window", recent_window, 0, MOST_TOKENS),
             evict_every=evict_every,
-            prefill_chunk=None if prefill_chunk is None else whole("prefill_chunk", prefill_chunk, evict_every, MOST_TOKENS),
+            prefill_chunk=None
+            if prefill_chunk is None
+            else whole("prefill_chunk", prefill_chunk, evict_every, MOST_TOKENS),
             attend_topk=None if attend_topk is None else whole("attend_topk", attend_topk, 1, MOST_TOKENS),
             codec=_codec(bits, codec),
         )
         _leave_room(settings, caps)
         if summary is not None and (isinstance(summary, type) or not hasattr(summary, "fold")):
-            raise TypeError(f"summary must be a sketchkv.summary.Summary, such as Summary(1), or None; got {summary!r}")
-        self.max_cache_size, self.prefill_chunk, self.evict_every = max_cache_size, settings.prefill_chunk, evict_every
+            raise TypeError(
+                f"summary must be a sketchkv.summary.Summary, such as Summary(1), or None; got {summary!r}"
+            )
+        self.max_cache_size, self.prefill_chunk, self.evict_every = (
+            max_cache_size,
+            settings.prefill_chunk,
+            evict_every,
+        )
         self.recordings = None  # of `sketchkv.fast.graphs`
         self.passes = Passes(config)
         layers = []
@@ -95,6 +131,12 @@ class SketchCache(Cache):
 
     def make_layer(self, cap, window, policy, settings, summary):
         """A layer of `cap` tokens; window: how many tokens its queries see, None: all."""
+        if window is None and self.index is not None:
+            from sketchkv.recall import RecallLayer
+
+            return RecallLayer(
+                cap, settings, copy.copy(self.index), copy.copy(self.store), self.exact_prompts
+            )
         if window is None:
             return BoundedLayer(policy, cap, settings, summary)
         from sketchkv.window import WindowLayer
@@ -111,12 +153,24 @@ class SketchCache(Cache):
         settings = dict(bits=(5, 4), summary=Summary(), policy=AttentionMass(value_norm=True)) | changes
         return cls(config, max_cache_size, **settings)
 
+    @classmethod
+    def recall(cls, config, max_cache_size=512, top=256, store="host", **changes):
+        """Fast memory holds an index of all tokens and `max_cache_size` of them; each step attends to sinks, the newest 64 and
+        the `top` that the index ranks highest for its queries, read from `store` if need be (`sketchkv.recall`). 5-bit keys and
+        4-bit values. `changes` replace single parameters."""
+        from sketchkv.index import KeyIndex
+
+        settings = dict(bits=(5, 4), recent_window=64, index=KeyIndex(top=top)) | changes
+        return cls(config, max_cache_size, store=store, **settings)
+
     @property
     def seen_tokens(self):
         """Tokens that passed through the cache, padding included; the next token's position."""
         return self.layers[0].seen
 
-    is_open = property(lambda self: self.passes.tokens is not None, doc="Whether a forward pass is under way.")
+    is_open = property(
+        lambda self: self.passes.tokens is not None, doc="Whether a forward pass is under way."
+    )
 
     @property
     def evicted_tokens(self):
@@ -136,21 +190,35 @@ class SketchCache(Cache):
         return self.layers[layer].slots.positions.long()
 
     def nbytes(self):
-        """Bytes of the tensors really held: {"kv", "sketch", "policy", "total"}.
+        """Bytes of the tensors really held: {"kv", "sketch", "policy", "total"}, with an index also {"index", "host"}.
 
         "kv": key and value slots, with the `evict_every` extra ones, scales, centre and rotation (one for all layers) of
         quantized ones, and the means of the summary. "sketch": counters, hash parameters, projections and a signature per
-        slot. "policy": positions and everything else that choosing needs.
+        slot. "policy": positions and everything else that choosing needs. "host": the store, the one that "total" leaves out.
         """
         held, shared = {"kv": 0, "sketch": 0, "policy": 0}, {}
+        indexed = {}
         for layer in self.layers:
             for kind, count in layer.nbytes().items():
-                held[kind] += count
+                held[kind] = held.get(kind, 0) + count
             if layer.slots is not None:
                 shared |= {id(tensor): tensor.nbytes for tensor in layer.slots.codec.shared()}
+            indexed |= (
+                {id(tensor): tensor.nbytes for tensor in layer.index.shared()}
+                if hasattr(layer, "index")
+                else {}
+            )
         held["kv"] += sum(shared.values())
+        if self.index is not None:  # a rotation that the codec counts is the same
+            held["index"] = held.get("index", 0) + sum(indexed[key] for key in indexed.keys() - shared.keys())
         held["policy"] += 0 if self.passes.first is None else self.passes.first.nbytes
-        return held | {"total": sum(held.values())}
+        return held | {"total": sum(held.values()) - held.get("host", 0)}
+
+    def traffic(self):
+        """Of a cache with an index, since the last reset: bytes "written" to the store, "fetched" into slots by steps and
+        "streamed" while passes of several tokens came, and tokens that steps have "chosen", of which "missing" in slots."""
+        moved = [layer.moved for layer in self.layers if hasattr(layer, "moved")]
+        return {name: sum(each[name] for each in moved) for name in (moved[0] if moved else ())}
 
     def check(self):
         """Raises ValueError if an importance was NaN or a mask hid stored tokens: on CUDA, where looking makes the host wait,
@@ -184,7 +252,9 @@ def text_config(config):
     """The configuration of the decoder, of a configuration or a model. Raises TypeError for anything else."""
     config = getattr(config, "config", config)
     if isinstance(config, type) or not hasattr(config, "get_text_config"):
-        raise TypeError(f"config must be a transformers configuration such as model.config, or a model; got {config!r}")
+        raise TypeError(
+            f"config must be a transformers configuration such as model.config, or a model; got {config!r}"
+        )
     return config.get_text_config(decoder=True)
 
 
@@ -207,7 +277,9 @@ def layer_windows(config):
 def _codec(bits, codec):
     if bits is None:
         if codec is not None and not callable(codec):
-            raise TypeError(f"codec must be a function of (dtype, device), such as sketchkv.slots.Plain; got {codec!r}")
+            raise TypeError(
+                f"codec must be a function of (dtype, device), such as sketchkv.slots.Plain; got {codec!r}"
+            )
         return Plain if codec is None else codec
     if codec is not None:
         raise TypeError("give either bits= or codec=, not both")
@@ -216,11 +288,32 @@ def _codec(bits, codec):
     return quantized(bits)
 
 
+def _with_index(index, store, **others):
+    """The store of a cache with an index, as an object."""
+    from sketchkv.store import FolderStore, HostStore
+
+    if not hasattr(index, "choose"):
+        raise TypeError(
+            f"index must be a sketchkv.index.KeyIndex, such as KeyIndex(top=256), or None; got {index!r}"
+        )
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"index and {', '.join(given)} exclude each other: with an index nothing is lost that a summary could stand for, the "
+            "query decides what is attended to, slots attended to longest ago are overwritten, and prompts pass exactly"
+        )
+    if hasattr(store, "reorder"):
+        return store
+    return HostStore() if store == "host" else FolderStore(store)
+
+
 def _per_layer(name, value, count):
     values = list(value) if isinstance(value, (list, tuple)) else [value] * count
     if len(values) != count:
         kind = TypeError if name == "policy" else ValueError
-        raise kind(f"{name} must be one for all layers or a list of {count}, one per layer; got {len(values)}")
+        raise kind(
+            f"{name} must be one for all layers or a list of {count}, one per layer; got {len(values)}"
+        )
     return values
 
 

@@ -61,7 +61,9 @@ def memory(needed, device, remedy):
     else:
         return
     if needed > total:
-        raise ValueError(f"{needed / 2**30:.3g} GiB are needed, {device} has {total / 2**30:.3g} GiB of memory: {remedy}")
+        raise ValueError(
+            f"{needed / 2**30:.3g} GiB are needed, {device} has {total / 2**30:.3g} GiB of memory: {remedy}"
+        )
 
 
 def _boolean(value):
@@ -71,5 +73,7 @@ def _boolean(value):
 def rows(index, count):
     """Raises ValueError unless `index` is a tensor of whole numbers in [0, count): rows of a batch to go on with."""
     sound = isinstance(index, torch.Tensor) and index.dim() == 1 and index.dtype in (torch.int32, torch.int64)
-    if not sound or (index.device.type == "cpu" and index.numel() and not 0 <= index.min() <= index.max() < count):
+    if not sound or (
+        index.device.type == "cpu" and index.numel() and not 0 <= index.min() <= index.max() < count
+    ):
         raise ValueError(f"rows must be an int64 tensor [n] of numbers from 0 to {count - 1}, got {index!r}")

@@ -4,7 +4,12 @@ from numbers import Real
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig
-from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from sketchkv.cache import text_config
 from sketchkv.checks import flag, share, whole
@@ -43,7 +48,7 @@ def generate(
     generation_config: a transformers `GenerationConfig`, such as `model.generation_config`, from which all of these are
         taken that are left at their defaults.
     streamer: a transformers streamer, given the prompt and each token as it comes.
-    chunk_size: tokens of the prompt per forward pass, a matter of memory and speed only.
+    chunk_size: at most so many tokens of the prompt per forward pass, a matter of memory and speed only.
     graph: record steps as CUDA graphs (`sketchkv.fast.graphs`), for a `SketchCache` and texts without padding.
     compile: run the model's part of a step through torch.compile (`sketchkv.fast.compiled`), for a `SketchCache`.
     Returns int64 `[batch, tokens + new tokens]`.
@@ -58,7 +63,11 @@ def generate(
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
     chunk_size = whole("chunk_size", chunk_size, 1)
     input_ids, attention_mask, cache = _checked(model, input_ids, cache, max_new_tokens - 1, attention_mask)
-    pick = _sampler(temperature, top_k, top_p) if flag("do_sample", do_sample) else _greedy(temperature, top_k, top_p)
+    pick = (
+        _sampler(temperature, top_k, top_p)
+        if flag("do_sample", do_sample)
+        else _greedy(temperature, top_k, top_p)
+    )
     ends, pad = _ends(eos_token_id, pad_token_id, text_config(model.config).vocab_size, input_ids.device)
     for method in () if streamer is None else ("put", "end"):
         if isinstance(streamer, type) or not callable(getattr(streamer, method, None)):
@@ -68,10 +77,18 @@ def generate(
     step = _step(model, cache, mask is not None, graph, compile)
     if streamer is not None:
         streamer.put(input_ids.cpu())
-    for start in range(0, input_ids.shape[1], chunk_size) if max_new_tokens else ():
-        chunk = slice(start, start + chunk_size)
-        padding = {} if mask is None else {"attention_mask": mask[:, : chunk.stop], "position_ids": positions[:, chunk]}
-        logits = model(input_ids[:, chunk], past_key_values=cache, use_cache=True, logits_to_keep=1, **padding).logits
+    # The remainder comes first: a last chunk of one token would be a step, to a cache that tells prompts from steps.
+    stops = range(input_ids.shape[1] % chunk_size or chunk_size, input_ids.shape[1] + 1, chunk_size)
+    for stop in stops if max_new_tokens else ():
+        chunk = slice(max(0, stop - chunk_size), stop)
+        padding = (
+            {}
+            if mask is None
+            else {"attention_mask": mask[:, : chunk.stop], "position_ids": positions[:, chunk]}
+        )
+        logits = model(
+            input_ids[:, chunk], past_key_values=cache, use_cache=True, logits_to_keep=1, **padding
+        ).logits
     tokens, finished = input_ids, torch.zeros(len(input_ids), 1, dtype=torch.bool, device=input_ids.device)
     for count in range(1, max_new_tokens + 1):
         token = pick(tokens, logits[:, -1].float())
@@ -106,7 +123,10 @@ def stream(model, input_ids, cache=None, chunk_size=512):
         limit = min(limit, cache.evict_every)
     chunk_size = min(chunk_size, limit)
     for start in range(0, input_ids.shape[1], chunk_size):
-        yield start, model(input_ids[:, start : start + chunk_size], past_key_values=cache, use_cache=True).logits
+        yield (
+            start,
+            model(input_ids[:, start : start + chunk_size], past_key_values=cache, use_cache=True).logits,
+        )
     _check(cache)
 
 
@@ -128,7 +148,11 @@ def score(model, input_ids, cache=None, *, chunk_size=512, return_logits=False):
     for start, logits in stream(model, input_ids, cache, chunk_size):
         targets = ids[:, start + 1 : start + 1 + logits.shape[1]].long()
         predicted = logits[:, : targets.shape[1]].float().flatten(0, 1)
-        nll.append(torch.nn.functional.cross_entropy(predicted, targets.flatten(), reduction="none").view(targets.shape))
+        nll.append(
+            torch.nn.functional.cross_entropy(predicted, targets.flatten(), reduction="none").view(
+                targets.shape
+            )
+        )
         kept += [logits] if return_logits else []
     return (torch.cat(nll, 1), torch.cat(kept, 1)) if return_logits else torch.cat(nll, 1)
 
@@ -146,7 +170,9 @@ def _ids(given):
     if given.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids must be int64 or int32, got {given.dtype}: use input_ids.long()")
     if given.ndim != 2 or 0 in given.shape:
-        raise ValueError(f"input_ids must be [batch, tokens] with at least one token, got shape {tuple(given.shape)}")
+        raise ValueError(
+            f"input_ids must be [batch, tokens] with at least one token, got shape {tuple(given.shape)}"
+        )
     return given.long(), mask
 
 
@@ -154,27 +180,39 @@ def _checked(model, input_ids, cache, new_tokens=0, attention_mask=None):
     """Token ids, mask and cache (a full one for None), once they are found to fit each other and the model."""
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
         kind = model.__name__ if isinstance(model, type) else type(model).__name__
-        raise TypeError(f"model must be a causal language model of transformers, as from_pretrained() gives; got {kind}")
+        raise TypeError(
+            f"model must be a causal language model of transformers, as from_pretrained() gives; got {kind}"
+        )
     ids, mask = _ids(input_ids)
     mask = mask if attention_mask is None else attention_mask
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
         shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ValueError(f"attention_mask must be a tensor of the shape of input_ids, {list(ids.shape)}; got {shape}")
+        raise ValueError(
+            f"attention_mask must be a tensor of the shape of input_ids, {list(ids.shape)}; got {shape}"
+        )
     if mask is not None:
         mask = mask.to(ids.device)
         if not bool(((mask == 0) | (mask == 1)).all()) or bool((mask[:, 1:] < mask[:, :-1]).any()):
-            raise ValueError("attention_mask must be 0 for padding, 1 for tokens, and padding must be on the left")
+            raise ValueError(
+                "attention_mask must be 0 for padding, 1 for tokens, and padding must be on the left"
+            )
         if not new_tokens and attention_mask is None and not bool(mask.all()):
             raise ValueError("texts with padding can't be scored: give texts of equal length")
     config = text_config(model.config)
     if ids.device.type != "meta" and (bool((ids < 0).any()) or bool((ids >= config.vocab_size).any())):
-        raise ValueError(f"input_ids must be in [0, {config.vocab_size}), the model's vocabulary: is this its tokenizer?")
+        raise ValueError(
+            f"input_ids must be in [0, {config.vocab_size}), the model's vocabulary: is this its tokenizer?"
+        )
     if next(model.parameters()).device.type == "meta":
-        raise ValueError("the model is on the meta device and has no weights: load it, or move it with model.to_empty()")
+        raise ValueError(
+            "the model is on the meta device and has no weights: load it, or move it with model.to_empty()"
+        )
     cache = DynamicCache(config=model.config) if cache is None else cache
     if not isinstance(cache, Cache):
         kind = cache.__name__ if isinstance(cache, type) else type(cache).__name__
-        raise TypeError(f"cache must be a SketchCache or another transformers cache, made with (...); got {kind}")
+        raise TypeError(
+            f"cache must be a SketchCache or another transformers cache, made with (...); got {kind}"
+        )
     if cache.get_seq_length() > 0:
         raise ValueError("the cache already holds a text: call cache.reset() or make a new one")
     length, positions = ids.shape[1] + max(new_tokens, 0), getattr(config, "max_position_embeddings", None)
@@ -187,7 +225,9 @@ def _filled(given, config):
     """Values of `given`, those at their defaults from a GenerationConfig."""
     if not isinstance(config, GenerationConfig):
         kind = type(config).__name__
-        raise TypeError(f"generation_config must be a transformers.GenerationConfig, got {kind}: use GenerationConfig(**...)")
+        raise TypeError(
+            f"generation_config must be a transformers.GenerationConfig, got {kind}: use GenerationConfig(**...)"
+        )
     defaults = dict(do_sample=False, temperature=1.0)
     return [
         value if value != defaults.get(name) or getattr(config, name, None) is None else getattr(config, name)
@@ -197,8 +237,14 @@ def _filled(given, config):
 
 def _sampler(temperature, top_k, top_p):
     """A function of (tokens so far, logits) -> next token, drawn from torch's global generator."""
-    if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be a positive number, got {temperature!r}: do_sample=False is greedy")
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, Real)
+        or not 0 < temperature < float("inf")
+    ):
+        raise ValueError(
+            f"temperature must be a positive number, got {temperature!r}: do_sample=False is greedy"
+        )
     top_p = top_p if top_p is None else share("top_p", top_p)
     top_k = top_k if top_k is None else whole("top_k", top_k, 0)  # 0: all, as in transformers
     warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1.0 else []
@@ -210,7 +256,9 @@ def _sampler(temperature, top_k, top_p):
 
 def _greedy(temperature, top_k, top_p):
     if temperature != 1.0 or top_p is not None or top_k is not None:
-        raise ValueError("temperature, top_k and top_p are of sampling: set do_sample=True, or leave them out")
+        raise ValueError(
+            "temperature, top_k and top_p are of sampling: set do_sample=True, or leave them out"
+        )
     return lambda tokens, logits: logits.argmax(-1, keepdim=True)
 
 
@@ -220,7 +268,10 @@ def _ends(eos_token_id, pad_token_id, vocabulary, device):
     if eos_token_id is None:
         return None, None
     several = isinstance(eos_token_id, (list, tuple, set)) or getattr(eos_token_id, "ndim", 0)
-    ends = [whole("eos_token_id", each, 0, vocabulary - 1) for each in (eos_token_id if several else [eos_token_id])]
+    ends = [
+        whole("eos_token_id", each, 0, vocabulary - 1)
+        for each in (eos_token_id if several else [eos_token_id])
+    ]
     if not ends:
         raise ValueError("eos_token_id is an empty list: give None if nothing ends a text")
     return torch.tensor(ends, device=device), ends[0] if pad is None else pad

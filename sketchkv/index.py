@@ -7,10 +7,13 @@ bounds of pages instead: Quest (Tang et al. 2024, arXiv 2406.10774). A score of 
 the question is known; this one decides after.
 """
 
+from functools import lru_cache
+
 import torch
 from torch.nn.functional import embedding_bag
 
-from sketchkv.quantize import TINY, Normal, matrix, rotation
+from sketchkv.ops import order
+from sketchkv.quantize import TINY, Normal, matrix, normal_levels, rotation
 
 LARGEST = torch.finfo(torch.float16).max
 GROWTH = 1024  # tokens for which memory is taken at a time
@@ -43,6 +46,8 @@ class KeyIndex:
         self.top, self.bits, self.pooling, self.block, self.num_sinks = top, bits, pooling, block, num_sinks
         self.growth = -(-GROWTH // block) * block
         self.shape, self.coded, self.seen = None, 0, 0
+
+    # Writing
 
     def add(self, keys, positions):
         """Takes in n new tokens.
@@ -77,10 +82,7 @@ class KeyIndex:
         self.pending = keys.new_zeros(batch, heads, self.block, head_dim)
         self.rotation = rotation(head_dim, device)
         self.coder, self.centres = (Normal(bits, device) for bits in (self.bits, CENTRE_BITS))
-        # The levels that each of the 256 bytes stands for, `[256, 8 / bits]`, in the order of `pack`.
-        shifts = torch.arange(0, 8, self.bits, device=device)
-        codes = torch.arange(256, device=device)[:, None] >> shifts & 2**self.bits - 1
-        self.levels = self.coder.levels[codes]
+        self.levels = levels_of_bytes(self.bits, device)
 
     def _grow(self, needed):
         blocks = max(0, -(-(needed - self.capacity) // self.growth))
@@ -120,6 +122,8 @@ class KeyIndex:
         factor = keys.square().sum(-1) / (keys * levels).sum(-1).clamp(min=TINY)
         factor = factor.clamp(max=LARGEST).half()
         return {"signature": codes, "factor": factor, "centre": centre[0], "centre_scale": centre[1]}
+
+    # Asking
 
     def scores(self, query):
         """Estimates of query times key, not scaled, exact in the open block: float32
@@ -194,14 +198,22 @@ class KeyIndex:
         return pooled.masked_fill_(outside, -torch.inf)
 
     def choose(self, query, scaling, start=0, end=None, resident=None):
-        """The `top` tokens of highest rank, highest first, -1 where there are fewer: int64
+        """The `top` tokens of highest rank, highest first, of equal ones the newer, -1 where there are fewer: int64
         `[batch, kv_heads, n, min(top, tokens)]`, numbers in the order of `add`. Parameters as in `rank`."""
-        ranks, tokens = self.rank(query, scaling, start, end, resident).topk(min(self.top, self.seen), -1)
-        return tokens.masked_fill_(ranks == -torch.inf, -1)
+        ranks = self.rank(query, scaling, start, end, resident)
+        number = torch.arange(self.seen, device=ranks.device)
+        tokens = order(ranks, number).topk(min(self.top, self.seen), -1).indices
+        return tokens.masked_fill_(ranks.gather(-1, tokens) == -torch.inf, -1)
+
+    # Upkeep
 
     def nbytes(self):
         """Bytes held, room for tokens to come and the keys of the open block included."""
         return sum(tensor.nbytes for tensor in self._tensors())
+
+    def shared(self):
+        """Tensors that all indexes of a device share."""
+        return [self.rotation, self.levels] if self.shape else []
 
     def reorder(self, index):
         """Row i becomes what row `index[i]` was, in place (beam search)."""
@@ -214,6 +226,13 @@ class KeyIndex:
 
     def _tensors(self):
         return [self.pending, *self.arrays.values()] if self.shape else []
+
+
+@lru_cache
+def levels_of_bytes(bits, device):
+    """The levels that each of the 256 bytes stands for, `[256, 8 / bits]`, in the order of `pack`."""
+    codes = torch.arange(256, device=device)[:, None] >> torch.arange(0, 8, bits, device=device) & 2**bits - 1
+    return normal_levels(bits).float().to(device)[codes]
 
 
 class BothSigns(KeyIndex):

@@ -70,7 +70,9 @@ class BoundedLayer(CacheLayerMixin):
         self.waiting = False  # whether `update` took tokens that no attention has come for yet
 
     selective = property(lambda self: self.attend_topk < self.max_cache_size)
-    capacity = property(lambda self: self.max_cache_size + self.evict_every, doc="Slots per sequence and KV head.")
+    capacity = property(
+        lambda self: self.max_cache_size + self.evict_every, doc="Slots per sequence and KV head."
+    )
 
     # The interface of a transformers cache layer
 
@@ -81,7 +83,11 @@ class BoundedLayer(CacheLayerMixin):
         with torch.inference_mode(False):  # tensors that may be written to inside of it and outside
             one = Slots((1, 1), 1, widths, self.codec(*like))
             needed = shape.numel() * self.capacity * one.nbytes(*one.arrays)
-            memory(needed, like[1], f"lower max_cache_size, evict_every or the batch ({self.capacity} slots per head and layer)")
+            memory(
+                needed,
+                like[1],
+                f"lower max_cache_size, evict_every or the batch ({self.capacity} slots per head and layer)",
+            )
             slots = Slots(shape, self.capacity, widths, self.codec(*like))
             self.nan = torch.zeros((), dtype=torch.bool, device=like[1])
             self.policy.allocate(slots)
@@ -136,7 +142,9 @@ class BoundedLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx):
         if self.slots is None:
             return
-        for tensor in self.slots.tensors() + self.policy.tensors() + (self.summary.tensors() if self.summary else []):
+        for tensor in (
+            self.slots.tensors() + self.policy.tensors() + (self.summary.tensors() if self.summary else [])
+        ):
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def crop(self, *_):

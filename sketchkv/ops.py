@@ -82,7 +82,11 @@ class Eager:
         slots, positions, end = layer.slots, layer.slots["positions"], tokens.end(layer)
         scores = layer.policy.score(slots, end)
         if not isinstance(scores, torch.Tensor) or scores.shape != positions.shape or scores.is_complex():
-            got = f"{scores.dtype} {list(scores.shape)}" if isinstance(scores, torch.Tensor) else type(scores).__name__
+            got = (
+                f"{scores.dtype} {list(scores.shape)}"
+                if isinstance(scores, torch.Tensor)
+                else type(scores).__name__
+            )
             raise ValueError(
                 f"{type(layer.policy).__name__}.score() must return one number per stored token, "
                 f"{list(positions.shape)}; got {got}"

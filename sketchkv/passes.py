@@ -26,7 +26,9 @@ class Tokens(NamedTuple):
     positions: Any  # int32 [batch, n], or [1, n] if all rows are alike; -1 for padding
     first: Any = 0  # position of each row's first real token, int32 [batch, 1, 1], or 0 for all
     padded: bool = False  # whether a row has padding, in this pass or before
-    clock: Any = None  # int32 [1], the one new token's position, in a step that is recorded to run at other positions
+    clock: Any = (
+        None  # int32 [1], the one new token's position, in a step that is recorded to run at other positions
+    )
 
     def part(self, block):
         """The tokens of a slice."""
@@ -41,7 +43,9 @@ class Tokens(NamedTuple):
 def _checked_mask(mask, batch, tokens):
     """`mask`, if it is one of `tokens` tokens, 0 or 1; values are looked at on a CPU only."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        given = f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        given = (
+            f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        )
         raise ValueError(
             f"SketchCache takes a 2-D attention_mask [batch, tokens so far] or none, got {given}: 4-D masks cannot say "
             "which evicted tokens they mean"
@@ -92,12 +96,20 @@ class Passes:
         self._enter(owner)
         if not self.owners:
             self.tokens = None
-            if not isinstance(inputs, torch.Tensor) or inputs.ndim != 2 + (inputs is not token_ids) or 0 in inputs.shape:
+            if (
+                not isinstance(inputs, torch.Tensor)
+                or inputs.ndim != 2 + (inputs is not token_ids)
+                or 0 in inputs.shape
+            ):
                 given = list(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
                 raise ValueError(
                     "with a SketchCache, input_ids must be a tensor [batch, tokens], or inputs_embeds "
                     f"[batch, tokens, width], with at least one new token; got {given}"
-                    + (f": the cache has seen {self.seen} tokens (cache.reset() forgets them)" if self.seen else "")
+                    + (
+                        f": the cache has seen {self.seen} tokens (cache.reset() forgets them)"
+                        if self.seen
+                        else ""
+                    )
                 )
             self.tokens = self._tokens(inputs, token_ids, attention_mask, position_ids)
         self.owners.append((id(owner), self.seen))
@@ -118,7 +130,9 @@ class Passes:
 
     def _enter(self, owner):
         start = self.seen
-        if any(layer.seen != start or layer.waiting for layer in self.layers) or any(s != start for _, s in self.owners):
+        if any(layer.seen != start or layer.waiting for layer in self.layers) or any(
+            s != start for _, s in self.owners
+        ):
             raise RuntimeError(BROKEN)
         if id(owner) in [name for name, _ in self.owners]:
             self.owners = []  # the pass before broke off, but no layer had taken anything: nothing is lost
@@ -179,13 +193,17 @@ class Passes:
 
     def _check_length(self, end, count, position_ids):
         if end > MOST_TOKENS:
-            raise ValueError(f"a text may have {MOST_TOKENS} tokens at most, since positions are int32; this one has {end}")
+            raise ValueError(
+                f"a text may have {MOST_TOKENS} tokens at most, since positions are int32; this one has {end}"
+            )
         if self.max_positions is None:
             return
         if self.positions_end and position_ids is not None and position_ids.device.type == "cpu":
             low, high = position_ids.aminmax()
             if low < 0 or (high >= self.max_positions and end <= self.max_positions):
-                raise ValueError(f"position_ids must be in [0, {self.max_positions}), the model's positions; got {low} to {high}")
+                raise ValueError(
+                    f"position_ids must be in [0, {self.max_positions}), the model's positions; got {low} to {high}"
+                )
         if end <= self.max_positions:
             return
         # Left padding makes positions smaller than the number of tokens; looking at them is dear, so only here.
@@ -196,7 +214,10 @@ class Passes:
                 f"{self.max_positions - 1}): shorten the text or use a model with rotary positions"
             )
         if last - count < self.max_positions <= last:  # once in a text
-            warnings.warn(f"position {last} lies beyond the {self.max_positions} that the model was made for", stacklevel=2)
+            warnings.warn(
+                f"position {last} lies beyond the {self.max_positions} that the model was made for",
+                stacklevel=2,
+            )
 
     def check(self):
         """Raises ValueError if a mask hid stored tokens."""

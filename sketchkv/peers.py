@@ -27,13 +27,17 @@ class LRU(Policy):
 
     def observe(self, slots, attention):
         count, used = attention.shape[2:]
-        visible = torch.arange(used - count + 1, used + 1, device=attention.device)  # what each query could look at
+        visible = torch.arange(
+            used - count + 1, used + 1, device=attention.device
+        )  # what each query could look at
         query = slots["positions"][..., -count:].unsqueeze(-1)
         latest = (query * (attention * visible[:, None] > 1)).amax(2)
         slots["last_used"].copy_(torch.maximum(slots["last_used"], latest))
 
     def score(self, slots, seen):
-        return (slots["last_used"] - seen).float()  # ages: whole numbers of float32 end at 2^24, texts need not
+        return (
+            slots["last_used"] - seen
+        ).float()  # ages: whole numbers of float32 end at 2^24, texts need not
 
 
 class TOVA(Policy):
@@ -72,7 +76,9 @@ class SnapKV(AttentionMass):
 
     def observe(self, slots, attention):
         count = attention.shape[2]
-        before = slots.capacity - self.observation_window - (slots.used - count)  # queries too early to be listened to
+        before = (
+            slots.capacity - self.observation_window - (slots.used - count)
+        )  # queries too early to be listened to
         super().observe(slots, attention[:, :, min(max(before, 0), count) :])
 
     def score(self, slots, seen):

@@ -16,7 +16,9 @@ class Policy:
     """Base of all policies."""
 
     uses_attention = False  # whether `observe` wants attention: without, a layer need not compute it
-    recordable = True  # whether the same operations on the device serve every eviction, with nothing that Python draws
+    recordable = (
+        True  # whether the same operations on the device serve every eviction, with nothing that Python draws
+    )
     layer = 0  # index of the layer it serves, set by the cache
 
     def allocate(self, slots):
@@ -109,7 +111,9 @@ class AttentionMass(Policy):
             mass.mul_(self.decay**count).add_(weights @ attention)
 
     def score(self, slots, seen):
-        score = slots["mass"] / exposure(seen - slots["positions"], self.decay) if self.mean else slots["mass"]
+        score = (
+            slots["mass"] / exposure(seen - slots["positions"], self.decay) if self.mean else slots["mass"]
+        )
         return score * slots["values"].float().norm(dim=-1) if self.value_norm else score
 
 
@@ -151,7 +155,9 @@ class Sketch(AttentionMass):
     def allocate(self, slots):
         super().allocate(slots)
         slots.add("signature", torch.int32)
-        self.code = SimHash(slots.widths[0], self.lsh_bits, self.seed, slots.device) if self.key == "lsh" else None
+        self.code = (
+            SimHash(slots.widths[0], self.lsh_bits, self.seed, slots.device) if self.key == "lsh" else None
+        )
         self.sketches = [self.make_sketch(slots) for _ in range(1 + self.mean)]
 
     def make_sketch(self, slots):
@@ -165,7 +171,9 @@ class Sketch(AttentionMass):
     def enter(self, slots, new, token_ids):
         if self.key == "token":
             if token_ids is None:
-                raise ValueError('key="token" needs input_ids, the model was called with embeddings: use key="lsh"')
+                raise ValueError(
+                    'key="token" needs input_ids, the model was called with embeddings: use key="lsh"'
+                )
             slots.arrays["signature"][:, :, new] = token_ids[:, None].to(torch.int32)
 
     def signatures(self, slots):
@@ -173,7 +181,11 @@ class Sketch(AttentionMass):
         eviction are named now, in one operation, not as they enter."""
         fresh = slice(slots.kept, slots.used)
         if self.key != "token":
-            named = self.code(slots.read("keys", fresh)) if self.code else slots.positions[:, :, fresh].clamp(min=0)
+            named = (
+                self.code(slots.read("keys", fresh))
+                if self.code
+                else slots.positions[:, :, fresh].clamp(min=0)
+            )
             slots.arrays["signature"][:, :, fresh] = named
         return slots["signature"]
 

@@ -6,8 +6,8 @@ import numbers
 import torch
 
 from sketchkv.checks import device as checked_device
-from sketchkv.checks import seed as checked_seed
 from sketchkv.checks import memory, rows, share, whole
+from sketchkv.checks import seed as checked_seed
 
 PRIME = 2**31 - 1  # a * x + b stays below 2**62, so int64 arithmetic is exact
 # Items counted at a time on a CPU: few enough that what one operation leaves is in the core's cache for the next.
@@ -69,7 +69,11 @@ class CarterWegmanHash:
     def by_row(self, items):
         """The same of items that differ from row to row: int64 `[..., depth, n]` in [0, p], not checked."""
         hashed = _modulo_prime(torch.addcmul(self.b[:, None], self.a[:, None], items))
-        return hashed.remainder_(self.width) if self.width & self.width - 1 else hashed.bitwise_and_(self.width - 1)
+        return (
+            hashed.remainder_(self.width)
+            if self.width & self.width - 1
+            else hashed.bitwise_and_(self.width - 1)
+        )
 
     @property
     def nbytes(self):
@@ -121,7 +125,9 @@ class CountMinSketch:
         device = checked_device(device)
         self.hash = self.make_hash(width, depth, seed, device)
         if not isinstance(batch_shape, (tuple, list, torch.Size)):
-            raise ValueError(f"batch_shape must be a tuple such as (batch, num_kv_heads), got {batch_shape!r}")
+            raise ValueError(
+                f"batch_shape must be a tuple such as (batch, num_kv_heads), got {batch_shape!r}"
+            )
         shape = [whole("every dimension of batch_shape", size, 1) for size in batch_shape]
         self.table = self.make_table((*shape, self.hash.depth, whole("width", width, 1)), dtype, device)
 
@@ -133,7 +139,9 @@ class CountMinSketch:
         """Counters `[*batch_shape, depth, width]`, all zero."""
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         if not floating and dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"counters must be a float type, int32 or int64, such as torch.float32; got {dtype!r}")
+            raise TypeError(
+                f"counters must be a float type, int32 or int64, such as torch.float32; got {dtype!r}"
+            )
         memory(math.prod(shape) * dtype.itemsize, device, "lower width, depth or batch_shape")
         return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -145,7 +153,9 @@ class CountMinSketch:
     def total(self):
         """Total weight, `[*batch_shape]`: every row sums to it."""
         row = self.table[..., 0, :]
-        return row.sum(-1, dtype=torch.promote_types(row.dtype, torch.float32) if row.is_floating_point() else None)
+        return row.sum(
+            -1, dtype=torch.promote_types(row.dtype, torch.float32) if row.is_floating_point() else None
+        )
 
     def tensors(self):
         """The counters, the batch first."""
@@ -161,10 +171,14 @@ class CountMinSketch:
         counters (looked at on a CPU only, since on CUDA looking would stall the device), TypeError for float items, or
         float weights of integer counters.
         """
-        if not isinstance(weights, torch.Tensor):  # filled on the device: copying a number there would stall it
+        if not isinstance(
+            weights, torch.Tensor
+        ):  # filled on the device: copying a number there would stall it
             number = 1 if weights is None else weights
             if not isinstance(number, numbers.Real):
-                raise TypeError(f"weights must be a tensor or one number, got {number!r}: use torch.tensor(weights)")
+                raise TypeError(
+                    f"weights must be a tensor or one number, got {number!r}: use torch.tensor(weights)"
+                )
             large = isinstance(number, float) or abs(number) >= 2**63
             one = torch.as_tensor([number], dtype=torch.float64 if large else None)
             self._check_weights(one)
@@ -174,11 +188,13 @@ class CountMinSketch:
         else:
             self._check_weights(weights)
         weights, start = weights.detach(), 0
-        for indices, count in self._chunks(items, indices):
-            part = _expand(weights, (*self.batch_shape, count), "weights")[..., start : start + indices.shape[-1]]
+        for chunk, count in self._chunks(items, indices):
+            part = _expand(weights, (*self.batch_shape, count), "weights")[
+                ..., start : start + chunk.shape[-1]
+            ]
             self._check_room(part)
-            self.add(indices, part)
-            start += indices.shape[-1]
+            self.add(chunk, part)
+            start += chunk.shape[-1]
 
     def query(self, items=None, *, indices=None):
         """Estimated weights of `items`, `[*batch_shape, n]` in the counters' dtype; parameters as of `update`."""
@@ -193,7 +209,9 @@ class CountMinSketch:
         Raises ValueError unless 1 <= k <= n.
         """
         if not isinstance(candidates, torch.Tensor) or not candidates.dim():
-            raise TypeError(f"candidates must be a tensor of ids [..., n], got {candidates!r}: use torch.tensor([...])")
+            raise TypeError(
+                f"candidates must be a tensor of ids [..., n], got {candidates!r}: use torch.tensor([...])"
+            )
         k = whole("k, the number of candidates asked for,", k, 1, candidates.shape[-1])
         estimates = self.query(None if indices is not None else candidates, indices=indices)
         estimates, order = estimates.sort(dim=-1, descending=True, stable=True)
@@ -225,7 +243,9 @@ class CountMinSketch:
             if mine != theirs:
                 raise ValueError(f"only sketches of the same {name} can be merged, got {mine} and {theirs}")
         if self.table.dtype != other.table.dtype:
-            raise TypeError(f"only sketches of one dtype can be merged, got {self.table.dtype} and {other.table.dtype}")
+            raise TypeError(
+                f"only sketches of one dtype can be merged, got {self.table.dtype} and {other.table.dtype}"
+            )
         self.table.add_(other.table)
 
     def reorder(self, index):
@@ -252,7 +272,12 @@ class CountMinSketch:
 
     def _chunks(self, items, indices):
         """Table indices of n items, and n: at once, or on a CPU `CHUNK` of many items at a time."""
-        many = isinstance(items, torch.Tensor) and items.dim() > 0 and items.shape[-1] > CHUNK and not items.is_cuda
+        many = (
+            isinstance(items, torch.Tensor)
+            and items.dim() > 0
+            and items.shape[-1] > CHUNK
+            and not items.is_cuda
+        )
         if not (many and self.divisible) or indices is not None:
             indices = self._indices(items, indices)
             yield indices, indices.shape[-1]
@@ -278,7 +303,9 @@ class CountMinSketch:
 
     def _check_weights(self, weights):
         if weights.is_floating_point() and not self.number.is_floating_point:
-            raise TypeError(f"{self.table.dtype} counters can't take {weights.dtype} weights: use a float dtype")
+            raise TypeError(
+                f"{self.table.dtype} counters can't take {weights.dtype} weights: use a float dtype"
+            )
         if weights.device.type != "cpu" or not weights.numel():
             return
         low, high = weights.aminmax()  # NaN, if there is one
@@ -297,7 +324,9 @@ class CountMinSketch:
             largest = torch.iinfo(self.number).max
         held = max(float(self.table.max()), -float(self.table.min()))
         if held + float(weights.double().abs().sum(-1).max()) > largest:
-            raise ValueError(f"these weights would overflow {self.number} counters: use torch.float64 or torch.int64")
+            raise ValueError(
+                f"these weights would overflow {self.number} counters: use torch.float64 or torch.int64"
+            )
 
 
 def _expand(tensor, shape, name):

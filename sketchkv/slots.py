@@ -151,7 +151,9 @@ class Slots:
             coded |= self.codec.encode(name, vectors)
         for name, new in coded.items():
             array = self.arrays[name]
-            array.scatter_(2, index[..., None].expand_as(new) if array.ndim == 4 else index, new.to(array.dtype))
+            array.scatter_(
+                2, index[..., None].expand_as(new) if array.ndim == 4 else index, new.to(array.dtype)
+            )
 
     def widened(self, capacity):
         """A copy with `capacity` slots, for as long as a prompt passes; `adopt` takes back what it holds then."""
@@ -187,4 +189,6 @@ class Slots:
 
 def gather(array, index):
     """What is at `index` (`[batch, num_kv_heads, n]`) in `array` (`[batch, num_kv_heads, slots, ...]`)."""
-    return array.gather(2, index[..., None].expand(*index.shape, array.shape[-1]) if array.ndim == 4 else index)
+    return array.gather(
+        2, index[..., None].expand(*index.shape, array.shape[-1]) if array.ndim == 4 else index
+    )

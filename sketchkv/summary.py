@@ -64,7 +64,9 @@ class Summary:
         step = (member @ keys - added * self.keys) / total
         if self.spread:
             within = member @ (keys - self.keys.gather(2, index[..., None].expand_as(keys))).square()
-            self.variance.copy_((((total - added) * self.variance + within) / total - step.square()).clamp(min=0))
+            self.variance.copy_(
+                (((total - added) * self.variance + within) / total - step.square()).clamp(min=0)
+            )
         self.keys += step
         self.values += (member @ values - added * self.values) / total
 
@@ -72,7 +74,11 @@ class Summary:
         """Logits of queries `[batch * num_kv_heads, m, width]`: float32 `[batch * num_kv_heads, m, count]`."""
         query = query.float() * scaling
         logits = query @ self.keys.flatten(0, 1).transpose(1, 2) + self.counts.log().flatten(0, 1)[:, None]
-        return logits + query.square() @ self.variance.flatten(0, 1).transpose(1, 2) / 2 if self.spread else logits
+        return (
+            logits + query.square() @ self.variance.flatten(0, 1).transpose(1, 2) / 2
+            if self.spread
+            else logits
+        )
 
     def output(self, attention):
         """What attention `[batch * num_kv_heads, m, count]` takes from the summary: float32 `[..., m, width of values]`."""

@@ -77,7 +77,7 @@ def documents(dataset, tokenizer, split="test", count=None, length=1024):
                 break
         if len(rows) == count:
             break
-    for topic, pages in short.items():
+    for pages in short.values():
         joined, parts = [], []
         for name, ids in pages:
             joined, parts = joined + ids, [*parts, name]

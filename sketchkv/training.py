@@ -43,9 +43,7 @@ def train_tokenizer(texts, vocab_size=4096):
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=BOS
-    )  # fmt: skip
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=BOS)
 
 
 def build_model(arch, layers, heads, positions, vocab_size):
@@ -55,24 +53,37 @@ def build_model(arch, layers, heads, positions, vocab_size):
     if arch == "gpt2":
         model = GPT2LMHeadModel(
             GPT2Config(
-                n_positions=positions, n_embd=width, n_layer=layers, n_head=heads,
+                n_positions=positions,
+                n_embd=width,
+                n_layer=layers,
+                n_head=heads,
                 activation_function="gelu_pytorch_tanh",  # GPT-2's own in one operation instead of eight
-                resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **common,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
+                **common,
             )
-        )  # fmt: skip
+        )
         # Sinusoids (Vaswani et al. 2017) to begin with: heads find the previous token, and from it induction, after far
         # fewer tokens than with random position embeddings.
         angles = torch.arange(positions)[:, None] * 10000 ** (-torch.arange(0, width, 2) / width)
         with torch.no_grad():
-            model.transformer.wpe.weight.copy_(0.05 * torch.stack([angles.sin(), angles.cos()], -1).flatten(1))
+            model.transformer.wpe.weight.copy_(
+                0.05 * torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
+            )
         return model
     return LlamaForCausalLM(
         LlamaConfig(
-            max_position_embeddings=positions, hidden_size=width, num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=max(1, heads // 2), intermediate_size=width * 8 // 3,
-            tie_word_embeddings=True, **common,
+            max_position_embeddings=positions,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=max(1, heads // 2),
+            intermediate_size=width * 8 // 3,
+            tie_word_embeddings=True,
+            **common,
         )
-    )  # fmt: skip
+    )
 
 
 def windows(stream, length, rng):
@@ -121,7 +132,9 @@ def train(args):
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=False)
         if state["recipe"] != recipe:
-            raise SystemExit(f"{checkpoint} belongs to another recipe ({state['recipe']}): remove it or name another --work")
+            raise SystemExit(
+                f"{checkpoint} belongs to another recipe ({state['recipe']}): remove it or name another --work"
+            )
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
@@ -168,9 +181,21 @@ def train(args):
             save_checkpoint(step)
             last_save = time.monotonic()
     progress.close()
-    export(model, out, log, {"arch": args.arch, "tokens": step * batch_tokens, "corpus_tokens": len(stream),
-                             "batch_tokens": batch_tokens, "lr": args.lr, "seed": args.seed, "minutes": round((time.monotonic() - started) / 60, 1),
-                             "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU"})  # fmt: skip
+    export(
+        model,
+        out,
+        log,
+        {
+            "arch": args.arch,
+            "tokens": step * batch_tokens,
+            "corpus_tokens": len(stream),
+            "batch_tokens": batch_tokens,
+            "lr": args.lr,
+            "seed": args.seed,
+            "minutes": round((time.monotonic() - started) / 60, 1),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        },
+    )
     checkpoint.unlink(missing_ok=True)  # the next run trains again
 
 
@@ -188,14 +213,20 @@ def export(model, out, log, facts):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     recipe = RECIPES["cuda" if torch.cuda.is_available() else "cpu"]
     parser.add_argument("--arch", choices=["gpt2", "llama"], default="gpt2")
     parser.add_argument("--layers", type=int, default=recipe["layers"])
     parser.add_argument("--heads", type=int, default=recipe["heads"])
     parser.add_argument("--positions", type=int, default=2048, help="longest context")
-    parser.add_argument("--tokens", type=int, default=recipe["tokens"], help="token budget; 0: one pass over the corpus")
-    parser.add_argument("--minutes", type=float, default=0, help="end after this time if the tokens take longer; 0: never")
+    parser.add_argument(
+        "--tokens", type=int, default=recipe["tokens"], help="token budget; 0: one pass over the corpus"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="end after this time if the tokens take longer; 0: never"
+    )
     parser.add_argument("--batch", type=int, default=recipe["batch"], help="windows of 1024 tokens per step")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -7,9 +7,15 @@ import pytest
 import torch
 import transformers
 from transformers import (
-    GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
     Qwen3ForCausalLM,
-)  # fmt: skip
+)
 
 import sketchkv
 from sketchkv.layer import Form
@@ -41,9 +47,14 @@ def build(architecture, positions=512):
     torch.manual_seed(0)
     common = dict(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     grouped = common | dict(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, max_position_embeddings=positions,
-    )  # fmt: skip
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=positions,
+    )
     if architecture == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(n_positions=positions, n_embd=64, n_layer=2, n_head=4, **common))
     elif architecture == "llama":
@@ -90,4 +101,6 @@ def attended(layer, query, keys, values):
     positions = torch.arange(keys.shape[2], dtype=torch.int32)[None]
     output = layer.attend(query, keys, values, Tokens(None, positions), Form(0.5))
     keys, values = (x.expand(-1, query.shape[1], -1, -1) for x in (keys, values))
-    return output, torch.nn.functional.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=0.5)
+    return output, torch.nn.functional.scaled_dot_product_attention(
+        query, keys, values, is_causal=True, scale=0.5
+    )

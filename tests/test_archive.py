@@ -32,18 +32,56 @@ def test_a_missing_or_unlisted_file_is_an_error(copied):
 
 # Name of the raw table, its column of differences, and which rows: the mean of a claim is theirs.
 RAW = [
-    ("precision that falls with age", "6.25% of the bytes", "precision", "over", {"setting": "age", "budget": 1 / 16}),
-    ("decay and window that each head sets", "128 slots", "self_tuned", "over_fixed",
-     {"method": "self_tuned", "max_cache_size": 128}),
-    ("heads that compete for a layer's slots", "64 slots", "budget_split", "over_uniform",
-     {"split": "ada_kv", "max_cache_size": 64}),
-    ("a summary that fades", "bytes of 64 slots", "summaries", "over_one", {"kind": "decay", "model": "gpt2", "budget": 64}),
-    ("a sketched prior of the token beside exact scores", "long stream", "sketches_regimes", "loss",
-     {"method": "exact with a sketched prior", "group": "long stream"}),
-    ("a sketch keyed by bigrams", "equal slots", "sketches_keys", "loss", {"method": "bigram", "group": "equal slots"}),
-    ("one sketch of key directions for all layers", "equal bytes", "sketches_shapes", "loss",
-     {"method": "64x2, one for all layers", "group": "equal bytes"}),
-]  # fmt: skip
+    (
+        "precision that falls with age",
+        "6.25% of the bytes",
+        "precision",
+        "over",
+        {"setting": "age", "budget": 1 / 16},
+    ),
+    (
+        "decay and window that each head sets",
+        "128 slots",
+        "self_tuned",
+        "over_fixed",
+        {"method": "self_tuned", "max_cache_size": 128},
+    ),
+    (
+        "heads that compete for a layer's slots",
+        "64 slots",
+        "budget_split",
+        "over_uniform",
+        {"split": "ada_kv", "max_cache_size": 64},
+    ),
+    (
+        "a summary that fades",
+        "bytes of 64 slots",
+        "summaries",
+        "over_one",
+        {"kind": "decay", "model": "gpt2", "budget": 64},
+    ),
+    (
+        "a sketched prior of the token beside exact scores",
+        "long stream",
+        "sketches_regimes",
+        "loss",
+        {"method": "exact with a sketched prior", "group": "long stream"},
+    ),
+    (
+        "a sketch keyed by bigrams",
+        "equal slots",
+        "sketches_keys",
+        "loss",
+        {"method": "bigram", "group": "equal slots"},
+    ),
+    (
+        "one sketch of key directions for all layers",
+        "equal bytes",
+        "sketches_shapes",
+        "loss",
+        {"method": "64x2, one for all layers", "group": "equal bytes"},
+    ),
+]
 
 
 @pytest.mark.parametrize("what, where, name, column, at", RAW)
@@ -57,7 +95,9 @@ def test_a_claim_is_the_mean_of_its_documents(what, where, name, column, at):
     own = raw[(raw[list(at)] == pd.Series(at)).all(axis=1)]
     assert found.n == len(own) and found.effect == pytest.approx(own[column].mean(), abs=1e-12)
     assert found.low < found.effect < found.high
-    assert found.verdict == ("better than" if found.high < 0 else "worse than" if found.low > 0 else "not distinguishable from")
+    assert found.verdict == (
+        "better than" if found.high < 0 else "worse than" if found.low > 0 else "not distinguishable from"
+    )
 
 
 def test_the_report_tells_of_the_archive():
@@ -66,4 +106,6 @@ def test_the_report_tells_of_the_archive():
     listed = archive.manifest()["files"]
     assert told.commit.tolist() == [listed[name]["commit"] for name in told.file]
     drawn = {path.stem for path in (results.ROOT / "figures").glob("*.json")}
-    assert drawn.isdisjoint({"self_tuned", "self_tuned_heads", "budget_heads", "precision_falling", "speed_scaling"})
+    assert drawn.isdisjoint(
+        {"self_tuned", "self_tuned_heads", "budget_heads", "precision_falling", "speed_scaling"}
+    )

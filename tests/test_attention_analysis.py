@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from sketchkv import AttentionMass, Random, SketchCache, Window
 from sketchkv.oracle import decode_and_watch
 from sketchkv.study import attention_analysis as analysis
-from sketchkv.study.model_card import sink_mass
 from sketchkv.study.attention_analysis import CLASSES
+from sketchkv.study.model_card import sink_mass
 
 CAP, EVERY = 24, 8
 
@@ -57,7 +57,9 @@ def test_mass_curves_of_uniform_attention_are_the_diagonal():
 @given(st.integers(0, 10**6), st.floats(0.1, 6))
 @settings(max_examples=25, deadline=None)
 def test_knowing_more_never_holds_less(seed, sharp):
-    each, hindsight, foresight = analysis.mass_curves(random_maps(64, seed, sharp), [0.05, 0.2, 0.5, 1.0]).values()
+    each, hindsight, foresight = analysis.mass_curves(
+        random_maps(64, seed, sharp), [0.05, 0.2, 0.5, 1.0]
+    ).values()
     assert (each >= hindsight - 1e-5).all() and (hindsight >= foresight - 1e-5).all()
     torch.testing.assert_close(each[..., -1], torch.ones(2, 3))
 
@@ -113,10 +115,26 @@ class Words:
 
 def test_token_classes():
     expected = {
-        "\n    ": "line break", "):\n": "line break", "   ": "blank", "42": "number", " 3.14": "number", "10_000": "number",
-        " name": "word", "ame": "piece", "_x1": "piece", '",': "quote", "'''": "quote", " (": "bracket", "]:": "bracket",
-        "_": "punctuation", " +=": "punctuation", ".": "punctuation", " return": "keyword", "é": "piece", "\ufffd": "other",
-    }  # fmt: skip
+        "\n    ": "line break",
+        "):\n": "line break",
+        "   ": "blank",
+        "42": "number",
+        " 3.14": "number",
+        "10_000": "number",
+        " name": "word",
+        "ame": "piece",
+        "_x1": "piece",
+        '",': "quote",
+        "'''": "quote",
+        " (": "bracket",
+        "]:": "bracket",
+        "_": "punctuation",
+        " +=": "punctuation",
+        ".": "punctuation",
+        " return": "keyword",
+        "é": "piece",
+        "\ufffd": "other",
+    }
     found = analysis.token_classes(Words(*expected), keyword.kwlist)
     assert [CLASSES[index] for index in found] == ["special", *expected.values()]
     prose = analysis.token_classes(Words(" in"))
@@ -147,7 +165,10 @@ def test_class_shares_leave_out_sinks_and_the_recent_window():
 
 def test_maps_are_attention(model, ids):
     maps = analysis.attention_maps(model, ids)
-    assert maps.shape[:2] == (model.config.num_hidden_layers, len(ids)) and model.config._attn_implementation == "sketchkv"
+    assert (
+        maps.shape[:2] == (model.config.num_hidden_layers, len(ids))
+        and model.config._attn_implementation == "sketchkv"
+    )
     torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]))
     assert maps.triu(1).abs().max() == 0
 
@@ -157,16 +178,22 @@ def test_compare_is_the_masked_full_attention(model, ids):
     the tokens still held, which an independent run writes down token by token."""
     maps = analysis.attention_maps(model, ids)
     found = analysis.compare(model, ids, maps, AttentionMass(), CAP, EVERY, num_sinks=2, recent_window=4)
-    cache = SketchCache(model.config, CAP, policy=AttentionMass(), evict_every=EVERY, num_sinks=2, recent_window=4)
+    cache = SketchCache(
+        model.config, CAP, policy=AttentionMass(), evict_every=EVERY, num_sinks=2, recent_window=4
+    )
     logits, visible = decode_and_watch(model, ids, cache)
-    retained = torch.stack([(maps[i] * seen).sum(-1)[:, :, CAP + EVERY :].mean((1, 2)) for i, seen in enumerate(visible)])
+    retained = torch.stack(
+        [(maps[i] * seen).sum(-1)[:, :, CAP + EVERY :].mean((1, 2)) for i, seen in enumerate(visible)]
+    )
     torch.testing.assert_close(found["retained"], retained, atol=1e-5, rtol=0)
 
     first = maps[0] * visible[0]
     kept = first.sum(-1)
     log_kept = -kept.log()
     cosine = first.norm(dim=-1) / maps[0].norm(dim=-1)
-    if maps.shape[2] == model.config.num_attention_heads:  # a mean over a group of heads is not renormalised as a whole
+    if (
+        maps.shape[2] == model.config.num_attention_heads
+    ):  # a mean over a group of heads is not renormalised as a whole
         late = slice(CAP + EVERY, None)
         torch.testing.assert_close(found["kl"][0], log_kept[:, :, late].mean((1, 2)), atol=1e-4, rtol=0)
         torch.testing.assert_close(found["cosine"][0], cosine[:, :, late].mean((1, 2)), atol=1e-4, rtol=0)
@@ -185,7 +212,12 @@ def test_no_policy_exceeds_the_bound(gpt2, tokens):
     oracle = [analysis.Oracle(layer) for layer in analysis.future_mass(maps, CAP, EVERY)]
     held = {
         name: analysis.compare(gpt2, ids, maps, policy, CAP, **protection)["retained"]
-        for name, policy in {"random": Random(), "window": Window(), "exact": AttentionMass(), "oracle": oracle}.items()
+        for name, policy in {
+            "random": Random(),
+            "window": Window(),
+            "exact": AttentionMass(),
+            "oracle": oracle,
+        }.items()
     }
     assert all((retained <= best + 1e-5).all() for retained in held.values())
     assert all((held["oracle"] > held[name]).all() for name in ("random", "window", "exact"))
@@ -201,7 +233,9 @@ def test_bound_without_pressure_is_everything():
 def test_future_mass():
     maps = random_maps(40, 1)
     future = analysis.future_mass(maps, 16, 8)
-    torch.testing.assert_close(future, torch.stack([maps[..., start:, :].sum(-2) for start in (24, 32, 40)], -2))
+    torch.testing.assert_close(
+        future, torch.stack([maps[..., start:, :].sum(-2) for start in (24, 32, 40)], -2)
+    )
 
 
 def test_too_short_a_text_is_refused(gpt2, ids):

@@ -19,7 +19,10 @@ def config(gpt2):
 
 
 def test_points_fill_their_bytes_and_all_else_is_named(config):
-    names, budgets = ("streaming", "sketch", "decayed_summary", "decayed_int4", "h2o_half"), (1 / 2, 1 / 4, 1 / 16)
+    names, budgets = (
+        ("streaming", "sketch", "decayed_summary", "decayed_int4", "h2o_half"),
+        (1 / 2, 1 / 4, 1 / 16),
+    )
     points, left_out = baselines.equal_bytes(config, budgets, 1024, torch.float32, names)
     full = full_nbytes(config, 1024)
     for name, budget, method in points:
@@ -52,16 +55,24 @@ def test_a_point_asked_for_twice_is_scored_once(config):
             return [
                 [{"nll": i + 1.0, "nll_full": 1.0, "nll_late": i, "nll_late_full": 0, "bytes_total": 100}]
                 for i, _ in enumerate(points)
-            ]  # fmt: skip
+            ]
 
     a, b, c = baselines.equal_slots(("lru", "h2o", "tova"), 64)
-    tables = baselines.compute(Run(), {"one": ([a, b], 0), "two": ([b, c], 0), "three": ([b], 32)}, config, 256, seed=1)
+    tables = baselines.compute(
+        Run(), {"one": ([a, b], 0), "two": ([b, c], 0), "three": ([b], 32)}, config, 256, seed=1
+    )
     assert len(calls) == 4 and all(point["length"] == 256 and point["seed"] == 1 for point in calls)
-    assert {name: frame.loss.tolist() for name, frame in tables.items()} == {"one": [0, 1], "two": [1, 2], "three": [3]}
+    assert {name: frame.loss.tolist() for name, frame in tables.items()} == {
+        "one": [0, 1],
+        "two": [1, 2],
+        "three": [3],
+    }
     assert tables["two"].method.tolist() == ["h2o", "tova"] and calls[3]["prompt"] == 32
 
 
-@pytest.mark.parametrize("method", [{"method": "kivi", "bits": 2}, {"method": "snapkv", "bits": 16, "max_cache_size": 40}])
+@pytest.mark.parametrize(
+    "method", [{"method": "kivi", "bits": 2}, {"method": "snapkv", "bits": 16, "max_cache_size": 40}]
+)
 def test_bytes_said_are_bytes_held(gpt2, ids, method):
     cache = make_cache(gpt2.config, length=100, **method)
     score(gpt2, ids[:1], cache)
@@ -80,22 +91,34 @@ def test_the_front_is_what_no_other_point_beats(points):
 
 def test_verdicts_follow_the_interval():
     losses = {
-        "better": np.linspace(0.010, 0.012, 8), "worse": np.linspace(0.03, 0.05, 8), "unclear": np.linspace(-0.06, 0.1, 8),
+        "better": np.linspace(0.010, 0.012, 8),
+        "worse": np.linspace(0.03, 0.05, 8),
+        "unclear": np.linspace(-0.06, 0.1, 8),
         "large": np.zeros(8),
-    }  # fmt: skip
+    }
     frame = pd.concat(
-        pd.DataFrame({
-            "method": name, "budget": np.nan if name == "large" else 0.25, "share": 0.5 if name == "large" else 0.24,
-            "loss": loss, "loss_late": 2 * loss, "document": range(8),
-        })
+        pd.DataFrame(
+            {
+                "method": name,
+                "budget": np.nan if name == "large" else 0.25,
+                "share": 0.5 if name == "large" else 0.24,
+                "loss": loss,
+                "loss_late": 2 * loss,
+                "document": range(8),
+            }
+        )
         for name, loss in losses.items()
-    )  # fmt: skip
+    )
     half = frame[frame.method == "worse"].assign(budget=0.5, loss=0.0)
     verdicts = baselines.hypothesis(pd.concat([frame, half]))
-    assert verdicts.increase.is_monotonic_increasing and set(verdicts.columns) == set(baselines.HYPOTHESIS_COLUMNS)
+    assert verdicts.increase.is_monotonic_increasing and set(verdicts.columns) == set(
+        baselines.HYPOTHESIS_COLUMNS
+    )
     verdicts = verdicts.set_index(["method", "budget"])
     expected = {"better": "holds", "worse": "fails", "unclear": "open", "large": "holds"}
-    assert {name: verdict for (name, budget), verdict in verdicts.verdict.items() if budget != 0.5} == expected
+    assert {
+        name: verdict for (name, budget), verdict in verdicts.verdict.items() if budget != 0.5
+    } == expected
     assert verdicts.verdict["worse", 0.5] == "holds" and verdicts.verdict_late["better", 0.25] == "fails"
     assert verdicts.increase["worse", 0.25] == pytest.approx(np.exp(0.04) - 1)
     gain = baselines.compare(frame, "better", "worse")

@@ -8,7 +8,20 @@ from conftest import build
 from transformers import DynamicCache
 
 import sketchkv
-from sketchkv import H2O, LRU, TOVA, AttentionMass, KeyNorm, Random, Sketch, SketchCache, SnapKV, Window, generate, score
+from sketchkv import (
+    H2O,
+    LRU,
+    TOVA,
+    AttentionMass,
+    KeyNorm,
+    Random,
+    Sketch,
+    SketchCache,
+    SnapKV,
+    Window,
+    generate,
+    score,
+)
 from sketchkv.oracle import decode_and_watch, full_cache_logits
 
 POLICIES = {
@@ -44,7 +57,9 @@ def test_unbounded_cache_equals_plain_model(model, ids, chunk_size):
     cache = SketchCache(model.config, 128)
     nll, logits = score(model, ids, cache, chunk_size=chunk_size, return_logits=True)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
-    reference = torch.nn.functional.cross_entropy(expected[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    reference = torch.nn.functional.cross_entropy(
+        expected[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none"
+    )
     torch.testing.assert_close(nll, reference, atol=1e-4, rtol=0)
     assert cache.evicted_tokens == 0 and cache.stored_tokens() == [100, 100]
 
@@ -67,7 +82,12 @@ def test_left_padding_equals_the_rows_alone(model, padding, chunked):
     cache = SketchCache(model.config, 128)
     parts = torch.arange(100).split(7 if chunked else 100)
     logits = [
-        model(padded[:, p], attention_mask=mask[:, : p[-1] + 1], position_ids=positions[:, p], past_key_values=cache).logits
+        model(
+            padded[:, p],
+            attention_mask=mask[:, : p[-1] + 1],
+            position_ids=positions[:, p],
+            past_key_values=cache,
+        ).logits
         for p in parts
     ]
     logits = torch.cat(logits, 1)
@@ -108,7 +128,9 @@ def test_bounded_cache_equals_masked_full_cache(model, ids, policy, evict_every)
     logits, visible = decode_and_watch(model, ids, cache)
     torch.testing.assert_close(logits, full_cache_logits(model, ids, visible), atol=1e-4, rtol=0)
     assert cache.evicted_tokens > 0
-    assert (logits[:, 40:] - model(ids).logits[:, 40:]).abs().max() > 1e-2  # evicting must have changed something
+    assert (
+        logits[:, 40:] - model(ids).logits[:, 40:]
+    ).abs().max() > 1e-2  # evicting must have changed something
     # A rotation keeps norms, so equal tokens have equal scores and rounding decides between them.
     for chunk_size in (100, 7) if policy != "key norm" else ():
         streamed = fresh()
@@ -139,7 +161,7 @@ def test_generate_and_manual_loop_agree_past_the_cap(model, padding, how):
     torch.manual_seed(5)
     tokens = model.generate(
         padded, attention_mask=mask, past_key_values=cache, max_new_tokens=30, eos_token_id=None, **arguments
-    )  # fmt: skip
+    )
     assert tokens.shape == (2, 130) and cache.seen_tokens == 129 and cache.evicted_tokens > 0
     if "num_beams" in arguments:
         return  # the manual loop has no beams; beam search is checked below
@@ -155,9 +177,17 @@ def test_beam_search_equals_each_beam_decoded_alone(model, ids):
     if sketch, policy state and slots followed their beam at every step."""
     cache = bounded(model, cap=24)
     out = model.generate(
-        ids[:, :60], past_key_values=cache, max_new_tokens=30, num_beams=4, num_return_sequences=4, do_sample=False,
-        eos_token_id=None, length_penalty=0.0, output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        ids[:, :60],
+        past_key_values=cache,
+        max_new_tokens=30,
+        num_beams=4,
+        num_return_sequences=4,
+        do_sample=False,
+        eos_token_id=None,
+        length_penalty=0.0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
     for sequence, reported in zip(out.sequences, out.sequences_scores):
         nll = score(model, sequence[None], bounded(model, cap=24))[0, 59:]
         assert abs(-nll.sum() - reported) < 1e-3
@@ -173,11 +203,15 @@ def test_generate_past_the_cap_fills_and_bounds_the_cache(model):
     sizes = []
     for length in (50, 100, 200, 400):  # the text grows 8x
         cache.reset()
-        model.generate(prompt, past_key_values=cache, max_new_tokens=length - 50 + 2, do_sample=False, eos_token_id=None)
+        model.generate(
+            prompt, past_key_values=cache, max_new_tokens=length - 50 + 2, do_sample=False, eos_token_id=None
+        )
         assert cache.seen_tokens == length + 1
         assert all(32 <= stored <= 36 for stored in cache.stored_tokens())
         positions = cache.kept_positions(0)
-        assert positions.max() == length and (positions >= 0).sum(-1).unique().tolist() == [cache.stored_tokens()[0]]
+        assert positions.max() == length and (positions >= 0).sum(-1).unique().tolist() == [
+            cache.stored_tokens()[0]
+        ]
         sizes.append(cache.nbytes())
     assert all(size == sizes[0] for size in sizes)
     layers, kv_heads, head_dim = 2, cache.layers[0].slots.keys.shape[1], 16

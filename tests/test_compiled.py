@@ -11,7 +11,9 @@ from sketchkv import H2O, Sketch, SketchCache, Summary, Window, enable, generate
 from sketchkv.fast.compiled import compiled_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-needs_compiler = pytest.mark.skipif(DEVICE == "cpu" and not shutil.which("g++"), reason="needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    DEVICE == "cpu" and not shutil.which("g++"), reason="needs a C++ compiler"
+)
 
 
 def compilations():
@@ -37,9 +39,15 @@ def test_compiled_steps_give_the_same_tokens(gpt2, ids):
     """One compilation serves every cache: what is compiled knows none."""
     model, ids, before = gpt2.to(DEVICE), ids.to(DEVICE), compilations()
     for settings in (
-        dict(), dict(policy=H2O()), dict(policy=Window()), dict(policy=Sketch(key="token")), dict(summary=Summary(2)), dict(bits=(5, 4)),
-        dict(attend_topk=30), dict(cap=60, evict_every=7),
-    ):  # fmt: skip
+        dict(),
+        dict(policy=H2O()),
+        dict(policy=Window()),
+        dict(policy=Sketch(key="token")),
+        dict(summary=Summary(2)),
+        dict(bits=(5, 4)),
+        dict(attend_topk=30),
+        dict(cap=60, evict_every=7),
+    ):
         both(model, ids[:, :50], 24, **settings)
     both(model, ids[:, :36], 24)  # begins before the first eviction
     both(model, ids[:, :50], 24, graph=True)
@@ -84,7 +92,10 @@ def test_an_error_in_the_cache_comes_through_and_leaves_nothing_behind(gpt2, ids
     with pytest.raises(ValueError, match="batch of 2"):
         compiled_step(model)(ids[:1, :1], cache)
     cache.reset()
-    assert torch.equal(generate(model, ids[:, :50], cache, 4, compile=True), generate(model, ids[:, :50], SketchCache(model.config, 40), 4))
+    assert torch.equal(
+        generate(model, ids[:, :50], cache, 4, compile=True),
+        generate(model, ids[:, :50], SketchCache(model.config, 40), 4),
+    )
 
 
 def test_what_cannot_be_compiled_is_refused(gpt2, ids):
@@ -102,4 +113,7 @@ def test_without_a_compiler_the_error_says_what_to_do(gpt2, ids, monkeypatch):
     cache = SketchCache(gpt2.config, 40)
     with pytest.raises(RuntimeError, match="compile=False.*no working C"):
         generate(gpt2, ids, cache, 4, compile=True)
-    assert torch.equal(generate(gpt2, ids, SketchCache(gpt2.config, 40), 4), generate(gpt2, ids, SketchCache(gpt2.config, 40), 4))
+    assert torch.equal(
+        generate(gpt2, ids, SketchCache(gpt2.config, 40), 4),
+        generate(gpt2, ids, SketchCache(gpt2.config, 40), 4),
+    )

@@ -38,7 +38,11 @@ def test_pyramid_keeps_the_total(cap, layers, steepness):
 
 
 def test_pyramid_by_hand():
-    assert pyramid(100, 5) == [150, 125, 100, 75, 50] and pyramid(100, 3, 0) == [100] * 3 and pyramid(9, 1) == [9]
+    assert (
+        pyramid(100, 5) == [150, 125, 100, 75, 50]
+        and pyramid(100, 3, 0) == [100] * 3
+        and pyramid(9, 1) == [9]
+    )
     with pytest.raises(ValueError, match="steepness"):
         pyramid(100, 5, 1)
 
@@ -68,17 +72,23 @@ def test_same_total_same_bytes(gpt2, ids):
 def test_recorded_steps_with_a_cap_for_each_layer(gpt2, ids):
     caches = [SketchCache(gpt2.config, [43, 30], evict_every=4) for _ in range(2)]
     for length in (50, 28):
-        tokens = [generate(gpt2, ids[:, :length], cache, 24, graph=graph) for cache, graph in zip(caches, (False, True))]
+        tokens = [
+            generate(gpt2, ids[:, :length], cache, 24, graph=graph)
+            for cache, graph in zip(caches, (False, True))
+        ]
         assert torch.equal(*tokens)
         for cache in caches:
             cache.reset()
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(max_cache_size=[64]), "one per layer"),
-    (dict(max_cache_size=[64, 64.0]), "whole number"),
-    (dict(max_cache_size=[64, 20]), "max_cache_size=20 leaves nothing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(max_cache_size=[64]), "one per layer"),
+        (dict(max_cache_size=[64, 64.0]), "whole number"),
+        (dict(max_cache_size=[64, 20]), "max_cache_size=20 leaves nothing"),
+    ],
+)
 def test_bad_caps(gpt2, settings, message):
     with pytest.raises(ValueError, match=message):
         SketchCache(gpt2.config, **settings)
@@ -148,7 +158,10 @@ def test_slots_wander_through_all_layers(ids):
     model = deep(4)
     cache = wandering(model)
     equals_masked_full_cache(model, torch.cat([ids, ids.flip(1), ids], 1), cache)
-    moves = [[b - a for a, b in zip(before, after)] for (_, before), (_, after) in zip(cache.history, cache.history[1:])]
+    moves = [
+        [b - a for a, b in zip(before, after)]
+        for (_, before), (_, after) in zip(cache.history, cache.history[1:])
+    ]
     ways = {(move.index(-4), move.index(4)) for move in moves if 4 in move}
     assert any(a < b - 1 for a, b in ways) and any(a > b + 1 for a, b in ways), ways
     assert all(sum(caps) == 4 * 32 and min(caps) >= 16 for _, caps in cache.history)
@@ -207,19 +220,34 @@ def test_long_passes_padding_and_beams(model, padding):
     padded, mask = padding
     cache = adaptive(model)
     out = model.generate(
-        padded, attention_mask=mask, past_key_values=cache, max_new_tokens=20, num_beams=2, do_sample=False, eos_token_id=None
-    )  # fmt: skip
+        padded,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=20,
+        num_beams=2,
+        do_sample=False,
+        eos_token_id=None,
+    )
     assert out.shape == (2, 120) and sum(cache.caps) == 64
     assert all(cap <= n < cap + 8 for cap, n in zip(cache.caps, cache.stored_tokens()))
     cache = adaptive(model)
     logits, visible = decode_and_watch(model, padded, cache, mask)
-    torch.testing.assert_close(logits[1, 23:], full_cache_logits(model, padded, visible, mask)[1, 23:], atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        logits[1, 23:], full_cache_logits(model, padded, visible, mask)[1, 23:], atol=1e-4, rtol=0
+    )
 
 
-@pytest.mark.parametrize("settings, message", [
-    (dict(margin=0.9), "margin"), (dict(least=0), "least"), (dict(memory=1.0), "memory"), (dict(attend_topk=30), "attend_topk"),
-    (dict(max_cache_size=[32, 37]), "modulo evict_every=16"), (dict(evict_every=40), "at least evict_every=40"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(margin=0.9), "margin"),
+        (dict(least=0), "least"),
+        (dict(memory=1.0), "memory"),
+        (dict(attend_topk=30), "attend_topk"),
+        (dict(max_cache_size=[32, 37]), "modulo evict_every=16"),
+        (dict(evict_every=40), "at least evict_every=40"),
+    ],
+)
 def test_bad_settings(gpt2, settings, message):
     with pytest.raises(ValueError, match=message):
         AdaptiveCache(gpt2.config, **{"max_cache_size": 32} | settings)

@@ -19,12 +19,17 @@ class FakeRun:
         self.points = points
         return [
             [
-                {"document": f"d{i}", "bytes_total": 7, "nll": 3 + i - 0.1 * ("summary_slots" in p["method"]), "nll_full": 2.5,
-                 "evicted": 1}
+                {
+                    "document": f"d{i}",
+                    "bytes_total": 7,
+                    "nll": 3 + i - 0.1 * ("summary_slots" in p["method"]),
+                    "nll_full": 2.5,
+                    "evicted": 1,
+                }
                 for i in range(p["documents"])
             ]
             for p in points
-        ]  # fmt: skip
+        ]
 
 
 def test_losses_and_gains(gpt2, monkeypatch):
@@ -32,9 +37,15 @@ def test_losses_and_gains(gpt2, monkeypatch):
     monkeypatch.setattr(equal_bytes, "_model", lambda *a: (gpt2, None))
     budget = nbytes(gpt2.config, dtype=gpt2.dtype, **EXACT, max_cache_size=64)["total"]
     asked = [
-        ({"setting": name, "model": "gpt2", "budget": cap}, lambda lm: budget, EXACT | summary, {"model": "m", "documents": 3})
-        for cap in (64, 128) for name, summary in (("some", {"summary_slots": 2}), ("none", {}))
-    ]  # fmt: skip
+        (
+            {"setting": name, "model": "gpt2", "budget": cap},
+            lambda lm: budget,
+            EXACT | summary,
+            {"model": "m", "documents": 3},
+        )
+        for cap in (64, 128)
+        for name, summary in (("some", {"summary_slots": 2}), ("none", {}))
+    ]
     run = FakeRun()
     table = equal_bytes.losses(run, "kind", asked, "none", length=128)
     assert list(table.columns) == list(equal_bytes.COLUMNS) and len(table) == 12
@@ -46,21 +57,36 @@ def test_losses_and_gains(gpt2, monkeypatch):
     some, none = (gains[gains.setting == name] for name in ("some", "none"))
     assert some["mean"].tolist() == pytest.approx([-0.1, -0.1]) and (none["mean"] == 0).all()
     assert set(some.verdict) == {"better than"} and set(none.verdict) == {"not distinguishable from"}
-    assert none.loss.tolist() == pytest.approx([1.5, 1.5]) and (some.max_cache_size < 64).all() and (none.max_cache_size == 64).all()
+    assert (
+        none.loss.tolist() == pytest.approx([1.5, 1.5])
+        and (some.max_cache_size < 64).all()
+        and (none.max_cache_size == 64).all()
+    )
 
 
 def test_needles_count_what_is_stored_of_the_answer(gpt2, monkeypatch):
     """Against positions counted by hand, where the answer lies in the text."""
     generator = torch.Generator().manual_seed(0)
-    ids, fact = torch.randint(1, VOCABULARY - 6, (2, 90), generator=generator), torch.arange(VOCABULARY - 6, VOCABULARY)
-    starts, answers = [10, 60], [2, 2]  # a fact of a question of four tokens and an answer of two, repeated at the end
+    ids, fact = (
+        torch.randint(1, VOCABULARY - 6, (2, 90), generator=generator),
+        torch.arange(VOCABULARY - 6, VOCABULARY),
+    )
+    starts, answers = (
+        [10, 60],
+        [2, 2],
+    )  # a fact of a question of four tokens and an answer of two, repeated at the end
     for row, start in enumerate(starts):
         ids[row, start : start + 6] = ids[row, -6:] = fact
     monkeypatch.setattr(recall, "_model", lambda *a: (gpt2, None))
-    monkeypatch.setattr(recall, "scored_instances", lambda *a: (ids, starts, answers, ["a", "b"], [(1, -0.5), (0, -2.0)]))
+    monkeypatch.setattr(
+        recall, "scored_instances", lambda *a: (ids, starts, answers, ["a", "b"], [(1, -0.5), (0, -2.0)])
+    )
     method = {"method": "streaming", "max_cache_size": 40, "recent_window": 8}
     rows = recall.needles(method, depth=0.3, text="", instances=2, length=90)
-    assert [row["kept"] for row in rows] == [0, 1]  # a window of the newest has lost the first, and holds the second
+    assert [row["kept"] for row in rows] == [
+        0,
+        1,
+    ]  # a window of the newest has lost the first, and holds the second
     assert set(rows[0]) == set(recall.KEPT) - {"setting"} and rows[1]["loglik_full"] == -2.0
     for row, start in enumerate(starts):
         assert recall._hidden(ids[row], start, 2).tolist() == [start + 4, start + 5]

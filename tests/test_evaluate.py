@@ -41,15 +41,21 @@ def test_scores_are_what_they_are_defined_as():
     rows = evaluate.evaluate(method, **SETTINGS)
     ids, names, _ = evaluate._reference(MODEL, "embedded", "cpu", *SETTINGS.values())
     assert [row["document"] for row in rows] == list(names)
-    full, found = (score(lm, ids, cache, return_logits=True) for cache in (None, methods.make_cache(lm.config, **method)))
+    full, found = (
+        score(lm, ids, cache, return_logits=True) for cache in (None, methods.make_cache(lm.config, **method))
+    )
     p, q = full[1].double().softmax(-1), found[1].double().softmax(-1)
     kl = (p * (p / q).log()).sum(-1).mean(1)
     for i, row in enumerate(rows):
         assert set(row) == set(evaluate.COLUMNS)
-        assert row["nll"] == pytest.approx(found[0][i].mean().item(), abs=1e-4) and row["nll"] != row["nll_full"]
+        assert (
+            row["nll"] == pytest.approx(found[0][i].mean().item(), abs=1e-4) and row["nll"] != row["nll_full"]
+        )
         assert row["nll_late_full"] == pytest.approx(full[0][i, 64:].mean().item(), abs=1e-4)
         assert row["kl"] == pytest.approx(kl[i].item(), rel=1e-2) and row["kl"] > 0.01
-        assert row["top1"] == pytest.approx((p[i].argmax(-1) == q[i].argmax(-1)).double().mean().item(), abs=0.02)
+        assert row["top1"] == pytest.approx(
+            (p[i].argmax(-1) == q[i].argmax(-1)).double().mean().item(), abs=0.02
+        )
         assert row["evicted"] == 80 and row["stored"] == 48
 
 
@@ -64,9 +70,14 @@ def test_a_full_cache_loses_nothing_and_bytes_are_those_of_the_real_cache():
         assert cache.nbytes() == methods.nbytes(lm.config, **method)
 
 
-@pytest.mark.parametrize("method", [
-    {"method": "decayed", "bits": 16}, {"method": "compact"}, {"method": "sketch", "width": 128, "depth": 2, "bits": 4},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "decayed", "bits": 16},
+        {"method": "compact"},
+        {"method": "sketch", "width": 128, "depth": 2, "bits": 4},
+    ],
+)
 def test_fit_is_the_largest_cap_within_the_budget(method):
     lm, _ = evaluate._model(MODEL, "cpu")
     budget = methods.full_nbytes(lm.config, 1024) // 8
@@ -81,7 +92,12 @@ def test_compact_is_the_setting_it_says_and_single_parameters_can_be_changed():
     lm, _ = evaluate._model(MODEL, "cpu")
     cache = SketchCache.compact(lm.config, 128)
     layer = cache.layers[0]
-    assert (layer.bits, layer.summary_slots, layer.policy.value_norm, layer.quantizer) == ((5, 4), 1, True, "normal")
+    assert (layer.bits, layer.summary_slots, layer.policy.value_norm, layer.quantizer) == (
+        (5, 4),
+        1,
+        True,
+        "normal",
+    )
     assert SketchCache.compact(lm.config, 128, bits=8).layers[0].bits == (8, 8)
 
 
@@ -89,13 +105,25 @@ def test_the_best_peer_is_found_among_those_that_fit():
     import pandas as pd
 
     rows = [
-        {"method": name, "budget": budget, "share": share, "max_cache_size": 9, "document": d, "loss": loss + d / 100, "kl": 0.1}
+        {
+            "method": name,
+            "budget": budget,
+            "share": share,
+            "max_cache_size": 9,
+            "document": d,
+            "loss": loss + d / 100,
+            "kl": 0.1,
+        }
         for name, budget, share, loss in (
-            ("compact", 0.25, 0.25, 0.1), ("a", 0.25, 0.24, 0.3), ("b", 0.25, 0.2, 0.2), ("whole", None, 0.3, 0.01),
-            ("compact", 0.5, 0.5, 0.05), ("a", 0.5, 0.5, 0.2),
+            ("compact", 0.25, 0.25, 0.1),
+            ("a", 0.25, 0.24, 0.3),
+            ("b", 0.25, 0.2, 0.2),
+            ("whole", None, 0.3, 0.01),
+            ("compact", 0.5, 0.5, 0.05),
+            ("a", 0.5, 0.5, 0.2),
         )
         for d in range(4)
-    ]  # fmt: skip
+    ]
     best = baselines.against_best(pd.DataFrame(rows), "compact", ["a", "b", "whole"], 0).set_index("budget")
     assert best.peer.to_dict() == {0.5: "whole", 0.25: "b"}
     assert best.gain[0.25] == pytest.approx(0.1) and best.gain[0.5] == pytest.approx(-0.04)

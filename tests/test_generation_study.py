@@ -36,12 +36,17 @@ def test_bleu_is_sacrebleus():
 
 def test_repetition():
     tokens = torch.stack([torch.arange(12), torch.zeros(12, dtype=torch.long), torch.arange(12) % 4])
-    torch.testing.assert_close(generation.repetition(tokens), torch.tensor([0, 8 / 9, 5 / 9], dtype=torch.float64))
+    torch.testing.assert_close(
+        generation.repetition(tokens), torch.tensor([0, 8 / 9, 5 / 9], dtype=torch.float64)
+    )
 
 
 def test_both_ways_of_generating_agree(model, ids):
     prompts, new = ids[:, :40], 16
-    for make in (lambda: DynamicCache(config=model.config), lambda: SketchCache(model.config, 32, evict_every=8, policy=H2O())):
+    for make in (
+        lambda: DynamicCache(config=model.config),
+        lambda: SketchCache(model.config, 32, evict_every=8, policy=H2O()),
+    ):
         hand = generation.continuation(model, prompts, make(), new)
         theirs = generation.continuation(model, prompts, make(), new, by_hand=False)
         assert hand["tokens"].shape == (2, new) and torch.equal(hand["tokens"], theirs["tokens"])
@@ -53,9 +58,13 @@ def test_both_ways_of_generating_agree(model, ids):
 def test_sampling_is_repeatable_and_coupled(gpt2, ids):
     """The same seed gives the same text, also under another cache that evicts nothing."""
     prompts = ids[:, :40]
-    first = generation.continuation(gpt2, prompts, DynamicCache(config=gpt2.config), 30, do_sample=True, seed=5)
+    first = generation.continuation(
+        gpt2, prompts, DynamicCache(config=gpt2.config), 30, do_sample=True, seed=5
+    )
     again = generation.continuation(gpt2, prompts, SketchCache(gpt2.config, 100), 30, do_sample=True, seed=5)
-    other = generation.continuation(gpt2, prompts, DynamicCache(config=gpt2.config), 30, do_sample=True, seed=6)
+    other = generation.continuation(
+        gpt2, prompts, DynamicCache(config=gpt2.config), 30, do_sample=True, seed=6
+    )
     assert torch.equal(first["tokens"], again["tokens"]) and not torch.equal(first["tokens"], other["tokens"])
 
 

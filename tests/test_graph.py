@@ -3,16 +3,42 @@
 import pytest
 import torch
 
-from sketchkv import H2O, LRU, TOVA, AttentionMass, Random, Sketch, SketchCache, SnapKV, Summary, Window, generate
+from sketchkv import (
+    H2O,
+    LRU,
+    TOVA,
+    AttentionMass,
+    Random,
+    Sketch,
+    SketchCache,
+    SnapKV,
+    Summary,
+    Window,
+    generate,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("settings", [
-    dict(), dict(policy=Sketch(key="token")), dict(policy=Sketch(mean=False, decay=1.0)), dict(policy=H2O()), dict(policy=Window()), dict(policy=LRU()),
-    dict(policy=TOVA()), dict(policy=SnapKV()), dict(attend_topk=30), dict(summary=Summary(2)), dict(bits=8), dict(evict_every=1),
-    dict(bits=(5, 4), summary=Summary(), policy=AttentionMass(value_norm=True)),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(policy=Sketch(key="token")),
+        dict(policy=Sketch(mean=False, decay=1.0)),
+        dict(policy=H2O()),
+        dict(policy=Window()),
+        dict(policy=LRU()),
+        dict(policy=TOVA()),
+        dict(policy=SnapKV()),
+        dict(attend_topk=30),
+        dict(summary=Summary(2)),
+        dict(bits=8),
+        dict(evict_every=1),
+        dict(bits=(5, 4), summary=Summary(), policy=AttentionMass(value_norm=True)),
+    ],
+    ids=str,
+)
 def test_recorded_steps_give_the_same_tokens(gpt2, ids, settings):
     model, ids = gpt2.to(DEVICE), ids.to(DEVICE)
     settings = {"evict_every": 4} | settings
@@ -49,21 +75,35 @@ def tensors(thing, name="cache", found=None):
     return found
 
 
-@pytest.mark.parametrize("settings", [
-    dict(), dict(policy=Sketch(key="token")), dict(policy=LRU()), dict(policy=H2O()),
-    dict(policy=TOVA()), dict(bits=(5, 4), summary=Summary(1), attend_topk=30),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(policy=Sketch(key="token")),
+        dict(policy=LRU()),
+        dict(policy=H2O()),
+        dict(policy=TOVA()),
+        dict(bits=(5, 4), summary=Summary(1), attend_topk=30),
+    ],
+    ids=str,
+)
 def test_a_second_text_finds_every_tensor_where_the_first_left_it(gpt2, ids, settings):
     """What was recorded reads and writes fixed addresses: nothing that lives from step to step may move."""
     cache = SketchCache(gpt2.config, 40, evict_every=4, **settings)
     generate(gpt2, ids[:, :50], cache, 4, graph=True)
     first = tensors(cache)
-    assert {f"cache.layers[{layer}].{name}" for layer in range(2) for name in ("nan", "slots.arrays['keys']")} <= first.keys()
+    assert {
+        f"cache.layers[{layer}].{name}" for layer in range(2) for name in ("nan", "slots.arrays['keys']")
+    } <= first.keys()
     assert "policy" in settings or any(".table" in name for name in first)
     cache.reset()
     generate(gpt2, ids[:1].repeat(2, 1), cache, 12, graph=True)
     second = tensors(cache)
-    moved = [name for name in first | second if name not in first or second[name].data_ptr() != first[name].data_ptr()]
+    moved = [
+        name
+        for name in first | second
+        if name not in first or second[name].data_ptr() != first[name].data_ptr()
+    ]
     assert moved == []
 
 

@@ -28,7 +28,9 @@ def importable(monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """A scheduler in this process: workers that need no start."""
-    with grid.LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster:
+    with grid.LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
+    ) as cluster:
         monkeypatch.setenv(grid.ADDRESS, cluster.scheduler_address)
         yield monkeypatch
 

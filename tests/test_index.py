@@ -201,6 +201,13 @@ def test_padding_and_tokens_out_of_range_are_never_chosen(kind, pooling):
                 assert (of_head[len(real) :] == -1).all()
 
 
+def test_of_equal_tokens_the_newer_are_chosen():
+    index = filled(KeyIndex(top=20, block=16), torch.zeros(1, 2, 100, 16))
+    chosen = index.choose(normal(1, 2, 3, 16), 0.25, 4, torch.tensor([[90, 60, 20]]))
+    for n, end in enumerate((90, 60, 20)):
+        assert (chosen[0, :, n].sort(-1).values[:, -16:] == torch.arange(end - 16, end)).all()
+
+
 def test_keys_of_padding_leave_no_trace_even_if_they_are_not_finite():
     keys, query = normal(2, 2, 100, 16), normal(2, 4, 2, 16, seed=1)
     positions = torch.stack([torch.arange(100), (torch.arange(100) - 20).clamp(min=-1)])

@@ -15,8 +15,8 @@ from sketchkv.fast import coded, codes, eviction, launch, storage
 from sketchkv.fast.attention import attend
 from sketchkv.fast.ops import Fused
 from sketchkv.layer import BoundedLayer, Settings
-from sketchkv.passes import Tokens
 from sketchkv.ops import eager
+from sketchkv.passes import Tokens
 from sketchkv.quantize import matrix, normal_levels, pack, quantized
 from sketchkv.sketch import SimHash
 from sketchkv.slots import Plain, Slots
@@ -78,7 +78,11 @@ def draw(batch, kv_heads, group, used, head_dim, dtype, capacity=None, holes=0.0
     query = torch.randn(batch, kv_heads * group, head_dim, **normal) * 2
     keys, values = torch.randn(2, batch, kv_heads, capacity, head_dim, **normal)
     keys[:, :, used:] = values[:, :, used:] = float("nan")  # beyond the occupied slots lies nothing of use
-    positions = torch.arange(capacity, device=DEVICE, dtype=torch.int32).expand(batch, kv_heads, capacity).contiguous()
+    positions = (
+        torch.arange(capacity, device=DEVICE, dtype=torch.int32)
+        .expand(batch, kv_heads, capacity)
+        .contiguous()
+    )
     positions[torch.rand(positions.shape, device=DEVICE) < holes] = -1
     query, keys, values = query.to(dtype), keys.to(dtype)[:, :, :used], values.to(dtype)[:, :, :used]
     return query, keys, values, positions[:, :, :used]
@@ -100,12 +104,16 @@ SIZES = [
 
 
 @runs
-@pytest.mark.parametrize("dtype,holes", [(torch.float32, 0.4), (torch.float16, 0.4), (torch.bfloat16, 0.0)], ids=str)
+@pytest.mark.parametrize(
+    "dtype,holes", [(torch.float32, 0.4), (torch.float16, 0.4), (torch.bfloat16, 0.0)], ids=str
+)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_attend_equals_float64(poisoned, size, dtype, holes):
     *shape, splits = size
     if INTERPRET and dtype == torch.bfloat16 and shape[2] > 1:
-        pytest.skip("Triton 3.6's interpreter multiplies matrices of bfloat16 by their bits; float16 and GPUs check this")
+        pytest.skip(
+            "Triton 3.6's interpreter multiplies matrices of bfloat16 by their bits; float16 and GPUs check this"
+        )
     query, keys, values, positions = draw(*shape, dtype, holes=holes)
     positions = positions if holes else None
     scaling = query.shape[-1] ** -0.5
@@ -201,7 +209,10 @@ def test_remembering_equals_the_torch_path(mean, decay, fresh):
         policy.allocate(own)
         own.used, own.kept = 40, 40 - fresh
     for seen in (60, 60 + fresh):
-        item, mass = torch.randint(2**30, (2, 3, 40), generator=generator), torch.rand(2, 3, 40, generator=generator)
+        item, mass = (
+            torch.randint(2**30, (2, 3, 40), generator=generator),
+            torch.rand(2, 3, 40, generator=generator),
+        )
         positions = torch.randint(-1, 60, (2, 3, 40), generator=generator)
         for own in slots:
             for name, new in (("signature", item), ("mass", mass), ("positions", positions)):
@@ -294,7 +305,10 @@ def test_codes_equal_simhash(dim, bits, start, count, dtype):
     assert (items[..., ~inside] == -7).all()
     # A projection that is all but zero may have either sign.
     clear = ((keys.float() @ code.projection).abs() > 1e-4).all(-1)
-    assert torch.equal(items.long()[clear & inside], expected[clear & inside].long()) and clear.float().mean() > 0.9
+    assert (
+        torch.equal(items.long()[clear & inside], expected[clear & inside].long())
+        and clear.float().mean() > 0.9
+    )
 
 
 def coded_slots(bits, kv_heads, used, dim, dtype, holes=0.0, spare=5):
@@ -307,7 +321,9 @@ def coded_slots(bits, kv_heads, used, dim, dtype, holes=0.0, spare=5):
         scales = torch.randn(2, kv_heads, capacity, 1).half()
         slots.arrays[name].copy_(pack(drawn, each))
         slots.arrays[f"{name}_scale"].copy_(scales)
-        slots.arrays[f"{name}_scale"][:, :, used:] = torch.nan  # beyond the occupied slots lies nothing of use
+        slots.arrays[f"{name}_scale"][:, :, used:] = (
+            torch.nan
+        )  # beyond the occupied slots lies nothing of use
         held.append((normal_levels(each)[drawn.long()] * scales.double())[:, :, :used].to(DEVICE))
     slots.codec.centre.normal_()
     slots.positions.copy_(torch.arange(capacity).expand(2, kv_heads, capacity))
@@ -349,7 +365,9 @@ def test_attention_over_codes_equals_float64(poisoned, size, dtype, filled):
     output, received = coded.attend(query, slots, 0.2, summary, mass, 0.9, not filled, counter, splits=splits)
     turn = matrix(slots.codec.rotations["keys"], torch.float64)
     turned = (query.double() @ turn).view(2, kv_heads, group, dim)
-    logits = (turned @ keys.mT * 0.2).masked_fill(slots["positions"][:, :, None] < 0, torch.finfo(torch.float32).min)
+    logits = (turned @ keys.mT * 0.2).masked_fill(
+        slots["positions"][:, :, None] < 0, torch.finfo(torch.float32).min
+    )
     behind = turned @ summary.keys.double().mT * 0.2 + summary.counts.double().log()[:, :, None]
     attention = torch.cat([logits, behind], -1).softmax(-1)
     expected = attention @ torch.cat([values, summary.values.double()], 2) @ turn.T
@@ -400,7 +418,11 @@ def test_importance_from_codes_equals_float64(poisoned, bits, dim, decay, mean):
     expected = slots["mass"].double() / exposed * values.norm(dim=-1)
     clock = torch.tensor([119], dtype=torch.int32, device=DEVICE)
     for tokens in (Tokens(None, clock[None]), Tokens(None, clock[None], clock=clock)):
-        assert_near(codes.importance(policy, slots, tokens, 120 if tokens.clock is None else 3), expected, torch.float32)
+        assert_near(
+            codes.importance(policy, slots, tokens, 120 if tokens.clock is None else 3),
+            expected,
+            torch.float32,
+        )
 
 
 @runs

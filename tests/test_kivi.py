@@ -14,7 +14,11 @@ from sketchkv.study.extras.kivi import GROUP, KiviCache, pack, unpack
 def rounded(x, bits, axis):
     """Numbers `x` rounded along `axis`, all of which shares a range, as documented."""
     low = x.min(axis, keepdims=True)
-    step = np.maximum((x.max(axis, keepdims=True) - low) / (2**bits - 1), 2.0**-24).astype(np.float16).astype(np.float32)
+    step = (
+        np.maximum((x.max(axis, keepdims=True) - low) / (2**bits - 1), 2.0**-24)
+        .astype(np.float16)
+        .astype(np.float32)
+    )
     low = low.astype(np.float16).astype(np.float32)
     return low + np.clip(np.rint((x - low) / step), 0, 2**bits - 1) * step
 
@@ -29,7 +33,9 @@ def test_packed_numbers_come_back_rounded(bits, n, seed, magnitude):
     assert codes.dtype == torch.uint8 and codes.shape == (3, 5, n * bits // 8)
     assert ranges.dtype == torch.float16 and ranges.shape == (3, 5, groups, 2)
     expected = rounded(x.unflatten(-1, (groups, -1)).numpy(), bits, -1).reshape(x.shape)
-    np.testing.assert_allclose(unpack(codes, ranges, bits, torch.float32).numpy(), expected, atol=1e-5 * 10**magnitude)
+    np.testing.assert_allclose(
+        unpack(codes, ranges, bits, torch.float32).numpy(), expected, atol=1e-5 * 10**magnitude
+    )
 
 
 class Oracle(DynamicCache):
@@ -75,7 +81,11 @@ def test_cache_equals_full_cache_of_rounded_tokens(model, ids, bits, residual):
         assert difference.median() < 1e-4 and difference.max() < 0.5 * expected.std()
         assert effect.median() > 10 * difference.median()
         assert cache.seen_tokens == 75 and cache.evicted_tokens == 0
-        assert cache.layers[0].slots.packed == (75 - residual) // GROUP == len(cache.layers[0].slots.arrays["keys_codes"][0, 0])
+        assert (
+            cache.layers[0].slots.packed
+            == (75 - residual) // GROUP
+            == len(cache.layers[0].slots.arrays["keys_codes"][0, 0])
+        )
 
 
 def test_bytes_are_those_of_the_packed_tensors(model, ids):
@@ -83,10 +93,14 @@ def test_bytes_are_those_of_the_packed_tensors(model, ids):
     score(model, ids, cache)
     heads, rows, layers, head_dim = cache.layers[0].slots.shape[1], 2, 2, 16
     codes = 2 * 64 * head_dim * 2 // 8  # keys and values of 64 tokens
-    ranges = 2 * 2 * (2 * head_dim + 64)  # two groups of 32 tokens per channel; one group of 16 channels per token
+    ranges = (
+        2 * 2 * (2 * head_dim + 64)
+    )  # two groups of 32 tokens per channel; one group of 16 channels per token
     newest = 2 * 48 * head_dim * 2
     assert cache.nbytes()["kv"] == layers * rows * heads * (codes + ranges + newest)
-    assert cache.nbytes()["total"] == cache.nbytes()["kv"] + layers * rows * 100  # which tokens are no padding
+    assert (
+        cache.nbytes()["total"] == cache.nbytes()["kv"] + layers * rows * 100
+    )  # which tokens are no padding
 
 
 def test_generate_padded_beams_and_reset(gpt2, padding):
@@ -95,13 +109,23 @@ def test_generate_padded_beams_and_reset(gpt2, padding):
     both = generate(gpt2, ids, cache, 30, attention_mask=mask)
     assert torch.equal(both[0], generate(gpt2, ids[:1], KiviCache(gpt2.config, 130, bits=8), 30)[0])
     hidden = gpt2.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, eos_token_id=None)
-    assert (both[1] == hidden[1]).float().mean() > 0.9  # 8 bits change little; padding that is seen changes all
+    assert (
+        both[1] == hidden[1]
+    ).float().mean() > 0.9  # 8 bits change little; padding that is seen changes all
     cache.reset()
     assert torch.equal(generate(gpt2, ids, cache, 30, attention_mask=mask), both)
     out = gpt2.generate(
-        ids[:1, :60], past_key_values=KiviCache(gpt2.config, 80, bits=8), max_new_tokens=20, num_beams=4, do_sample=False,
-        num_return_sequences=4, eos_token_id=None, length_penalty=0.0, output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        ids[:1, :60],
+        past_key_values=KiviCache(gpt2.config, 80, bits=8),
+        max_new_tokens=20,
+        num_beams=4,
+        do_sample=False,
+        num_return_sequences=4,
+        eos_token_id=None,
+        length_penalty=0.0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
     for sequence, reported in zip(out.sequences, out.sequences_scores):
         nll = score(gpt2, sequence[None], KiviCache(gpt2.config, 80, bits=8))[0, 59:]
         assert abs(-nll.sum() - reported) < 0.1

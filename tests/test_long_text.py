@@ -26,16 +26,23 @@ def stub(gpt2, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     for module in (long_text, recall):
         monkeypatch.setattr(module, "_model", lambda name, device: (gpt2, None))
-        monkeypatch.setattr(module, "read_documents", lambda dataset, tokenizer, split, count, length: Documents(
-            torch.randint(1, VOCABULARY, (count, length), generator=generator.manual_seed(0)), [f"d{i}" for i in range(count)]
-        ))  # fmt: skip
+        monkeypatch.setattr(
+            module,
+            "read_documents",
+            lambda dataset, tokenizer, split, count, length: Documents(
+                torch.randint(1, VOCABULARY, (count, length), generator=generator.manual_seed(0)),
+                [f"d{i}" for i in range(count)],
+            ),
+        )
     return gpt2
 
 
 @pytest.mark.parametrize("task", recall.TASKS)
 @pytest.mark.parametrize("depth", [0.0, 0.5, 1.0])
 def test_facts_stand_at_their_depth_and_the_answer_at_the_end(tokenizer, task, depth):
-    filler = tokenizer("\n".join(f"x{i} = {i}" for i in range(400)), add_special_tokens=False)["input_ids"][:300]
+    filler = tokenizer("\n".join(f"x{i} = {i}" for i in range(400)), add_special_tokens=False)["input_ids"][
+        :300
+    ]
     fillers = torch.tensor([filler] * 6)
     ids, starts, answers = recall.make_instances(task, tokenizer, fillers, depth, seed=3)
     again = recall.make_instances(task, tokenizer, fillers, depth, seed=3)
@@ -68,13 +75,17 @@ def test_one_pass_says_what_greedy_decoding_gives(gpt2):
         found = recall.answer(gpt2, ids, [5, 3], make_cache(gpt2.config, **SMALL))
         nll = score(gpt2, ids, make_cache(gpt2.config, **SMALL))
         assert [exact for exact, _ in found] == expected
-        assert [loglik for _, loglik in found] == pytest.approx([-nll[0, -5:].mean().item(), -nll[1, -3:].mean().item()], rel=1e-4)
+        assert [loglik for _, loglik in found] == pytest.approx(
+            [-nll[0, -5:].mean().item(), -nll[1, -3:].mean().item()], rel=1e-4
+        )
 
 
 def test_recall_with_a_full_cache_is_the_reference(stub, monkeypatch):
     ids = torch.randint(1, VOCABULARY, (3, 120), generator=torch.Generator().manual_seed(5))
     full = recall.answer(stub, ids, [2, 3, 2], DynamicCache(config=stub.config))
-    monkeypatch.setattr(recall, "scored_instances", lambda *a: (ids, [10, 20, 30], [2, 3, 2], ["a", "b", "c"], full))
+    monkeypatch.setattr(
+        recall, "scored_instances", lambda *a: (ids, [10, 20, 30], [2, 3, 2], ["a", "b", "c"], full)
+    )
     same = recall.recall(FULL, task="needle", depth=0.1, length=120)
     assert [r["loglik"] for r in same] == pytest.approx([r["loglik_full"] for r in same], abs=1e-5)
     rows = recall.recall(SMALL, task="needle", depth=0.1, length=120)

@@ -38,7 +38,9 @@ from sketchkv.study import (
 )
 
 ROOT = sources.ROOT
-PARAMETERS = 'model = "embedded"\ndataset = "embedded"\ndevice = "auto"\nprofile = "smoke"\nseed = 0\noutput = ""'
+PARAMETERS = (
+    'model = "embedded"\ndataset = "embedded"\ndevice = "auto"\nprofile = "smoke"\nseed = 0\noutput = ""'
+)
 START = """from sketchkv.study import record
 run = record.start("{name}", model=model, dataset=dataset, device=device, profile=profile, seed=seed, output=output)
 """
@@ -72,7 +74,9 @@ def write_results(root):
     fig, ax = plt.subplots(figsize=(2, 1.5))
     ax.plot(frame.width, frame.error, **figures.method_style("sketch"))
     ax.fill_between(frame.width, frame.error)
-    started.figure("error", fig, caption="The error falls with the width. One point is one width.", tables=["error"])
+    started.figure(
+        "error", fig, caption="The error falls with the width. One point is one width.", tables=["error"]
+    )
     started.fact("share", 0.1234)
     started.finish(dtype="float32")
     return started
@@ -135,7 +139,9 @@ def test_unknown_value_is_an_error_that_lists_the_allowed(tmp_path, capsys, monk
 def test_study_runs_resumes_and_stops_at_a_failing_cell(tmp_path, capsys, monkeypatch):
     table = 'import pandas as pd\nrun.table("t", pd.DataFrame({"a": [seed]}), {"a": "the seed"})\nrun.fact("a", 1)'
     first = write_notebook(tmp_path, "01_first", START.format(name="01_first") + table, "run.finish()")
-    failing = write_notebook(tmp_path, "02_failing", "x = 40", "print('got here')\nraise ValueError(f'boom {x + 2}')")
+    failing = write_notebook(
+        tmp_path, "02_failing", "x = 40", "print('got here')\nraise ValueError(f'boom {x + 2}')"
+    )
     write_notebook(tmp_path, "03_never", "raise SystemError('ran after a failure')")
     monkeypatch.setattr(closure, "of_notebook", lambda _: "fixed")
     assert run.main(["--profile", "smoke"], root=tmp_path) == 1
@@ -163,8 +169,11 @@ def test_study_runs_resumes_and_stops_at_a_failing_cell(tmp_path, capsys, monkey
     assert not run.is_done(first, parameters | {"profile": "study"}, output)
     assert not run.is_done(failing, parameters, output)
     for module, name in (
-        (closure, "of_notebook"), (sources, "versions"), (sources, "model_revision"), (sources, "data_revision"),
-    ):  # fmt: skip
+        (closure, "of_notebook"),
+        (sources, "versions"),
+        (sources, "model_revision"),
+        (sources, "data_revision"),
+    ):
         with monkeypatch.context() as changed:
             changed.setattr(module, name, lambda *_: "other")
             assert not run.is_done(first, parameters, output)
@@ -182,7 +191,9 @@ def test_study_runs_resumes_and_stops_at_a_failing_cell(tmp_path, capsys, monkey
 
 def test_bad_input_is_told_without_a_traceback(tmp_path, capsys):
     source = "from types import SimpleNamespace\nfrom sketchkv import texts\n"
-    write_notebook(tmp_path, "01_tiny", source + "texts.documents(dataset, SimpleNamespace(bos_token_id=None))")
+    write_notebook(
+        tmp_path, "01_tiny", source + "texts.documents(dataset, SimpleNamespace(bos_token_id=None))"
+    )
     empty = tmp_path / "empty.txt"
     empty.touch()
     assert run.main(["--dataset", str(empty)], root=tmp_path) == 1
@@ -212,14 +223,19 @@ def test_a_full_disk_is_told_with_the_file_and_the_remedy(tmp_path, capsys, monk
     monkeypatch.setattr(run.papermill, "execute_notebook", execute)
     assert run.main([], root=tmp_path) == 1
     printed = capsys.readouterr().err
-    assert "can't write the notebook (No space left on device): free some space" in printed and notebook.name in printed
+    assert (
+        "can't write the notebook (No space left on device): free some space" in printed
+        and notebook.name in printed
+    )
     assert "Traceback" not in printed
 
     def fsync(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(sources.os, "fsync", fsync)
-    with pytest.raises(sources.WriteError, match="can't write .*/t.csv .*No space left.*: free some space, then run"):
+    with pytest.raises(
+        sources.WriteError, match="can't write .*/t.csv .*No space left.*: free some space, then run"
+    ):
         sources.atomic_write(tmp_path / "results" / "t.csv", "x")
     assert list((tmp_path / "results").iterdir()) == []
     with pytest.raises(sources.WriteError, match=f"make {re.escape(str(notebook / 'results'))} a folder"):
@@ -251,7 +267,9 @@ run.finish()"""
     markdown, page, paper = report.compose(smoke, smoke / "report", template)
     assert markdown.startswith("# Smoke run: Title\n\n**Warning: this is a smoke run.**")
     assert "<title>Smoke run: Title</title>" in page and page.index("Warning: this is") < page.index("Text.")
-    assert 'report.with("Smoke run: Title")' in paper and paper.index("Warning: this is") < paper.index("Text.")
+    assert 'report.with("Smoke run: Title")' in paper and paper.index("Warning: this is") < paper.index(
+        "Text."
+    )
     ignored = subprocess.run(["git", "check-ignore", "-q", "build/smoke/figures/drawn.svg"], cwd=ROOT)
     assert ignored.returncode in (0, 128)  # 128: this is no checkout
 
@@ -307,7 +325,9 @@ def test_kernel_in_the_users_home_is_not_taken(tmp_path):
     for folder in ("path", "home"):
         kernel = tmp_path / folder / "kernels" / "python3"
         kernel.mkdir(parents=True)
-        (kernel / "kernel.json").write_text(json.dumps({"argv": ["false"], "display_name": "x", "language": "python"}))
+        (kernel / "kernel.json").write_text(
+            json.dumps({"argv": ["false"], "display_name": "x", "language": "python"})
+        )
     os.environ.update(JUPYTER_PATH=str(tmp_path / "path"), JUPYTER_DATA_DIR=str(tmp_path / "home"))
     assert KernelSpecManager().get_kernel_spec("python3").argv == ["false"]
     run.isolate()
@@ -381,7 +401,9 @@ def test_two_runs_give_identical_quality_tables(tmp_path):
 
     def write(root, parts):
         opened = record.start("03_tiny", output=str(root))
-        table = pd.concat([pd.DataFrame(part).assign(method=i) for i, part in enumerate(parts)], ignore_index=True)
+        table = pd.concat(
+            [pd.DataFrame(part).assign(method=i) for i, part in enumerate(parts)], ignore_index=True
+        )
         opened.table("quality", table, evaluate.COLUMNS | {"method": "index"}, timings=evaluate.TIMINGS)
         return record.load_table("quality", root, timings=False)
 
@@ -391,7 +413,9 @@ def test_two_runs_give_identical_quality_tables(tmp_path):
         here = write(tmp_path / "a", [evaluate.evaluate(**params) for params in grid_points])
     finally:
         torch.set_num_threads(threads)
-    elsewhere = store.compute("quality", evaluate.evaluate, grid_points, folder=tmp_path / "points", workers=1)
+    elsewhere = store.compute(
+        "quality", evaluate.evaluate, grid_points, folder=tmp_path / "points", workers=1
+    )
     pd.testing.assert_frame_equal(here, write(tmp_path / "b", elsewhere), check_exact=True)
     assert (here.evicted > 0).all() and here.groupby("method").nll.mean().is_unique
 
@@ -465,7 +489,13 @@ def test_finish_removes_what_the_notebook_no_longer_makes(finished):
 
 def test_prose_follows_the_results(finished, tmp_path):
     template = tmp_path / "template.md.j2"
-    pieces = ("# Title", "## One", 'Share {{ fact("share", ".1%") }}.', '{{ figure("error") }}', '{{ table("error") }}')
+    pieces = (
+        "# Title",
+        "## One",
+        'Share {{ fact("share", ".1%") }}.',
+        '{{ figure("error") }}',
+        '{{ table("error") }}',
+    )
     template.write_text("\n\n".join(pieces))
     before = report.compose(tmp_path, tmp_path / "report", template)
     for name, old, new in (("facts_01_tiny.json", "0.1234", "0.9"), ("error.csv", "0.25", "0.875")):
@@ -490,7 +520,12 @@ def test_prose_follows_the_results(finished, tmp_path):
 
 def test_pdf_has_everything_and_is_the_same_every_time(finished, tmp_path):
     template = tmp_path / "template.md.j2"
-    pieces = ["# All of it", "## One", "[there](#two), *a* **b `c`** <https://example.org>", '{{ figure("error") }}']
+    pieces = [
+        "# All of it",
+        "## One",
+        "[there](#two), *a* **b `c`** <https://example.org>",
+        '{{ figure("error") }}',
+    ]
     pieces += ["- x\n- y", "> q", "```\ncode\n```", '{{ table("error") }}\n\n' * 20, "## Two"]
     template.write_text("\n\n".join(pieces))
     opened = record.start("08_report", output=str(tmp_path))
@@ -510,20 +545,28 @@ def test_pdf_has_everything_and_is_the_same_every_time(finished, tmp_path):
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"])))
 def test_pdf_reads_no_text_as_markup(text):
     for markup in (f"#{pdf.quote(text)}", f"#{pdf.quote(pdf.breakable(text))}"):
-        shown = json.loads(typst.query(f"#metadata({markup[1:]})<it>".encode(), "<it>", field="value", one=True))
+        shown = json.loads(
+            typst.query(f"#metadata({markup[1:]})<it>".encode(), "<it>", field="value", one=True)
+        )
         assert shown.replace("\u200b", "") == text.replace("\u200b", "")
     pdf.compile(pdf.inline(text), ROOT)
 
 
 @pytest.mark.parametrize("height,words,narrow", [(100, 20, False), (1500, 20, True), (1500, 400, True)])
 def test_a_tall_picture_leaves_room_for_its_caption(tmp_path, height, words, narrow):
-    (tmp_path / "tall.svg").write_text(f'<svg xmlns="http://www.w3.org/2000/svg" width="600" height="{height}"/>')
+    (tmp_path / "tall.svg").write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="600" height="{height}"/>'
+    )
     caption = "word " * words
-    markup = f'{pdf._STYLE}\n#show: report.with("x")\n#picture("/tall.svg", "tall", "", [{caption}], [source])'
+    markup = (
+        f'{pdf._STYLE}\n#show: report.with("x")\n#picture("/tall.svg", "tall", "", [{caption}], [source])'
+    )
     (drawn,) = json.loads(typst.query(markup.encode(), "image", root=str(tmp_path)))
     width = float(re.search(r"([\d.]+)pt", drawn["width"]).group(1))
     lines = f"#context [#metadata(measure(width: 166mm, text(9.5pt, [{caption}])).height.pt())<below>]"
-    (below,) = json.loads(typst.query(f"{pdf._STYLE}\n{lines}".encode(), "<below>", field="value", root=str(tmp_path)))
+    (below,) = json.loads(
+        typst.query(f"{pdf._STYLE}\n{lines}".encode(), "<below>", field="value", root=str(tmp_path))
+    )
     assert width * height / 600 + below < 249 / 25.4 * 72
     assert (width < 0.6 * 450 - 1) == narrow
 
@@ -532,7 +575,11 @@ def test_missing_result_names_the_notebook_to_run(finished, tmp_path, monkeypatc
     write_notebook(tmp_path, "05_later", 'run.fact("later", 1)')
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     template = tmp_path / "template.md.j2"
-    for asked, named in (('fact("later")', "05_later"), ("facts.later + 1", "05_later"), ('figure("never")', "no notebook makes one")):
+    for asked, named in (
+        ('fact("later")', "05_later"),
+        ("facts.later + 1", "05_later"),
+        ('figure("never")', "no notebook makes one"),
+    ):
         template.write_text(f"{{{{ {asked} }}}}")
         with pytest.raises(report.ReportError, match=named):
             report.compose(tmp_path, tmp_path / "report", template)
@@ -553,8 +600,12 @@ def test_report_renders_from_the_committed_results(committed):
     sources.atomic_write(committed / "report" / "report.md", markdown)
     sources.atomic_write(committed / "report" / "report.html", page)
     assert report.problems(committed / "report" / "report.md", committed / "report" / "report.html") == []
-    drawn = [image["source"] for image in json.loads(typst.query(paper.encode(), "image", root=str(committed)))]
-    assert sorted(Path(source).stem for source in drawn) == sorted(p.stem for p in (committed / "figures").glob("*.svg"))
+    drawn = [
+        image["source"] for image in json.loads(typst.query(paper.encode(), "image", root=str(committed)))
+    ]
+    assert sorted(Path(source).stem for source in drawn) == sorted(
+        p.stem for p in (committed / "figures").glob("*.svg")
+    )
     assert len(re.findall(rb"/Type\s*/Page\b", pdf.compile(paper, committed))) > 5
     claims = [int(n) for n in re.findall(r"^(\d+)\. \*\*", markdown.split("\n## ")[1], re.M)]
     assert claims == list(range(1, len(claims) + 1)) and len(claims) > 9, "a claim shares a line with another"
@@ -592,7 +643,10 @@ def test_one_list_of_pins():
         assert needed.specifier.contains(pins[needed.name.lower()]), text
     conda = (ROOT / "environment.yml").read_text()
     assert "- -r requirements.lock" in conda and "==" not in conda and "python=3.11" in conda
-    assert "-r requirements.lock" in (ROOT / "Makefile").read_text() and "==" not in (ROOT / "Makefile").read_text()
+    assert (
+        "-r requirements.lock" in (ROOT / "Makefile").read_text()
+        and "==" not in (ROOT / "Makefile").read_text()
+    )
 
 
 def make(folder, *arguments):
@@ -608,7 +662,17 @@ def copy(tmp_path):
 
 def test_make_help_lists_every_target_and_knob(copy):
     printed = make(copy).stdout
-    for target in ("reproduce", "lab", "test", "test-oldest", "lint", "model", "figures/NAME.svg", "clean", "env"):
+    for target in (
+        "reproduce",
+        "lab",
+        "test",
+        "test-oldest",
+        "lint",
+        "model",
+        "figures/NAME.svg",
+        "clean",
+        "env",
+    ):
         assert f"make {target} " in printed
     for knob in ("MODEL=", "DATASET=", "DEVICE=", "PROFILE="):
         assert knob in printed
@@ -624,7 +688,9 @@ def test_make_passes_the_knobs_on(copy):
 def test_make_lab_passes_arguments_on_and_says_what_root_can_do(copy):
     planned = make(copy, "-n", "lab", "ARGS=--port 9999 --no-browser").stdout
     assert "-m jupyterlab --notebook-dir=notebooks --port 9999 --no-browser" in planned
-    lab = re.search(r"^lab:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)[0].replace("$(READY)", "")
+    lab = re.search(r"^lab:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)[0].replace(
+        "$(READY)", ""
+    )
     for root, arguments, starts in ((True, "", False), (True, "--allow-root", True), (False, "", True)):
         (copy / "id").write_text(f"#!/bin/sh\necho {0 if root else 1000}\n")
         (copy / "python").write_text("#!/bin/sh\necho started $@\n")

@@ -5,7 +5,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sketchkv import LRU, TOVA, AttentionMass, CountMinSketch, KeyNorm, Random, Sketch, SketchCache, SnapKV, Window, score
+from sketchkv import (
+    LRU,
+    TOVA,
+    AttentionMass,
+    CountMinSketch,
+    KeyNorm,
+    Random,
+    Sketch,
+    SketchCache,
+    SnapKV,
+    Window,
+    score,
+)
 from sketchkv.policies import exposure
 from sketchkv.slots import Plain, Slots
 
@@ -91,7 +103,9 @@ def test_lsh_key_depends_on_direction_only():
     slots = Slots((1, 1), 4, (8, 8), Plain(torch.float32, "cpu"))
     policy.allocate(slots)
     vector = torch.randn(8, generator=torch.Generator().manual_seed(0))
-    keys = torch.stack([vector, 3 * vector, -vector, torch.randn(8, generator=torch.Generator().manual_seed(1))])
+    keys = torch.stack(
+        [vector, 3 * vector, -vector, torch.randn(8, generator=torch.Generator().manual_seed(1))]
+    )
     policy.enter(slots, slots.append(keys[None, None], keys[None, None], torch.arange(4)[None].int()), None)
     same, longer, opposite, other = policy.signatures(slots)[0, 0].tolist()
     assert same == longer and opposite == 2**16 - 1 - same and other not in (same, opposite)
@@ -99,7 +113,10 @@ def test_lsh_key_depends_on_direction_only():
 
 def test_token_key_needs_token_ids(gpt2, ids):
     with pytest.raises(ValueError, match='key="lsh"'):
-        gpt2(inputs_embeds=gpt2.transformer.wte(ids), past_key_values=SketchCache(gpt2.config, 64, policy=Sketch(key="token")))
+        gpt2(
+            inputs_embeds=gpt2.transformer.wte(ids),
+            past_key_values=SketchCache(gpt2.config, 64, policy=Sketch(key="token")),
+        )
 
 
 def test_window_keeps_the_newest_and_the_sinks(gpt2, ids):

@@ -6,11 +6,17 @@ from conftest import build
 from test_cache import kept
 
 import sketchkv
-from sketchkv import H2O, AttentionMass, Sketch, SketchCache, SnapKV, Summary, Window, generate, score
+from sketchkv import H2O, AttentionMass, SketchCache, SnapKV, Summary, Window, generate, score
 from sketchkv.oracle import decode_and_watch, full_cache_logits
 from sketchkv.study.extras.lending import AdaptiveCache
 
-POLICIES = {"default": None, "H2O": H2O(), "decayed mean": AttentionMass(), "window": Window(), "SnapKV": SnapKV(kernel=3)}
+POLICIES = {
+    "default": None,
+    "H2O": H2O(),
+    "decayed mean": AttentionMass(),
+    "window": Window(),
+    "SnapKV": SnapKV(kernel=3),
+}
 
 
 def bounded(model, cap=24, chunk=20, **settings):
@@ -25,10 +31,14 @@ def test_equals_the_masked_full_cache(model, ids, policy):
     logits, visible = decode_and_watch(model, ids, cache, chunk_size=20)
     assert cache.evicted_tokens == 2 * 76 and cache.stored_tokens() == [24, 24]
     torch.testing.assert_close(logits, full_cache_logits(model, ids, visible), atol=1e-4, rtol=0)
-    assert (logits[:, 60:] - model(ids).logits[:, 60:]).abs().max() > 1e-2  # evicting must have changed something
+    assert (
+        logits[:, 60:] - model(ids).logits[:, 60:]
+    ).abs().max() > 1e-2  # evicting must have changed something
 
 
-@pytest.mark.parametrize("settings", [{}, {"summary": Summary(2)}, {"bits": (5, 4), "summary": Summary()}, {"attend_topk": 16}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"summary": Summary(2)}, {"bits": (5, 4), "summary": Summary()}, {"attend_topk": 16}]
+)
 def test_equals_a_cache_that_always_evicts_as_seldom(ids, settings):
     """cap + chunk tokens at once: both evict at the end, and decode alike up to the next eviction."""
     model = sketchkv.enable(build("llama"))
@@ -37,7 +47,10 @@ def test_equals_a_cache_that_always_evicts_as_seldom(ids, settings):
         found, expected = (model(part, past_key_values=c).logits for c in (cache, seldom))
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
         stored = cache.stored_tokens()[0]
-        assert torch.equal(kept(cache)[..., -stored:], kept(seldom)[..., -stored:]) and seldom.stored_tokens()[0] == stored
+        assert (
+            torch.equal(kept(cache)[..., -stored:], kept(seldom)[..., -stored:])
+            and seldom.stored_tokens()[0] == stored
+        )
     assert cache.evicted_tokens > 0
 
 
@@ -89,7 +102,9 @@ def test_scores_are_those_of_decoding(gpt2, ids):
 
 
 def test_model_generate_and_the_loop_agree(gpt2, ids):
-    again = gpt2.generate(ids, past_key_values=bounded(gpt2), max_new_tokens=12, do_sample=False, eos_token_id=None)
+    again = gpt2.generate(
+        ids, past_key_values=bounded(gpt2), max_new_tokens=12, do_sample=False, eos_token_id=None
+    )
     assert torch.equal(generate(gpt2, ids, bounded(gpt2), 12), again)
 
 

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AttentionInterface
 
-from sketchkv import AttentionMass, SketchCache, Summary, Window, oracle, score
-from sketchkv import quantize
+from sketchkv import AttentionMass, SketchCache, Summary, Window, oracle, quantize, score
 from sketchkv.quantize import Half, Normal, matrix, normal_levels, pack, quantized, rotation, unpack
 from sketchkv.slots import Slots
 from sketchkv.study.extras.ranges import Range, ranges
@@ -27,7 +26,9 @@ def codec(bits, kind):
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from([1, 2, 3, 4, 5, 8]), st.sampled_from([8, 16, 64, 96]), st.integers(0, 2**31))
 def test_what_is_packed_comes_back_and_fills_its_bytes(bits, count, seed):
-    codes = torch.randint(2**bits, (2, 3, count), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    codes = torch.randint(
+        2**bits, (2, 3, count), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8
+    )
     packed = pack(codes, bits)
     assert packed.dtype == torch.uint8 and packed.shape == (2, 3, count * bits // 8)
     assert torch.equal(unpack(packed, bits), codes)
@@ -35,9 +36,12 @@ def test_what_is_packed_comes_back_and_fills_its_bytes(bits, count, seed):
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from([2, 3, 4, 5, 8]), st.sampled_from([8, 16, 32, 48, 64, 128]), st.integers(0, 2**31),
-    st.floats(-6, 4), st.floats(-100, 100),
-)  # fmt: skip
+    st.sampled_from([2, 3, 4, 5, 8]),
+    st.sampled_from([8, 16, 32, 48, 64, 128]),
+    st.integers(0, 2**31),
+    st.floats(-6, 4),
+    st.floats(-100, 100),
+)
 def test_no_value_is_off_by_more_than_half_a_step(bits, head_dim, seed, magnitude, offset):
     generator = torch.Generator().manual_seed(seed)
     x = (torch.randn(3, 5, head_dim, generator=generator) * 10**magnitude + offset).clamp(-6e4, 6e4)
@@ -123,7 +127,9 @@ def rounded(x, bits):
     x = x.double().numpy()
     low = x.min(-1, keepdims=True)
     low = np.float16(low - abs(low) * 2.0**-10 - 2.0**-24).astype(float)
-    step = np.float16((x.max(-1, keepdims=True) - low) / (2**bits - 1) * (1 + 2.0**-10) + 2.0**-24).astype(float)
+    step = np.float16((x.max(-1, keepdims=True) - low) / (2**bits - 1) * (1 + 2.0**-10) + 2.0**-24).astype(
+        float
+    )
     return torch.from_numpy(low + np.clip(np.rint((x - low) / step), 0, 2**bits - 1) * step).float()
 
 
@@ -134,7 +140,9 @@ def rounded_normally(x, bits):
     x = x.double().numpy() @ turned
     norm = np.sqrt((x**2).mean(-1, keepdims=True))
     nearest = levels[np.abs((x / norm)[..., None] - levels).argmin(-1)]
-    scale = np.float16((x * nearest).sum(-1, keepdims=True) / (nearest**2).sum(-1, keepdims=True)).astype(float)
+    scale = np.float16((x * nearest).sum(-1, keepdims=True) / (nearest**2).sum(-1, keepdims=True)).astype(
+        float
+    )
     return torch.from_numpy(nearest * scale @ turned.T).float()
 
 
@@ -156,7 +164,7 @@ def rounding_oracle():
 @pytest.mark.parametrize("bits, quantizer", [(4, "range"), (8, "range"), (4, "normal"), ((5, 3), "normal")])
 def test_bounded_quantized_cache_equals_masked_full_cache_of_rounded_tokens(
     model, ids, bits, quantizer, policy, rounding_oracle, monkeypatch
-):  # fmt: skip
+):
     monkeypatch.setattr(quantize, "CENTRE_AFTER", 0)  # the rule of a centre has a test of its own
     rule = {"range": rounded, "normal": rounded_normally}[quantizer]
     pair = bits if isinstance(bits, tuple) else (bits, bits)
@@ -205,14 +213,30 @@ def test_a_centre_brings_keys_nearer():
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bytes_are_those_of_the_packed_tensors(model, ids, bits):
-    cache = SketchCache(model.config, 32, recent_window=8, evict_every=5, codec=ranges(bits), summary=Summary(2), policy=Window())
+    cache = SketchCache(
+        model.config,
+        32,
+        recent_window=8,
+        evict_every=5,
+        codec=ranges(bits),
+        summary=Summary(2),
+        policy=Window(),
+    )
     score(model, ids, cache)
     heads, head_dim, rows, layers = cache.layers[0].slots.positions.shape[1], 16, 2, 2
     slot = 2 * (head_dim * bits // 8 + 2 * 2)  # codes, minimum and step in float16; keys and values
     summary = 2 * 2 * head_dim * 4
     assert cache.nbytes()["kv"] == layers * rows * heads * (37 * slot + summary)
-    held = {id(t.untyped_storage()): t.untyped_storage().nbytes() for layer in cache.layers for t in (
-        *layer.slots.arrays.values(), *layer.summary.tensors(),
-        layer.summary.code.projection, layer.summary.code.powers, layer.summary.hash.a, layer.summary.hash.b,
-    )}  # fmt: skip
+    held = {
+        id(t.untyped_storage()): t.untyped_storage().nbytes()
+        for layer in cache.layers
+        for t in (
+            *layer.slots.arrays.values(),
+            *layer.summary.tensors(),
+            layer.summary.code.projection,
+            layer.summary.code.powers,
+            layer.summary.hash.a,
+            layer.summary.hash.b,
+        )
+    }
     assert cache.nbytes()["total"] == sum({t: n for t, n in held.items()}.values())

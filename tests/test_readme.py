@@ -11,7 +11,9 @@ from sketchkv.loading import EMBEDDED
 README = Path(__file__).parent.parent / "README.md"
 
 
-@pytest.mark.skipif(not (EMBEDDED / "model.safetensors").exists(), reason="the embedded model is being trained")
+@pytest.mark.skipif(
+    not (EMBEDDED / "model.safetensors").exists(), reason="the embedded model is being trained"
+)
 def test_examples_run_as_printed(capsys):
     examples = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.S)
     assert len(examples) == 2
@@ -30,5 +32,15 @@ def test_documented_defaults_are_the_defaults():
     from sketchkv import Sketch
 
     cache, sketch = (inspect.signature(thing.__init__).parameters for thing in (SketchCache, Sketch))
-    assert (cache["num_sinks"].default, cache["recent_window"].default, cache["evict_every"].default) == (4, 16, 16)
-    assert [sketch[p].default for p in ("width", "depth", "key", "decay", "mean")] == [512, 4, "lsh", 0.99, True]
+    assert (cache["num_sinks"].default, cache["recent_window"].default, cache["evict_every"].default) == (
+        4,
+        16,
+        16,
+    )
+    assert [sketch[p].default for p in ("width", "depth", "key", "decay", "mean")] == [
+        512,
+        4,
+        "lsh",
+        0.99,
+        True,
+    ]

@@ -21,8 +21,10 @@ KINDS = {
     "race": lambda *shape, **settings: RACE(6, *shape, bits=7, **settings),
 }
 batches = st.lists(
-    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 100)), min_size=1, max_size=20), min_size=1, max_size=4
-)  # fmt: skip
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 100)), min_size=1, max_size=20),
+    min_size=1,
+    max_size=4,
+)
 
 
 def split(batch):
@@ -58,7 +60,9 @@ class ReferenceConservative:
         joint = {}
         for item, weight in summed.items():
             joint[tuple(self.places(item))] = joint.get(tuple(self.places(item)), 0) + weight
-        raised = {places: min(self.rows[r][i] for r, i in places) + weight for places, weight in joint.items()}
+        raised = {
+            places: min(self.rows[r][i] for r, i in places) + weight for places, weight in joint.items()
+        }
         for places, estimate in raised.items():
             for r, i in places:
                 self.rows[r][i] = max(self.rows[r][i], estimate)
@@ -69,7 +73,11 @@ class ReferenceConservative:
 def test_conservative_equals_plain_python_between_truth_and_count_min(stream, width, depth, integers):
     dtype = torch.int64 if integers else torch.float64
     sketch, plain = (kind(width, depth, dtype=dtype) for kind in (ConservativeSketch, AnyCounters))
-    reference, truth, every = ReferenceConservative(sketch), torch.zeros(31, dtype=torch.float64), torch.arange(31)
+    reference, truth, every = (
+        ReferenceConservative(sketch),
+        torch.zeros(31, dtype=torch.float64),
+        torch.arange(31),
+    )
     for batch in stream:
         items, weights = split(batch)
         for one in (sketch, plain):
@@ -111,10 +119,15 @@ def test_conservative_is_tighter_on_a_crowded_sketch():
 @given(batches, st.integers(1, 40), st.integers(1, 5), st.integers(0, 1000))
 def test_count_sketch_equals_plain_python(stream, width, depth, seed):
     sketch = CountSketch(width, depth, seed=seed, dtype=torch.float64)
-    place, sign = ([(a, b) for a, b in zip(h.a.tolist(), h.b.tolist())] for h in (sketch.hash.place, sketch.hash.sign))
+    place, sign = (
+        [(a, b) for a, b in zip(h.a.tolist(), h.b.tolist())] for h in (sketch.hash.place, sketch.hash.sign)
+    )
     rows = [[0.0] * width for _ in range(depth)]
     cells = {
-        x: [(a * x + b) % PRIME % width + (c * x + d) % PRIME % 2 * width for (a, b), (c, d) in zip(place, sign)]
+        x: [
+            (a * x + b) % PRIME % width + (c * x + d) % PRIME % 2 * width
+            for (a, b), (c, d) in zip(place, sign)
+        ]
         for x in range(31)
     }
     for batch in stream:
@@ -124,13 +137,17 @@ def test_count_sketch_equals_plain_python(stream, width, depth, seed):
                 row[cell % width] += -weight if cell >= width else weight
     assert sketch.table.tolist() == rows
     for item in range(31):
-        each = [-row[cell % width] if cell >= width else row[cell % width] for row, cell in zip(rows, cells[item])]
+        each = [
+            -row[cell % width] if cell >= width else row[cell % width] for row, cell in zip(rows, cells[item])
+        ]
         assert sketch.query(torch.tensor([item])).item() == np.median(each)
 
 
 def test_count_sketch_is_unbiased_and_within_its_bound():
     generator = np.random.default_rng(0)
-    counts = torch.from_numpy(generator.multinomial(5000, 1 / np.arange(1, 301) / (1 / np.arange(1, 301)).sum())).double()
+    counts = torch.from_numpy(
+        generator.multinomial(5000, 1 / np.arange(1, 301) / (1 / np.arange(1, 301)).sum())
+    ).double()
     width, seeds, asked = 32, 600, torch.tensor([0, 30, 299])
     spread = (((counts**2).sum() - counts[asked] ** 2) / width).sqrt()
     row, median = [], []
@@ -317,7 +334,11 @@ def test_half_precision_counters_saturate():
         (lambda: RACE(6, 16, 2, bits=0), ValueError, "bits"),
         (lambda: RACE(6, 0, 2), ValueError, "width must be"),
         (lambda: RACE(6, 16, 2).update(torch.arange(3)), TypeError, "vectors"),
-        (lambda: RACE(6, 16, 2, batch_shape=(2,)).update(torch.rand(3, 5, 6)), ValueError, "indices of the items"),
+        (
+            lambda: RACE(6, 16, 2, batch_shape=(2,)).update(torch.rand(3, 5, 6)),
+            ValueError,
+            "indices of the items",
+        ),
         (lambda: RACE(6, 16, 2).update(torch.rand(5, 6), -1), ValueError, "not negative"),
         (lambda: CountSketch(8, 2).update(torch.arange(2), math.inf), ValueError, "finite"),
         (lambda: CountSketch(8, 2).total, AttributeError, "random signs"),
@@ -348,4 +369,6 @@ def test_cuda_equals_cpu_and_never_waits(kind, dtype):
             found.append(sketch.query(here))
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    torch.testing.assert_close(found[0], found[1].cpu(), rtol=2e-3 if dtype == torch.float16 else 1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        found[0], found[1].cpu(), rtol=2e-3 if dtype == torch.float16 else 1e-6, atol=1e-6
+    )

@@ -88,9 +88,17 @@ def test_reset_equals_a_fresh_cache(gpt2, text, fresh):
 
 def test_beam_search_equals_each_beam_decoded_alone(llama, text, fresh):
     out = llama.generate(
-        text[:, :40], past_key_values=fresh(llama), max_new_tokens=16, num_beams=3, num_return_sequences=3,
-        do_sample=False, eos_token_id=None, length_penalty=0.0, output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        text[:, :40],
+        past_key_values=fresh(llama),
+        max_new_tokens=16,
+        num_beams=3,
+        num_return_sequences=3,
+        do_sample=False,
+        eos_token_id=None,
+        length_penalty=0.0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
     nll = score(llama, out.sequences, fresh(llama))[:, 39:]
     torch.testing.assert_close(-nll.sum(-1), out.sequences_scores, atol=1e-3, rtol=0)
     assert len(out.beam_indices.unique()) > 2
@@ -104,8 +112,16 @@ def test_bytes_are_those_of_the_tensors(llama, text, fresh):
         policy = layer.policy
         held = [*layer.slots.arrays.values(), *policy.tensors()]
         for part in [policy.code, *policy.sketches]:
-            for thing in [part, *getattr(part, "__dict__", {}).values(), *getattr(getattr(part, "hash", None), "__dict__", {}).values()]:
-                held += [value for value in getattr(thing, "__dict__", {}).values() if isinstance(value, torch.Tensor)]
+            for thing in [
+                part,
+                *getattr(part, "__dict__", {}).values(),
+                *getattr(getattr(part, "hash", None), "__dict__", {}).values(),
+            ]:
+                held += [
+                    value
+                    for value in getattr(thing, "__dict__", {}).values()
+                    if isinstance(value, torch.Tensor)
+                ]
         tensors |= {id(tensor): tensor for tensor in held}
     assert cache.nbytes()["total"] == sum(tensor.nbytes for tensor in tensors.values())
 
@@ -129,9 +145,15 @@ def test_queries_are_counted_where_they_point(kind):
     got = policy.score(slots, 30)
     if kind == "race":
         rows = policy.sketches[0].hash.projection.unflatten(1, (5, 4))
-        code = lambda x: torch.stack([(x @ rows[:, r] > 0).float() @ 2.0 ** torch.arange(4) for r in range(5)])  # noqa: E731
+
+        def code(x):
+            return torch.stack([(x @ rows[:, r] > 0).float() @ 2.0 ** torch.arange(4) for r in range(5)])
+
     else:
-        code = lambda x: SimHash(8, 4)(x)[None]  # noqa: E731
+
+        def code(x):
+            return SimHash(8, 4)(x)[None]
+
     for head in range(2):
         for token in range(3, 30):
             expected = 0.0

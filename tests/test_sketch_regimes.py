@@ -38,17 +38,26 @@ def test_of_what_comes_back_only_the_return_is_scored(gpt2, monkeypatch):
     rows = regimes.point(method, text="returning", revision="", documents=3, length=120)
     for i, row in enumerate(rows):
         text = torch.cat([first[i], first[(i + 1) % 3], first[i]])[None]
-        late = score(gpt2, text, make_cache(gpt2.config, **method))[:, 80:].mean() - score(gpt2, text)[:, 80:].mean()
+        late = (
+            score(gpt2, text, make_cache(gpt2.config, **method))[:, 80:].mean()
+            - score(gpt2, text)[:, 80:].mean()
+        )
         assert row["loss"] == pytest.approx(late.item(), abs=1e-4) and row["evicted"] > 0
         assert set(row) == set(regimes.COLUMNS)
 
 
 def test_gains_are_positive_where_the_sketch_loses_less():
-    losses = {"exact": np.linspace(0.2, 0.4, 8), "good": np.linspace(0.1, 0.3, 8), "bad": np.linspace(0.5, 0.7, 8)}
+    losses = {
+        "exact": np.linspace(0.2, 0.4, 8),
+        "good": np.linspace(0.1, 0.3, 8),
+        "bad": np.linspace(0.5, 0.7, 8),
+    }
     table = pd.concat(
-        pd.DataFrame({"regime": "one", "method": name, "document": range(8), "loss": loss, "max_cache_size": 24})
+        pd.DataFrame(
+            {"regime": "one", "method": name, "document": range(8), "loss": loss, "max_cache_size": 24}
+        )
         for name, loss in losses.items()
-    )  # fmt: skip
+    )
     found = regimes.gains(table, "regime").set_index("method")
     assert list(found.index) == ["bad", "good"] and set(found.columns) == {"regime", *regimes.GAINS}
     assert found["mean"].tolist() == pytest.approx([-0.3, 0.1]) and found.n.tolist() == [8, 8]

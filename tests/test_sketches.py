@@ -107,7 +107,11 @@ def test_error_bound_is_nearly_reached_by_the_worst_stream(depth):
     items, weights = map(torch.from_numpy, draw_stream("worst case", 1000, 1, seed=0, width=width))
     beyond = misses(items, weights, items[-1:], 0, width, depth, seeds)
     expected = (1 - (1 - 1 / width) ** (len(items) - 1)) ** depth
-    assert stats.binom.isf(1 - CHANCE, seeds, expected) <= beyond <= stats.binom.isf(CHANCE, seeds, math.exp(-depth))
+    assert (
+        stats.binom.isf(1 - CHANCE, seeds, expected)
+        <= beyond
+        <= stats.binom.isf(CHANCE, seeds, math.exp(-depth))
+    )
 
 
 def test_topk_recall_on_zipf_streams():
@@ -194,7 +198,10 @@ def test_broadcasting_and_default_weights():
 @pytest.mark.parametrize("stored", [torch.int16, torch.int32, torch.int64])
 def test_indices_hashed_before_equal_items(stored):
     items, weights = draw(2, 3, 40)
-    by_items, by_indices = CountMinSketch(29, 4, batch_shape=(2, 3)), CountMinSketch(29, 4, batch_shape=(2, 3))
+    by_items, by_indices = (
+        CountMinSketch(29, 4, batch_shape=(2, 3)),
+        CountMinSketch(29, 4, batch_shape=(2, 3)),
+    )
     by_items.update(items, weights)
     by_items.update(items[0, 0])
     by_indices.update(weights=weights, indices=by_indices.hash(items).to(stored))
@@ -212,7 +219,9 @@ def test_reorder_moves_whole_sketches(index):
     assert torch.equal(sketch.table, before[index]) and sketch.batch_shape == (len(index), 2)
     items, weights = draw(len(index), 2, 5, seed=1)  # copies of one sketch go separate ways
     sketch.update(items, weights)
-    torch.testing.assert_close(sketch.total, before[index][..., 0, :].sum(-1) + weights.sum(-1), rtol=0, atol=0)
+    torch.testing.assert_close(
+        sketch.total, before[index][..., 0, :].sum(-1) + weights.sum(-1), rtol=0, atol=0
+    )
 
 
 def test_reset_forgets_the_counts_and_keeps_the_hash():
@@ -225,11 +234,15 @@ def test_reset_forgets_the_counts_and_keeps_the_hash():
     assert torch.equal(sketch.table, fresh.table)
 
 
-@pytest.mark.parametrize("dtype, size", [(torch.float16, 2), (torch.float32, 4), (torch.int32, 4), (torch.float64, 8)])
+@pytest.mark.parametrize(
+    "dtype, size", [(torch.float16, 2), (torch.float32, 4), (torch.int32, 4), (torch.float64, 8)]
+)
 def test_nbytes_is_counters_and_hash_parameters(dtype, size):
     sketch = CountMinSketch(128, 3, batch_shape=(2, 5), dtype=dtype)
     assert sketch.nbytes == 2 * 5 * 3 * 128 * size + 3 * 2 * 8
-    tensors = [t for held in (vars(sketch), vars(sketch.hash)) for t in held.values() if isinstance(t, torch.Tensor)]
+    tensors = [
+        t for held in (vars(sketch), vars(sketch.hash)) for t in held.values() if isinstance(t, torch.Tensor)
+    ]
     assert sketch.nbytes == sum(t.nbytes for t in tensors)
 
 
@@ -306,7 +319,11 @@ def sketch_of(**changes):
         (lambda: sketch_of().update(torch.tensor(3)), ValueError, "single number"),
         (lambda: sketch_of().query(torch.tensor([-1])), ValueError, "not be negative"),
         (lambda: sketch_of().update(), ValueError, "either items or indices"),
-        (lambda: sketch_of().query(torch.arange(2), indices=torch.zeros(2, 2, 2).long()), ValueError, "either items"),
+        (
+            lambda: sketch_of().query(torch.arange(2), indices=torch.zeros(2, 2, 2).long()),
+            ValueError,
+            "either items",
+        ),
         (lambda: sketch_of().query(indices=torch.zeros(2, 2)), TypeError, "indices must be integers"),
         (lambda: sketch_of().query(indices=torch.zeros(3, 5).long()), ValueError, "indices of shape"),
         (lambda: sketch_of().update(torch.zeros(3, 5).long()), ValueError, r"items of shape \[3, 5\]"),
@@ -316,7 +333,11 @@ def sketch_of(**changes):
         (lambda: sketch_of().update(torch.arange(2), torch.tensor([1.0, math.nan])), ValueError, "finite"),
         (lambda: sketch_of().update(torch.arange(2), math.inf), ValueError, "finite"),
         (lambda: sketch_of(dtype=torch.int64).update(torch.arange(2), 0.5), TypeError, "use a float dtype"),
-        (lambda: sketch_of(dtype=torch.int32).update(torch.arange(2), torch.rand(2)), TypeError, "use a float dtype"),
+        (
+            lambda: sketch_of(dtype=torch.int32).update(torch.arange(2), torch.rand(2)),
+            TypeError,
+            "use a float dtype",
+        ),
         (lambda: sketch_of().topk(torch.arange(5), 6), ValueError, "at least 1 and at most 5"),
         (lambda: sketch_of().topk(torch.arange(5), 0), ValueError, "at least 1 and at most 5"),
         (lambda: sketch_of().decay(0), ValueError, "factor"),
@@ -339,7 +360,12 @@ def test_refused_input_changes_nothing():
     sketch = sketch_of()
     sketch.update(*draw(2, 30))
     before = sketch.table.clone()
-    for ids, weights in (([1, -1], 1), ([1, 2], -1), ([1, 2], torch.tensor([1, math.nan])), ([1, 2], torch.ones(3))):
+    for ids, weights in (
+        ([1, -1], 1),
+        ([1, 2], -1),
+        ([1, 2], torch.tensor([1, math.nan])),
+        ([1, 2], torch.ones(3)),
+    ):
         with pytest.raises(ValueError):
             sketch.update(torch.tensor(ids), weights)
     assert torch.equal(sketch.table, before)
@@ -349,7 +375,9 @@ def test_refused_input_changes_nothing():
 def test_cuda_equals_cpu_and_never_waits():
     items = torch.randint(0, 2**62, (2, 3, 1000), generator=torch.Generator().manual_seed(0))
     weights = draw(2, 3, 1000)[1]
-    sketches = [CountMinSketch(101, 5, batch_shape=(2, 3), seed=3, device=device) for device in ("cpu", "cuda")]
+    sketches = [
+        CountMinSketch(101, 5, batch_shape=(2, 3), seed=3, device=device) for device in ("cpu", "cuda")
+    ]
     found = []
     for sketch in sketches:
         here, mass = items.to(sketch.table.device), weights.to(sketch.table.device)

@@ -7,12 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
-from sketchkv.sketches import CountMinSketch
+from sketchkv.sketch import CountMinSketch
 from sketchkv.study import aims, bench, speed, timing
 
 
 def rows(*found):
-    return pd.DataFrame([[row, "ratio", "1", m, low, high, 20] for row, m, low, high in found], columns=list(timing.COLUMNS))
+    return pd.DataFrame(
+        [[row, "ratio", "1", m, low, high, 20] for row, m, low, high in found], columns=list(timing.COLUMNS)
+    )
 
 
 def test_a_ratio_is_of_neighbouring_samples():
@@ -25,7 +27,9 @@ def test_a_ratio_is_of_neighbouring_samples():
 
 def test_runs_are_timed_in_turn_and_their_warm_up_is_dropped():
     table, order = timing.Table(quiet=True), []
-    timing.in_turn(table, {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repetitions=3, warmup=2)
+    timing.in_turn(
+        table, {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repetitions=3, warmup=2
+    )
     assert order == ["a", "b"] * 5 and len(table.samples["a"]) == 3
 
 
@@ -35,14 +39,22 @@ def test_a_group_is_stopped_at_its_limit():
 
 
 def test_verdicts():
-    found = aims.verdicts({
-        "cpu": rows(("rotary, batch 1, 4096 seen, SketchCache / DynamicCache", 0.5, 0.4, 0.7),
-                    ("rotary, slope of time per doubling", 0.01, 0.002, 0.02)),
-        "H": rows(("eager / fused, batch 64, 1024 slots", 1.3, 1.2, 1.4)),
-    })  # fmt: skip
+    found = aims.verdicts(
+        {
+            "cpu": rows(
+                ("rotary, batch 1, 4096 seen, SketchCache / DynamicCache", 0.5, 0.4, 0.7),
+                ("rotary, slope of time per doubling", 0.01, 0.002, 0.02),
+            ),
+            "H": rows(("eager / fused, batch 64, 1024 slots", 1.3, 1.2, 1.4)),
+        }
+    )
     verdict = found.set_index("quantity").verdict
     assert verdict["step of SketchCache / DynamicCache, rotary, batch 1"] == "met"
-    assert verdict["time of a token per doubling of the text"] == verdict["eager attention / fused, batch 64"] == "missed"
+    assert (
+        verdict["time of a token per doubling of the text"]
+        == verdict["eager attention / fused, batch 64"]
+        == "missed"
+    )
     assert (verdict == "not measured here").sum() == len(aims.AIMS) - 3
 
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-
 from conftest import attended
 
 from sketchkv import H2O, AttentionMass, SketchCache, Window, score
@@ -26,7 +25,9 @@ def plain_buckets(keys, summary):
     a, b = int(summary.hash.a), int(summary.hash.b)
     buckets = []
     for key in keys:
-        code = sum(2**bit for bit in range(projection.shape[1]) if float(key.double() @ projection[:, bit]) > 0)
+        code = sum(
+            2**bit for bit in range(projection.shape[1]) if float(key.double() @ projection[:, bit]) > 0
+        )
         buckets.append((a * code + b) % (2**31 - 1) % summary.counts.shape[-1])
     return buckets
 
@@ -56,9 +57,14 @@ def test_output_equals_attention_recomputed_from_the_record(model, ids, padding,
     """Each layer's attention for a text fed token by token; with padding, row 1 lacks its first 23 tokens."""
     tokens, mask = padding if padded else (ids, torch.ones_like(ids))
     cache = SketchCache(
-        model.config, 24, num_sinks=2, recent_window=6, evict_every=5, summary=Summary(3),
+        model.config,
+        24,
+        num_sinks=2,
+        recent_window=6,
+        evict_every=5,
+        summary=Summary(3),
         policy=copy.deepcopy(POLICIES[policy]),
-    )  # fmt: skip
+    )
     checked, records = [], {}
     attend = BoundedLayer.attend
 
@@ -67,7 +73,9 @@ def test_output_equals_attention_recomputed_from_the_record(model, ids, padding,
         kept[:, :, layer.slots.used :] = -1
         now = [key, value, mask[:, layer.seen : layer.seen + 1] == 1]
         past = records.get(layer)
-        records[layer] = now if past is None else [torch.cat([p, n], d) for p, n, d in zip(past, now, (2, 2, 1))]
+        records[layer] = (
+            now if past is None else [torch.cat([p, n], d) for p, n, d in zip(past, now, (2, 2, 1))]
+        )
         output = attend(layer, query, key, value, tokens, form)
         step = layer.seen - 1
         if step % 9 == 0 or step in (29, 30, 99):
@@ -91,7 +99,9 @@ def test_output_equals_attention_recomputed_from_the_record(model, ids, padding,
     # Every real token is either stored or counted once.
     for layer in cache.layers:
         stored = (layer.slots.positions >= 0).sum(-1)
-        assert torch.equal(stored + layer.summary.counts.sum(-1), mask.sum(-1)[:, None].expand_as(stored).float())
+        assert torch.equal(
+            stored + layer.summary.counts.sum(-1), mask.sum(-1)[:, None].expand_as(stored).float()
+        )
 
 
 def test_one_repeated_token_equals_the_full_cache():
@@ -129,14 +139,18 @@ def test_policies_see_no_mass_on_summaries(gpt2, ids):
 
 
 def test_bytes(gpt2, ids):
-    caches = [SketchCache(gpt2.config, 24, evict_every=5, recent_window=6, summary=s) for s in (None, Summary(3))]
+    caches = [
+        SketchCache(gpt2.config, 24, evict_every=5, recent_window=6, summary=s) for s in (None, Summary(3))
+    ]
     for cache in caches:
         score(gpt2, ids, cache)
     without, with_summary = (cache.nbytes() for cache in caches)
     heads, head_dim, layers, rows = 4, 16, 2, 2
     assert with_summary["kv"] - without["kv"] == layers * rows * heads * 3 * head_dim * 2 * 4
     counts = rows * heads * 3 * 4
-    assert with_summary["policy"] - without["policy"] == layers * (counts + head_dim * 12 * 4 + 12 * 4 + 2 * 8)
+    assert with_summary["policy"] - without["policy"] == layers * (
+        counts + head_dim * 12 * 4 + 12 * 4 + 2 * 8
+    )
     assert with_summary["sketch"] == without["sketch"]
     assert caches[1].stored_tokens() == caches[0].stored_tokens()
     assert caches[1].kept_positions(0).shape == caches[0].kept_positions(0).shape

@@ -4,16 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from conftest import attended
 
 import sketchkv
 from sketchkv import AttentionMass, SketchCache, Window, generate, score
 from sketchkv.layer import BoundedLayer, Form, Settings
 from sketchkv.loading import EMBEDDED
-from sketchkv.study.methods import make_cache, nbytes
-from sketchkv.slots import Plain, Slots
 from sketchkv.passes import Tokens
+from sketchkv.slots import Plain, Slots
+from sketchkv.study.methods import make_cache, nbytes
 from sketchkv.summary import Summary
 
 VARIANTS = {
@@ -70,7 +69,9 @@ def test_slots_equal_lists_of_their_members(slots, padding):
             assert summary.counts[b, h, i] == members.sum()
             if members.any():
                 for got, x in zip((summary.keys, summary.values), (keys, values)):
-                    torch.testing.assert_close(got[b, h, i].double(), x[b, h, members].double().mean(0), atol=1e-4, rtol=0)
+                    torch.testing.assert_close(
+                        got[b, h, i].double(), x[b, h, members].double().mean(0), atol=1e-4, rtol=0
+                    )
                 variance = keys[b, h, members].double().var(0, correction=0)
                 torch.testing.assert_close(summary.variance[b, h, i].double(), variance, atol=1e-3, rtol=0)
 
@@ -114,7 +115,9 @@ def test_the_spread_gives_gaussian_keys_their_mass():
             summary.fold(part, part, torch.arange(20_000).expand(1, 2, -1))
         logit = summary.logits(query.flatten(0, 1), scaling).view(1, 2, 4, 1)
         gaps.append((query @ keys.transpose(-1, -2) * scaling).logsumexp(-1) - logit[..., 0])
-    torch.testing.assert_close(gaps[0], ((query * scaling).square() * spread.square()).sum(-1) / 2, atol=0.03, rtol=0)
+    torch.testing.assert_close(
+        gaps[0], ((query * scaling).square() * spread.square()).sum(-1) / 2, atol=0.03, rtol=0
+    )
     assert gaps[1].abs().max() < 0.03 and gaps[0].min() > 0.05
 
 
@@ -168,10 +171,17 @@ def test_padding_leaves_no_trace(gpt2, ids, fresh):
     found = []
     for token in (0, 55):
         cache = fresh(gpt2)
-        found.append((generate(gpt2, ids.where(mask == 1, token), cache, 20, attention_mask=mask)[:, 100:], kept(cache)))
+        found.append(
+            (
+                generate(gpt2, ids.where(mask == 1, token), cache, 20, attention_mask=mask)[:, 100:],
+                kept(cache),
+            )
+        )
         for layer in cache.layers:
             stored = (layer.slots.positions >= 0).sum(-1)
-            assert torch.equal(stored + layer.summary.counts.sum(-1), (mask.sum(-1)[:, None] + 19).expand_as(stored).float())
+            assert torch.equal(
+                stored + layer.summary.counts.sum(-1), (mask.sum(-1)[:, None] + 19).expand_as(stored).float()
+            )
     for first, second in zip(*found):
         assert torch.equal(first, second)
 
@@ -186,9 +196,17 @@ def test_next_text_finds_an_empty_cache(gpt2, ids, fresh):
 
 def test_beams_take_their_summaries_along(gpt2, ids, fresh):
     out = gpt2.generate(
-        ids[:, :60], past_key_values=fresh(gpt2), max_new_tokens=15, num_beams=3, num_return_sequences=3, do_sample=False,
-        eos_token_id=None, length_penalty=0.0, output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        ids[:, :60],
+        past_key_values=fresh(gpt2),
+        max_new_tokens=15,
+        num_beams=3,
+        num_return_sequences=3,
+        do_sample=False,
+        eos_token_id=None,
+        length_penalty=0.0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
     for sequence, reported in zip(out.sequences, out.sequences_scores):
         nll = score(gpt2, sequence[None], fresh(gpt2))[0, 59:]
         assert abs(-nll.sum() - reported) < (0.1 if fresh.quantized else 1e-3)
@@ -199,7 +217,10 @@ def test_steps_can_be_recorded(gpt2, ids, fresh):
     caches = [fresh(gpt2) for _ in range(2)]
     places = []
     for length in (50, 28):
-        tokens = [generate(gpt2, ids[:, :length], cache, 16, graph=graph) for cache, graph in zip(caches, (False, True))]
+        tokens = [
+            generate(gpt2, ids[:, :length], cache, 16, graph=graph)
+            for cache, graph in zip(caches, (False, True))
+        ]
         assert torch.equal(*tokens)
         places.append([t.data_ptr() for layer in caches[1].layers for t in layer.summary.tensors()])
         for cache in caches:
@@ -211,8 +232,12 @@ def test_group_of_queries_and_rotary_keys():
     """The embedded rotary model, trained: each query of a group has its own mass, in chunks and token by token."""
     model, tokenizer = sketchkv.load(EMBEDDED.parent / "model-rotary", device="cpu")
     sketchkv.enable(model)
-    text = tokenizer(Path(sketchkv.cache.__file__).read_text(encoding="utf-8")[:600], return_tensors="pt")["input_ids"][:, :90]
-    cache, again = (make_cache(model.config, "decayed", max_cache_size=32, **VARIANTS["both"]) for _ in range(2))
+    text = tokenizer(Path(sketchkv.cache.__file__).read_text(encoding="utf-8")[:600], return_tensors="pt")[
+        "input_ids"
+    ][:, :90]
+    cache, again = (
+        make_cache(model.config, "decayed", max_cache_size=32, **VARIANTS["both"]) for _ in range(2)
+    )
     expected = score(model, text, cache, chunk_size=1)
     torch.testing.assert_close(score(model, text, again, chunk_size=90), expected, atol=1e-3, rtol=0)
     layer, query = cache.layers[0], torch.randn(1, 6, 1, 64, generator=torch.Generator().manual_seed(0))
@@ -221,7 +246,9 @@ def test_group_of_queries_and_rotary_keys():
     *means, counts = (x.double() for x in (layer.summary.keys, layer.summary.values, layer.summary.counts))
     for head, q in enumerate(query[0, :, 0].double() / 8):
         own, few = head // 2, counts.shape[-1]
-        keys, values = (torch.cat([m[0, own], layer.slots[n][0, own].double()]) for m, n in zip(means, ("keys", "values")))
+        keys, values = (
+            torch.cat([m[0, own], layer.slots[n][0, own].double()]) for m, n in zip(means, ("keys", "values"))
+        )
         logits = keys @ q
         logits[:few] += counts[0, own].log()
         logits[:few] += layer.summary.variance[0, own].double() @ q.square() / 2
@@ -231,7 +258,11 @@ def test_group_of_queries_and_rotary_keys():
 def test_bytes(gpt2):
     held = {
         name: nbytes(gpt2.config, method="decayed", max_cache_size=40, summary_slots=6, **options)
-        for name, options in {"plain": {}, "spread": dict(spread=True), "protected": dict(protects=True)}.items()
+        for name, options in {
+            "plain": {},
+            "spread": dict(spread=True),
+            "protected": dict(protects=True),
+        }.items()
     }
     layers, heads, dim, slots, number = 2, 4, 16, 6, 4
     assert held["protected"] == held["plain"]
@@ -241,5 +272,9 @@ def test_bytes(gpt2):
 
 def test_without_options_it_is_one_mean_per_hash(gpt2, ids):
     settings = dict(recent_window=8, summary_slots=3)
-    plain = score(gpt2, ids, SketchCache(gpt2.config, 24, recent_window=8, summary=Summary(3), policy=AttentionMass()))
-    assert torch.equal(score(gpt2, ids, make_cache(gpt2.config, "decayed", max_cache_size=24, **settings)), plain)
+    plain = score(
+        gpt2, ids, SketchCache(gpt2.config, 24, recent_window=8, summary=Summary(3), policy=AttentionMass())
+    )
+    assert torch.equal(
+        score(gpt2, ids, make_cache(gpt2.config, "decayed", max_cache_size=24, **settings)), plain
+    )

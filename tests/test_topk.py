@@ -9,14 +9,25 @@ from sketchkv import H2O, AttentionMass, Random, SketchCache, Window, score
 from sketchkv.oracle import decode_and_watch, full_cache_logits
 
 SINKS, RECENT, CAP, TOPK, EVERY = 4, 8, 32, 18, 5
-POLICIES = {"default": None, "H2O": H2O(), "decayed mean": AttentionMass(), "random": Random(), "window": Window()}
+POLICIES = {
+    "default": None,
+    "H2O": H2O(),
+    "decayed mean": AttentionMass(),
+    "random": Random(),
+    "window": Window(),
+}
 
 
 def topk_cache(model, policy="default", topk=TOPK):
     return SketchCache(
-        model.config, CAP, num_sinks=SINKS, recent_window=RECENT, evict_every=EVERY, attend_topk=topk,
+        model.config,
+        CAP,
+        num_sinks=SINKS,
+        recent_window=RECENT,
+        evict_every=EVERY,
+        attend_topk=topk,
         policy=copy.deepcopy(POLICIES[policy]),
-    )  # fmt: skip
+    )
 
 
 def record_scores(cache):
@@ -84,14 +95,16 @@ def test_leaving_tokens_out_changes_something_and_costs_one_byte_per_slot(gpt2, 
     everything, cap, beyond, fewer = (score(gpt2, ids, cache) for cache in caches)
     assert torch.equal(everything, cap) and torch.equal(everything, beyond)
     assert (everything - fewer)[:, CAP + EVERY :].abs().max() > 1e-2
-    assert torch.equal(everything[:, : CAP + EVERY - 1], fewer[:, : CAP + EVERY - 1])  # before the first eviction
+    assert torch.equal(
+        everything[:, : CAP + EVERY - 1], fewer[:, : CAP + EVERY - 1]
+    )  # before the first eviction
     assert caches[3].nbytes()["policy"] - caches[0].nbytes()["policy"] == 2 * 2 * 4 * (CAP + EVERY)
     assert caches[0].nbytes() == caches[1].nbytes() == caches[2].nbytes()
 
 
 @pytest.mark.parametrize(
     "topk, message", [(SINKS + RECENT, "raise it above 12"), (0, "attend_topk"), (20.0, "whole number")]
-)  # fmt: skip
+)
 def test_bad_settings(gpt2, topk, message):
     with pytest.raises(ValueError, match=message):
         topk_cache(gpt2, topk=topk)

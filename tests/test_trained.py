@@ -20,7 +20,9 @@ CAP = 64
 @pytest.fixture(scope="module")
 def trained():
     model, tokenizer = load("embedded", device="cpu")
-    return enable(model), documents("embedded", tokenizer, split="development", count=24, length=512).input_ids
+    return enable(model), documents(
+        "embedded", tokenizer, split="development", count=24, length=512
+    ).input_ids
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +68,13 @@ def test_generation_past_the_cap(trained):
     cache = SketchCache(model.config, CAP)
     prompt = docs[:2, :100]  # begins with token 0, which without a mask would be taken for padding
     tokens = model.generate(
-        prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, max_new_tokens=150, do_sample=False,
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        past_key_values=cache,
+        max_new_tokens=150,
+        do_sample=False,
         eos_token_id=None,
-    )  # fmt: skip
+    )
     assert tokens.shape == (2, 250) and cache.seen_tokens == 249 and cache.evicted_tokens > 0
     by_hand = SketchCache(model.config, CAP)
     again = generate(model, prompt, by_hand, 150)

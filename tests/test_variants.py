@@ -69,8 +69,11 @@ def test_padded_rows_equal_rows_alone(model, padding, fresh):
     padded, mask = padding
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     logits = model(
-        padded[:, :29], attention_mask=mask[:, :29], position_ids=positions[:, :29], past_key_values=fresh(model)
-    ).logits  # fmt: skip
+        padded[:, :29],
+        attention_mask=mask[:, :29],
+        position_ids=positions[:, :29],
+        past_key_values=fresh(model),
+    ).logits
     alone = model(padded[1:, 23:29], past_key_values=fresh(model)).logits
     assert_same(logits[1, 23:], alone[0], fresh)
 
@@ -105,9 +108,17 @@ def test_two_texts_in_a_row_equal_two_fresh_caches(gpt2, ids, fresh):
 
 def test_beam_search_equals_each_beam_decoded_alone(model, ids, fresh):
     out = model.generate(
-        ids[:, :60], past_key_values=fresh(model), max_new_tokens=20, num_beams=4, num_return_sequences=4,
-        do_sample=False, eos_token_id=None, length_penalty=0.0, output_scores=True, return_dict_in_generate=True,
-    )  # fmt: skip
+        ids[:, :60],
+        past_key_values=fresh(model),
+        max_new_tokens=20,
+        num_beams=4,
+        num_return_sequences=4,
+        do_sample=False,
+        eos_token_id=None,
+        length_penalty=0.0,
+        output_scores=True,
+        return_dict_in_generate=True,
+    )
     for sequence, reported in zip(out.sequences, out.sequences_scores):
         nll = score(model, sequence[None], fresh(model))[0, 59:]
         assert abs(-nll.sum() - reported) < (0.1 if fresh.quantized else 1e-3)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sketchkv import AttentionMass, Random, SketchCache, Window, score
 from sketchkv.oracle import decode_and_watch, full_cache_logits
 from sketchkv.study import stats, why
-from sketchkv.study.attention_analysis import Oracle, attention_maps, future_mass
+from sketchkv.study.attention_analysis import Oracle, attention_maps
 
 CAP, EVERY = 32, why.EVERY
 
@@ -68,7 +68,9 @@ def test_errors_are_those_of_the_attention_that_they_describe():
 def test_folding_equal_keys_is_exact_and_dropping_is_not():
     query, key, value, visible = problem(0)
     found = why.tail_error(query, key[:, :, :1].expand_as(key), value, visible)
-    assert found["folded"].max() < 1e-5 and found["bound_folded"].max() < 1e-2 and found["dropped"].max() > 0.1
+    assert (
+        found["folded"].max() < 1e-5 and found["bound_folded"].max() < 1e-2 and found["dropped"].max() > 0.1
+    )
 
 
 def test_equal_values_have_no_error_but_bounds_of_zero_stay_bounds():
@@ -111,7 +113,9 @@ def test_an_oracle_with_room_for_all_is_the_full_cache(gpt2, ids, name):
 def test_all_tokens_chosen_anew_are_the_full_cache(gpt2, ids):
     maps = attention_maps(gpt2, ids)
     full = full_cache_logits(gpt2, ids, [None] * len(maps))
-    torch.testing.assert_close(full_cache_logits(gpt2, ids, why.chosen_anew(maps, 1000)), full, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        full_cache_logits(gpt2, ids, why.chosen_anew(maps, 1000)), full, atol=1e-3, rtol=1e-3
+    )
     assert all((seen.sum(-1) <= 5).all() for seen in why.chosen_anew(maps, 5))
 
 
@@ -126,7 +130,12 @@ def test_at_one_eviction_no_policy_keeps_more_of_the_future_than_the_oracle(seed
     ids = torch.randint(1, 97, (1, CAP + EVERY), generator=torch.Generator().manual_seed(seed))
     future = torch.rand(2, 1, 4, 1, CAP + EVERY, generator=torch.Generator().manual_seed(seed))
     held = {}
-    policies = {"oracle": [Oracle(layer) for layer in future], "random": Random(seed), "window": Window(), "mass": AttentionMass()}
+    policies = {
+        "oracle": [Oracle(layer) for layer in future],
+        "random": Random(seed),
+        "window": Window(),
+        "mass": AttentionMass(),
+    }
     for name, policy in policies.items():
         cache = SketchCache(gpt2.config, CAP, policy=policy)
         gpt2(ids, past_key_values=cache, use_cache=True)
@@ -138,7 +147,9 @@ def test_at_one_eviction_no_policy_keeps_more_of_the_future_than_the_oracle(seed
 
 def test_watched_in_chunks_is_watched_token_by_token(model, ids):
     caches = [SketchCache(model.config, CAP, policy=AttentionMass()) for _ in range(2)]
-    (one, seen), (many, same) = (decode_and_watch(model, ids, c, chunk_size=n) for c, n in zip(caches, (1, EVERY)))
+    (one, seen), (many, same) = (
+        decode_and_watch(model, ids, c, chunk_size=n) for c, n in zip(caches, (1, EVERY))
+    )
     torch.testing.assert_close(one, many, atol=1e-3, rtol=1e-3)
     assert all(torch.equal(a, b) for a, b in zip(seen, same))
 
@@ -157,12 +168,18 @@ def test_what_is_bounded_alone(gpt2, ids):
 
 def test_steps_add_up_to_the_whole():
     generator = torch.Generator().manual_seed(0)
-    losses = pd.DataFrame(torch.rand(8, 5, generator=generator).double().numpy(), columns=list(why.LABELS)[2:7])
+    losses = pd.DataFrame(
+        torch.rand(8, 5, generator=generator).double().numpy(), columns=list(why.LABELS)[2:7]
+    )
     table = why.steps(losses)
-    assert table.share.sum() == pytest.approx(1) and table["mean"].sum() == pytest.approx(losses.sketch.mean())
+    assert table.share.sum() == pytest.approx(1) and table["mean"].sum() == pytest.approx(
+        losses.sketch.mean()
+    )
     assert (table.low <= table["mean"]).all() and (table["mean"] <= table.high).all()
     other = why.steps(losses, why.OTHER_WAY)["mean"].sum()
-    assert other == pytest.approx(table["mean"][1:3].sum())  # both ways lead from the same place to the same place
+    assert other == pytest.approx(
+        table["mean"][1:3].sum()
+    )  # both ways lead from the same place to the same place
 
 
 def test_ratio_interval():
@@ -173,4 +190,6 @@ def test_ratio_interval():
 
 
 def test_kinds_of_heads():
-    assert [why.head_kind(*x, 64) for x in ((0.6, 0.2, 3), (0.1, 0.7, 3), (0.2, 0.3, 20), (0.0, 0.1, 300))] == list(why.KINDS)
+    assert [
+        why.head_kind(*x, 64) for x in ((0.6, 0.2, 3), (0.1, 0.7, 3), (0.2, 0.3, 20), (0.0, 0.1, 300))
+    ] == list(why.KINDS)

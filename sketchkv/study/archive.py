@@ -25,10 +25,14 @@ COLUMNS = {
 }
 
 _SUMMARIES = {
-    "nearest": "4 summary slots, each token to the nearest mean", "nearest_8": "8 summary slots, each token to the nearest mean",
-    "sliding": "4 summary slots, neighbours in time merge", "segments": "4 summary slots, one for a stretch of the text",
-    "count_sketch": "a Count-Sketch of sums, 6 cells", "mass": "a summary weighted by attention", "decay": "a summary that fades",
-}  # fmt: skip
+    "nearest": "4 summary slots, each token to the nearest mean",
+    "nearest_8": "8 summary slots, each token to the nearest mean",
+    "sliding": "4 summary slots, neighbours in time merge",
+    "segments": "4 summary slots, one for a stretch of the text",
+    "count_sketch": "a Count-Sketch of sums, 6 cells",
+    "mass": "a summary weighted by attention",
+    "decay": "a summary that fades",
+}
 _REGIMES = {
     "exact with a sketched prior": "a sketched prior of the token beside exact scores",
     "sketch of tokens for all layers": "one sketch of tokens for all layers",
@@ -49,10 +53,14 @@ def manifest(folder=FOLDER):
     listed = results.read_json(folder / "manifest.json")
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {"manifest.json"}
     if there != set(listed["files"]):
-        raise ArchiveError(f"{folder} and its manifest differ in {', '.join(sorted(there ^ set(listed['files'])))}: git checkout it")
+        raise ArchiveError(
+            f"{folder} and its manifest differ in {', '.join(sorted(there ^ set(listed['files'])))}: git checkout it"
+        )
     for name, entry in listed["files"].items():
         if results.sha256(folder / name) != entry["sha256"]:
-            raise ArchiveError(f"{folder / name} is not what was archived (its checksum differs): git checkout it")
+            raise ArchiveError(
+                f"{folder / name} is not what was archived (its checksum differs): git checkout it"
+            )
     return listed
 
 
@@ -65,25 +73,60 @@ def table(folder=FOLDER):
 
     def add(what, where, beside, unit, interval, n, name):
         verdict = baselines.against_losses(*interval[1:]) if unit == NATS else "not compared"
-        rows.append([what, where, beside, unit, *interval, verdict, n, files[f"{name}.csv"]["commit"], f"{name}.csv"])
+        rows.append(
+            [what, where, beside, unit, *interval, verdict, n, files[f"{name}.csv"]["commit"], f"{name}.csv"]
+        )
 
     def more(name, column, labels, where, beside, sign=1):
         """Rows of an archived table of intervals. sign: -1 where the table says how much less a method loses."""
         for row in (found := read(name))[found[column].isin(labels)].to_dict("records"):
             ends = sorted((sign * row["low"], sign * row["high"]))
-            add(labels[row[column]], where.format(**row), beside, NATS, (sign * row["mean"], *ends), row["n"], name)
+            add(
+                labels[row[column]],
+                where.format(**row),
+                beside,
+                NATS,
+                (sign * row["mean"], *ends),
+                row["n"],
+                name,
+            )
 
     exact = "exact scores of the same bytes"
-    more("precision_intervals", "setting", _FALLING, "{budget:.2%} of the bytes", "5-bit keys and 4-bit values for all slots")
-    more("self_tuned_intervals", "method", {"self_tuned": "decay and window that each head sets"}, "{max_cache_size} slots",
-         "decay 0.99, window 16")  # fmt: skip
-    more("budget_split_intervals", "split", {"ada_kv": "heads that compete for a layer's slots"}, "{max_cache_size} slots",
-         "as many slots for each head")  # fmt: skip
+    more(
+        "precision_intervals",
+        "setting",
+        _FALLING,
+        "{budget:.2%} of the bytes",
+        "5-bit keys and 4-bit values for all slots",
+    )
+    more(
+        "self_tuned_intervals",
+        "method",
+        {"self_tuned": "decay and window that each head sets"},
+        "{max_cache_size} slots",
+        "decay 0.99, window 16",
+    )
+    more(
+        "budget_split_intervals",
+        "split",
+        {"ada_kv": "heads that compete for a layer's slots"},
+        "{max_cache_size} slots",
+        "as many slots for each head",
+    )
     more("summary_gains", "kind", _SUMMARIES, "bytes of {budget} slots", "1 summary slot, plain mean")
     more("sketch_gains_regimes", "method", _REGIMES, "{group}", exact, -1)
     more("sketch_gains_shapes", "method", _SHAPES, "{group}", exact, -1)
-    more("sketch_gains_keys", "method", {"bigram": "a sketch keyed by bigrams"}, "{group}", "exact scores", -1)
+    more(
+        "sketch_gains_keys", "method", {"bigram": "a sketch keyed by bigrams"}, "{group}", "exact scores", -1
+    )
     errors = read("scaling_fit").error.abs()
-    add("a cost model of steps on other GPUs", f"off by {errors.max():.0%} at most", "measured kernels", "relative error",
-        stats.paired_interval(errors.to_numpy(copy=True)), len(errors), "scaling_fit")  # fmt: skip
+    add(
+        "a cost model of steps on other GPUs",
+        f"off by {errors.max():.0%} at most",
+        "measured kernels",
+        "relative error",
+        stats.paired_interval(errors.to_numpy(copy=True)),
+        len(errors),
+        "scaling_fit",
+    )
     return pd.DataFrame(rows, columns=list(COLUMNS))

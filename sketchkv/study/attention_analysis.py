@@ -40,7 +40,9 @@ def mass_curves(maps, shares, sinks=4, every=8):
     past = maps[..., :middle, sinks:middle].sum(-2) / exposed[sinks:]
     future = maps[..., middle::every, sinks:middle]
     total = future.sum((-1, -2))[..., None]
-    ranks = torch.tensor([max(1, round(share * (middle - sinks))) - 1 for share in shares], device=maps.device)
+    ranks = torch.tensor(
+        [max(1, round(share * (middle - sinks))) - 1 for share in shares], device=maps.device
+    )
     fixed = future.sum(-2)
     held = {
         "each query": future.sort(-1, descending=True).values.sum(-2),
@@ -110,7 +112,9 @@ def token_classes(tokenizer, keywords=()):
     punctuation. A token with a line break counts as that, then quotes before brackets before other punctuation; bytes that
     are no text alone are "other".
     """
-    texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode(
+        [[index] for index in range(len(tokenizer))], clean_up_tokenization_spaces=False
+    )
     special, keywords = set(tokenizer.all_special_ids), set(keywords)
 
     def name(index, text):
@@ -202,8 +206,15 @@ def bound(maps, max_cache_size, num_sinks=4, recent_window=16, evict_every=16):
     for start in starts:
         queries = maps[..., start : start + evict_every, :]
         mass = queries.sum(-2)
-        chosen = mass[..., num_sinks : start - recent_window].topk(max_cache_size - num_sinks - recent_window, sorted=False)
-        held = held + mass[..., :num_sinks].sum(-1) + chosen.values.sum(-1) + mass[..., start - recent_window :].sum(-1)
+        chosen = mass[..., num_sinks : start - recent_window].topk(
+            max_cache_size - num_sinks - recent_window, sorted=False
+        )
+        held = (
+            held
+            + mass[..., :num_sinks].sum(-1)
+            + chosen.values.sum(-1)
+            + mass[..., start - recent_window :].sum(-1)
+        )
     return held / (tokens - starts[0])
 
 
@@ -255,7 +266,9 @@ def compare(model, input_ids, maps, policies, max_cache_size, evict_every=16, **
         )
     policies = policies if isinstance(policies, (list, tuple)) else [policies] * layers
     watched = [_Watched(policy) for policy in policies]
-    cache = make_cache(model.config, watched, max_cache_size=max_cache_size, evict_every=evict_every, **protection)
+    cache = make_cache(
+        model.config, watched, max_cache_size=max_cache_size, evict_every=evict_every, **protection
+    )
     model(input_ids[:, : starts[0]], past_key_values=cache, use_cache=True, logits_to_keep=1)
     sums = torch.zeros(3, layers, len(input_ids), device=input_ids.device)
     nll = torch.zeros(len(input_ids), device=input_ids.device)
@@ -269,7 +282,9 @@ def compare(model, input_ids, maps, policies, max_cache_size, evict_every=16, **
         nll += torch.nn.functional.cross_entropy(predicted, targets, reduction="none").sum(1)
         for index, layer in enumerate(cache.layers):
             full = maps[index][:, :, now]
-            ours = layer.policy.attention / layer.policy.attention[0, 0, 0].sum()  # summed over the group's heads
+            ours = (
+                layer.policy.attention / layer.policy.attention[0, 0, 0].sum()
+            )  # summed over the group's heads
             same = full.gather(-1, layer.policy.positions[:, :, None].expand_as(ours))
             kl = (torch.xlogy(ours, ours) - torch.xlogy(ours, same.clamp(min=1e-30))).sum(-1)
             cosine = (ours * same).sum(-1) / (ours.norm(dim=-1) * full.norm(dim=-1))

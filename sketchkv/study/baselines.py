@@ -39,8 +39,16 @@ BOUNDED = {
     "sketch_int4": _SMALL | _INT4,
 }
 QUARTER_ONLY = (
-    "random", "snapkv", "window", "lru", "key_norm", "h2o_half", "sketch_summary", "streaming_int4", "sketch_int4",
-)  # fmt: skip
+    "random",
+    "snapkv",
+    "window",
+    "lru",
+    "key_norm",
+    "h2o_half",
+    "sketch_summary",
+    "streaming_int4",
+    "sketch_int4",
+)
 
 # Methods that hold the whole text: one size each.
 WHOLE = {
@@ -56,14 +64,32 @@ EQUAL_SLOTS = ("random", "streaming", "lru", "key_norm", "h2o", "decayed", "tova
 AT_PREFILL = ("random", "streaming", "key_norm", "h2o", "decayed", "tova", "snapkv", "sketch")
 
 LABELS = {
-    "full": "full cache in float16", "random": "random", "window": "window without sinks", "streaming": "StreamingLLM", "lru": "LRU",
-    "key_norm": "key norm", "h2o": "H2O", "h2o_half": "H2O half recent", "decayed": "decayed mean", "tova": "TOVA",
-    "snapkv": "SnapKV", "sketch": "sketch 512x4", "sketch_small": "sketch 128x2",
-    "sketch_summary": "sketch 128x2 + summary", "decayed_summary": "decayed + summary", "decayed_int8": "decayed + int8",
-    "decayed_int4": "decayed + int4", "streaming_int4": "StreamingLLM + int4", "sketch_int4": "sketch 128x2 + int4", "compact": "compact",
-    "int8": "int8 whole text", "int4": "int4 whole text", "kivi8": "KIVI 8 bits", "kivi4": "KIVI 4 bits",
+    "full": "full cache in float16",
+    "random": "random",
+    "window": "window without sinks",
+    "streaming": "StreamingLLM",
+    "lru": "LRU",
+    "key_norm": "key norm",
+    "h2o": "H2O",
+    "h2o_half": "H2O half recent",
+    "decayed": "decayed mean",
+    "tova": "TOVA",
+    "snapkv": "SnapKV",
+    "sketch": "sketch 512x4",
+    "sketch_small": "sketch 128x2",
+    "sketch_summary": "sketch 128x2 + summary",
+    "decayed_summary": "decayed + summary",
+    "decayed_int8": "decayed + int8",
+    "decayed_int4": "decayed + int4",
+    "streaming_int4": "StreamingLLM + int4",
+    "sketch_int4": "sketch 128x2 + int4",
+    "compact": "compact",
+    "int8": "int8 whole text",
+    "int4": "int4 whole text",
+    "kivi8": "KIVI 8 bits",
+    "kivi4": "KIVI 4 bits",
     "kivi2": "KIVI 2 bits",
-}  # fmt: skip
+}
 
 
 def at_budget(config, name, budget, length, dtype):
@@ -72,7 +98,9 @@ def at_budget(config, name, budget, length, dtype):
     method = {"bits": 16} | BOUNDED[name]
     cap = fit(config, int(budget * full_nbytes(config, length)), dtype, **method)
     if cap + method.get("evict_every", 16) > length:
-        raise ValueError(f"{LABELS[name]} holds all {length} tokens in a share of {budget} of the full cache's bytes")
+        raise ValueError(
+            f"{LABELS[name]} holds all {length} tokens in a share of {budget} of the full cache's bytes"
+        )
     if name == "h2o_half":
         method |= {"recent_window": max(16, cap // 2)}
     return method | {"max_cache_size": cap}
@@ -119,7 +147,10 @@ def table(points, results, config, length):
     full, rows = full_nbytes(config, length), []
     for (name, budget, method), found in zip(points, results):
         own = {"method": name, "budget": budget, "max_cache_size": method.get("max_cache_size")}
-        rows += [own | row | {"share": row["bytes_total"] / full, "loss": row["nll"] - row["nll_full"]} for row in found]
+        rows += [
+            own | row | {"share": row["bytes_total"] / full, "loss": row["nll"] - row["nll_full"]}
+            for row in found
+        ]
     frame = pd.DataFrame(rows)
     return frame.assign(loss_late=frame.nll_late - frame.nll_late_full).astype({"max_cache_size": "Int64"})
 
@@ -156,7 +187,12 @@ def hypothesis(frame, seed=0):
             loss = part[f"loss{suffix}"].to_numpy(copy=True)
             mean, low, high = (float(np.expm1(x)) for x in stats.paired_interval(loss, seed))
             verdict = "holds" if high < LIMIT else "fails" if low >= LIMIT else "open"
-            row |= {f"increase{suffix}": mean, f"low{suffix}": low, f"high{suffix}": high, f"verdict{suffix}": verdict}
+            row |= {
+                f"increase{suffix}": mean,
+                f"low{suffix}": low,
+                f"high{suffix}": high,
+                f"verdict{suffix}": verdict,
+            }
         rows.append(row | {"n": len(part)})
     return pd.DataFrame(rows).sort_values("increase", ignore_index=True)
 
@@ -179,7 +215,10 @@ HYPOTHESIS_COLUMNS = {
 
 def equal_slots(names, max_cache_size, **more):
     """Methods of `BOUNDED` in half precision with the same cap, whatever their bytes: points without a budget."""
-    return [(name, None, {"bits": 16} | BOUNDED[name] | {"max_cache_size": max_cache_size} | more) for name in names]
+    return [
+        (name, None, {"bits": 16} | BOUNDED[name] | {"max_cache_size": max_cache_size} | more)
+        for name in names
+    ]
 
 
 def against_best(table, name, others, seed):
@@ -193,10 +232,21 @@ def against_best(table, name, others, seed):
             continue
         best, own = fitting.idxmin(), at[at.method == name]
         growth = np.expm1(stats.paired_interval(own.loss.to_numpy(copy=True), seed))
-        rows.append((
-            budget, own.share.iloc[0], own.max_cache_size.iloc[0], *growth, own.kl.mean(), best, np.expm1(fitting[best]),
-            at[at.method == best].kl.mean(), *compare(at, name, best, seed), 1 - own.loss.mean() / fitting[best], len(own),
-        ))  # fmt: skip
+        rows.append(
+            (
+                budget,
+                own.share.iloc[0],
+                own.max_cache_size.iloc[0],
+                *growth,
+                own.kl.mean(),
+                best,
+                np.expm1(fitting[best]),
+                at[at.method == best].kl.mean(),
+                *compare(at, name, best, seed),
+                1 - own.loss.mean() / fitting[best],
+                len(own),
+            )
+        )
     return pd.DataFrame(rows, columns=list(BEST_COLUMNS))
 
 
@@ -237,7 +287,7 @@ def against_losses(low, high):
 
 
 def words(names):
-    """"a, b and c": labels of methods, "none" without any."""
+    """ "a, b and c": labels of methods, "none" without any."""
     names = [LABELS.get(name, name) for name in names]
     return (", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]) if names else "none"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from sketchkv import  loading
+from sketchkv import loading
 from sketchkv.fast.launch import triton
 from sketchkv.study import results, speed, speed_gpu
 from sketchkv.study.timing import Table, copy_bandwidth, limited, matmul_rate
@@ -40,7 +40,10 @@ def gpu_groups(table):
         "attention-pieces": (60, lambda: speed_gpu.attention_pieces(table)),
         "layer-pieces": (60, lambda: speed_gpu.layer_pieces(table)),
         "block-pieces": (40, lambda: speed_gpu.block_pieces(table)),
-        "recorded-64": (60, lambda: speed_gpu.recorded_rows(table, batch=64, new=128, repetitions=10, seconds=30)),
+        "recorded-64": (
+            60,
+            lambda: speed_gpu.recorded_rows(table, batch=64, new=128, repetitions=10, seconds=30),
+        ),
         "attention-1": (30, lambda: speed_gpu.attention_rows(table, bandwidth, 1)),
         "model-1": (40, lambda: gpt2(speed.decode_rows, batch=1, seconds=25)),
         "model-64": (40, lambda: gpt2(speed.decode_rows, batch=64, seconds=25)),
@@ -55,34 +58,66 @@ def cpu_groups(table, size="bench"):
     torch.set_num_threads(min(2, torch.get_num_threads()))
     smoke, bench = size == "smoke", size == "bench"
     seen, few = (192, dict(repetitions=2, warmup=1)) if smoke else (1024, {})
-    hardware = copy_bandwidth(table, "cpu", 2**28, 10), matmul_rate(table, "cpu", torch.float32, 1024 if smoke else 2048, 10)
+    hardware = (
+        copy_bandwidth(table, "cpu", 2**28, 10),
+        matmul_rate(table, "cpu", torch.float32, 1024 if smoke else 2048, 10),
+    )
     decode = dict(hardware=hardware, cap=64 if smoke else 256, seconds=500 if bench else 45, **few)
 
     def on(which, rows, **settings):
-        load = {"embedded": lambda: loading.load("embedded")[0], "GPT-2 small": speed.gpt2_small,
-                "rotary": lambda: loading.load(results.ROOT / "data" / "model-rotary")[0]}[which]  # fmt: skip
+        load = {
+            "embedded": lambda: loading.load("embedded")[0],
+            "GPT-2 small": speed.gpt2_small,
+            "rotary": lambda: loading.load(results.ROOT / "data" / "model-rotary")[0],
+        }[which]
         return rows(table, speed.pair(load().requires_grad_(False)), which, **settings)
 
     lengths = [128, 256, 512] if smoke else [1024, 2048, 4096, 8192, 16384]
     compiled = {
-        f"{group}-compiled": (400, lambda w=which, b=batch, s=count: on(w, speed.compiled_rows, batch=b, seen=s, **decode))
-        for group, which, batch, count in (
-            ("embedded-1", "embedded", 1, seen), ("embedded-8", "embedded", 8, seen), ("rotary", "rotary", 1, 4 * seen),
-            ("gpt2-1", "GPT-2 small", 1, seen), ("gpt2-8", "GPT-2 small", 8, seen),
+        f"{group}-compiled": (
+            400,
+            lambda w=which, b=batch, s=count: on(w, speed.compiled_rows, batch=b, seen=s, **decode),
         )
-    }  # fmt: skip
+        for group, which, batch, count in (
+            ("embedded-1", "embedded", 1, seen),
+            ("embedded-8", "embedded", 8, seen),
+            ("rotary", "rotary", 1, 4 * seen),
+            ("gpt2-1", "GPT-2 small", 1, seen),
+            ("gpt2-8", "GPT-2 small", 8, seen),
+        )
+    }
     groups = {
         "embedded-1": (60, lambda: on("embedded", speed.decode_rows, batch=1, seen=seen, **decode)),
         "embedded-8": (180, lambda: on("embedded", speed.decode_rows, batch=8, seen=seen, **decode)),
         "rotary": (120, lambda: on("rotary", speed.decode_rows, batch=1, seen=4 * seen, **decode)),
         "gpt2-1": (180, lambda: on("GPT-2 small", speed.decode_rows, batch=1, seen=seen, **decode)),
         "gpt2-8": (600, lambda: on("GPT-2 small", speed.decode_rows, batch=8, seen=seen, **decode)),
-        "loop": (500, lambda: on(
-            "embedded", speed.loop_rows, prompt=seen // 2, new=32 if smoke else 512, seconds=450, compiled=bench, **few
-        )),
-        "length": (200, lambda: on("rotary", lambda t, m, name: speed.length_rows(t, m[1], name, lengths, **few))),
-        "prefill": (90, lambda: on("embedded", speed.prefill_rows, count=seen, chunk=seen // 2, cap=decode["cap"], **few)),
-        "scoring": (400, lambda: on("embedded", speed.scoring_rows, count=seen // 2 if smoke else seen, seconds=350, **few)),
+        "loop": (
+            500,
+            lambda: on(
+                "embedded",
+                speed.loop_rows,
+                prompt=seen // 2,
+                new=32 if smoke else 512,
+                seconds=450,
+                compiled=bench,
+                **few,
+            ),
+        ),
+        "length": (
+            200,
+            lambda: on("rotary", lambda t, m, name: speed.length_rows(t, m[1], name, lengths, **few)),
+        ),
+        "prefill": (
+            90,
+            lambda: on("embedded", speed.prefill_rows, count=seen, chunk=seen // 2, cap=decode["cap"], **few),
+        ),
+        "scoring": (
+            400,
+            lambda: on(
+                "embedded", speed.scoring_rows, count=seen // 2 if smoke else seen, seconds=350, **few
+            ),
+        ),
         "counting": (120, lambda: speed.counting_rows(table, 20_000 if smoke else 1_000_000, **few)),
     }
     slow = ("gpt2-1", "gpt2-8", *compiled)
@@ -100,14 +135,20 @@ def machine(commit=None):
             return None
 
     facts = dict(
-        commit=commit or results.commit()[0], time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        python=platform.python_version(), torch=torch.__version__, transformers=transformers.__version__,
-        triton=getattr(triton, "__version__", None), threads=torch.get_num_threads(),
-    )  # fmt: skip
+        commit=commit or results.commit()[0],
+        time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        triton=getattr(triton, "__version__", None),
+        threads=torch.get_num_threads(),
+    )
     if torch.cuda.is_available():
         chip = torch.cuda.get_device_properties(0)
         driver = ask("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        facts |= dict(gpu=chip.name, multiprocessors=chip.multi_processor_count, driver=driver, cuda=torch.version.cuda)
+        facts |= dict(
+            gpu=chip.name, multiprocessors=chip.multi_processor_count, driver=driver, cuda=torch.version.cuda
+        )
     return facts
 
 
@@ -118,11 +159,19 @@ def default_name(facts):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m sketchkv.study.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", help="CSV to write (default: data/benchmarks/NAME.csv); its JSON goes beside it")
+    parser = argparse.ArgumentParser(
+        prog="python -m sketchkv.study.bench", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--output", help="CSV to write (default: data/benchmarks/NAME.csv); its JSON goes beside it"
+    )
     parser.add_argument("--commit", help="commit of the code, where git cannot tell")
-    parser.add_argument("--seconds", type=float, default=2700, help="all groups together take about this long at most")
+    parser.add_argument(
+        "--seconds", type=float, default=2700, help="all groups together take about this long at most"
+    )
     parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups of rows to measure, by name")
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"

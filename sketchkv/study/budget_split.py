@@ -30,8 +30,16 @@ def _reference(model, dataset, device, part, documents, length):
 
 @torch.no_grad()
 def losses(
-    method, *, model="embedded", dataset="embedded", device="cpu", documents=16, length=1024, text=None, part="test"
-):  # fmt: skip
+    method,
+    *,
+    model="embedded",
+    dataset="embedded",
+    device="cpu",
+    documents=16,
+    length=1024,
+    text=None,
+    part="test",
+):
     """Rows (list of dict, `COLUMNS`), one per document. A split that moves is one for all rows of a batch: it gets each
     document alone. text: revision of the text, among what names a grid point; part: of the held-out text."""
     lm, _ = _model(model, device)
@@ -43,9 +51,14 @@ def losses(
         assert cache.evicted_tokens > 0
         caps = getattr(cache, "caps", None) or [layer.max_cache_size for layer in cache.layers]
         for loss in nll:
-            rows.append({
-                "document": names[len(rows)], "nll": loss, "nll_full": full[len(rows)],
-                "bytes_total": cache.nbytes()["total"] // len(ids), "caps": caps,
-                "history": [[seen, split] for seen, split in getattr(cache, "history", [])],
-            })  # fmt: skip
+            rows.append(
+                {
+                    "document": names[len(rows)],
+                    "nll": loss,
+                    "nll_full": full[len(rows)],
+                    "bytes_total": cache.nbytes()["total"] // len(ids),
+                    "caps": caps,
+                    "history": [[seen, split] for seen, split in getattr(cache, "history", [])],
+                }
+            )
     return rows

@@ -57,7 +57,10 @@ def losses(run, kind, asked, reference, workers=None, **texts):
     for (labels, *_), own, found in zip(asked, points, run.grid(kind, point, points, workers)):
         assert all(row["evicted"] > 0 for row in found), "texts are too short for an eviction"
         held = {"max_cache_size": own["method"]["max_cache_size"]}
-        rows += [labels | held | {name: row[name] for name in ("document", "bytes_total", "nll", "nll_full")} for row in found]
+        rows += [
+            labels | held | {name: row[name] for name in ("document", "bytes_total", "nll", "nll_full")}
+            for row in found
+        ]
     table = pd.DataFrame(rows)
     table["loss"] = table.nll - table.nll_full
     by = ["model", "budget", "document"]

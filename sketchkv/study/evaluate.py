@@ -56,8 +56,16 @@ def _reference(model, dataset, device, split, documents, length):
 
 @torch.no_grad()
 def evaluate(
-    method, *, model="embedded", dataset="embedded", device="cpu", split="test", documents=16, length=1024, prompt=0
-):  # fmt: skip
+    method,
+    *,
+    model="embedded",
+    dataset="embedded",
+    device="cpu",
+    split="test",
+    documents=16,
+    length=1024,
+    prompt=0,
+):
     """Rows (list of dict, `COLUMNS`) for one method, a dict that `methods.make_cache` understands.
 
     Every token is predicted from the cache as decoding would find it. Bytes are of a cache that holds one sequence. Of a
@@ -85,15 +93,22 @@ def evaluate(
         nll, nll_full, kl, top1 = (torch.cat(each, 1) for each in zip(*scores))
         stored = sum(cache.stored_tokens()) / len(cache.layers)
         for i in range(len(part)):
-            rows.append({
-                "document": names[len(rows)], "tokens": length,
-                "nll": nll[i, prompt:].mean().item(), "nll_full": nll_full[i, prompt:].mean().item(),
-                "nll_late": nll[i, half:].mean().item(), "nll_late_full": nll_full[i, half:].mean().item(),
-                "kl": kl[i, prompt:].mean().item(), "top1": top1[i, prompt:].mean().item(),
-                "evicted": cache.evicted_tokens / len(cache.layers), "stored": stored,
-                **{f"bytes_{kind}": count for kind, count in held.items()},
-                "seconds": seconds,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "document": names[len(rows)],
+                    "tokens": length,
+                    "nll": nll[i, prompt:].mean().item(),
+                    "nll_full": nll_full[i, prompt:].mean().item(),
+                    "nll_late": nll[i, half:].mean().item(),
+                    "nll_late_full": nll_full[i, half:].mean().item(),
+                    "kl": kl[i, prompt:].mean().item(),
+                    "top1": top1[i, prompt:].mean().item(),
+                    "evicted": cache.evicted_tokens / len(cache.layers),
+                    "stored": stored,
+                    **{f"bytes_{kind}": count for kind, count in held.items()},
+                    "seconds": seconds,
+                }
+            )
     return rows
 
 

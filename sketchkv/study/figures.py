@@ -13,7 +13,10 @@ PALETTE = sns.color_palette("colorblind").as_hex()
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*")
 HALF = (5.2, 3.6)  # inches: a figure that shares a row
 FULL = (10.4, 4.2)  # inches: panels side by side
-FONTS = ("DejaVu Sans", "Verdana")  # the first comes with matplotlib, the second is as wide, where a reader lacks the first
+FONTS = (
+    "DejaVu Sans",
+    "Verdana",
+)  # the first comes with matplotlib, the second is as wide, where a reader lacks the first
 HEAVY = 300_000  # bytes of an SVG above which its points and lines become a picture inside it
 
 # Seaborn's own error bars are a bootstrap without a seed: sns.lineplot(..., **figures.ERRORBAR)
@@ -22,17 +25,37 @@ ERRORBAR = {"errorbar": ("ci", 95), "n_boot": 2000, "seed": 0}
 # A method keeps its colour (an index into PALETTE) and marker in every figure. Those that share a figure with a legend have
 # different colours; of one colour, all have different markers.
 METHODS = {
-    "sketch": (0, "o"), "sketch_int4": (0, "p"), "token": (0, "*"),
-    "h2o": (1, "s"), "decayed_int8": (1, "D"), "topk": (1, "<"), "h2o_half": (1, "h"),
-    "decayed": (2, ">"), "decayed_int4": (2, "<"), "position": (2, "p"),
-    "streaming": (3, "D"), "streaming_int4": (3, "s"), "sketch_summary": (3, "P"),
-    "random": (4, "v"), "aggregate": (4, "X"), "kivi2": (4, "p"),
-    "lru": (5, "P"), "decayed_summary": (5, "^"), "int4": (5, "v"),
-    "key_norm": (6, "X"), "kivi4": (6, "v"), "lsh": (6, "<"),
-    "tova": (7, "<"), "int8": (7, "s"),
-    "oracle": (8, "*"), "window": (8, "^"), "kivi8": (8, "X"),
-    "snapkv": (9, "h"), "sketch_small": (9, ">"), "compact": (9, "*"),
-}  # fmt: skip
+    "sketch": (0, "o"),
+    "sketch_int4": (0, "p"),
+    "token": (0, "*"),
+    "h2o": (1, "s"),
+    "decayed_int8": (1, "D"),
+    "topk": (1, "<"),
+    "h2o_half": (1, "h"),
+    "decayed": (2, ">"),
+    "decayed_int4": (2, "<"),
+    "position": (2, "p"),
+    "streaming": (3, "D"),
+    "streaming_int4": (3, "s"),
+    "sketch_summary": (3, "P"),
+    "random": (4, "v"),
+    "aggregate": (4, "X"),
+    "kivi2": (4, "p"),
+    "lru": (5, "P"),
+    "decayed_summary": (5, "^"),
+    "int4": (5, "v"),
+    "key_norm": (6, "X"),
+    "kivi4": (6, "v"),
+    "lsh": (6, "<"),
+    "tova": (7, "<"),
+    "int8": (7, "s"),
+    "oracle": (8, "*"),
+    "window": (8, "^"),
+    "kivi8": (8, "X"),
+    "snapkv": (9, "h"),
+    "sketch_small": (9, ">"),
+    "compact": (9, "*"),
+}
 FULL_CACHE = {"color": "#333333", "marker": "o"}  # the reference, in no competitor's colour
 
 
@@ -41,14 +64,28 @@ def use_style():
     rcdefaults()
     np.random.seed(0)  # seaborn's jitter draws from numpy's global generator
     sns.set_theme(
-        context="notebook", style="ticks", palette=PALETTE, font_scale=1.15,
+        context="notebook",
+        style="ticks",
+        palette=PALETTE,
+        font_scale=1.15,
         rc={
-            "figure.figsize": HALF, "figure.dpi": 100, "savefig.dpi": 200, "figure.constrained_layout.use": True,
-            "axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.8, "axes.spines.top": False,
-            "axes.spines.right": False, "axes.titlesize": "medium", "legend.frameon": False, "lines.linewidth": 2.0,
-            "lines.markersize": 7, "image.cmap": "cividis", "font.sans-serif": FONTS,
+            "figure.figsize": HALF,
+            "figure.dpi": 100,
+            "savefig.dpi": 200,
+            "figure.constrained_layout.use": True,
+            "axes.grid": True,
+            "grid.color": "#dddddd",
+            "grid.linewidth": 0.8,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": "medium",
+            "legend.frameon": False,
+            "lines.linewidth": 2.0,
+            "lines.markersize": 7,
+            "image.cmap": "cividis",
+            "font.sans-serif": FONTS,
         },
-    )  # fmt: skip
+    )
 
 
 def method_style(name):
@@ -74,7 +111,18 @@ def markers(names):
 
 def mark(fig, words):
     """Writes `words` across the figure, faintly."""
-    fig.text(0.5, 0.5, words, ha="center", va="center", rotation=20, color="#b22222", alpha=0.4, fontsize="x-large", zorder=10)
+    fig.text(
+        0.5,
+        0.5,
+        words,
+        ha="center",
+        va="center",
+        rotation=20,
+        color="#b22222",
+        alpha=0.4,
+        fontsize="x-large",
+        zorder=10,
+    )
 
 
 def render(fig, name):

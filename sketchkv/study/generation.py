@@ -47,12 +47,20 @@ def continuation(model, prompts, cache, new_tokens, *, do_sample=False, seed=0, 
     torch.manual_seed(seed)
     with forward_times(model) as moments:
         if by_hand:
-            tokens = generate(model, prompts, cache, new_tokens, do_sample=do_sample, chunk_size=prompts.shape[1])
+            tokens = generate(
+                model, prompts, cache, new_tokens, do_sample=do_sample, chunk_size=prompts.shape[1]
+            )
         else:
             tokens = model.generate(
-                prompts, attention_mask=torch.ones_like(prompts), past_key_values=cache, max_new_tokens=new_tokens,
-                do_sample=do_sample, top_k=0, eos_token_id=None, pad_token_id=0,
-            )  # fmt: skip
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                past_key_values=cache,
+                max_new_tokens=new_tokens,
+                do_sample=do_sample,
+                top_k=0,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
     held = held_bytes(cache)["total"]
     weights = sum(parameter.nbytes for parameter in model.parameters())
     return {

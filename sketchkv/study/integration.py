@@ -58,7 +58,9 @@ def quality(model, input_ids, make_caches, batch=16):
         parts = []
         for ids in input_ids.split(batch):
             cache = make()
-            parts.append(score(model, ids.to(model.device), cache, chunk_size=max(1, TOKENS // len(ids))).cpu())
+            parts.append(
+                score(model, ids.to(model.device), cache, chunk_size=max(1, TOKENS // len(ids))).cpu()
+            )
         nll[name] = torch.cat(parts)
         evicted[name] = 0 if isinstance(cache, DynamicCache) else cache.evicted_tokens // len(cache.layers)
     return nll, evicted

@@ -25,11 +25,25 @@ LATENCY = {
 
 
 def _cache(method, config, length):
-    return DynamicCache(config=config) if method["method"] == "full" else make_cache(config, length=length, **method)
+    return (
+        DynamicCache(config=config)
+        if method["method"] == "full"
+        else make_cache(config, length=length, **method)
+    )
 
 
 @torch.no_grad()
-def along(method, *, model="embedded", dataset="embedded", device="cpu", split="test", documents=8, length=2048, stretch=128):
+def along(
+    method,
+    *,
+    model="embedded",
+    dataset="embedded",
+    device="cpu",
+    split="test",
+    documents=8,
+    length=2048,
+    stretch=128,
+):
     """Rows (list of dict, `COLUMNS`), one per document and `stretch` tokens, for one method.
 
     Every token is predicted from the cache as decoding would find it. A cache knows nothing of what is to come, so the
@@ -48,24 +62,29 @@ def along(method, *, model="embedded", dataset="embedded", device="cpu", split="
             targets = ids[:, start + 1 : end + 1]
             nll = torch.nn.functional.cross_entropy(
                 logits[:, : targets.shape[1]].float().transpose(1, 2), targets, reduction="none"
-            ).mean(1)  # fmt: skip
+            ).mean(1)
             if bounded:
                 held = held or cache.nbytes()["total"]
                 if cache.nbytes()["total"] != held:
-                    raise RuntimeError(f"{method}: {held} bytes at first, {cache.nbytes()['total']} after {end} tokens")
+                    raise RuntimeError(
+                        f"{method}: {held} bytes at first, {cache.nbytes()['total']} after {end} tokens"
+                    )
             for i, loss in enumerate(nll.tolist()):
-                rows.append({
-                    "document": texts.names[batch * BATCH + i], "tokens": end, "predicted": targets.shape[1], "nll": loss,
-                    "evicted": cache.evicted_tokens // len(cache.layers) if bounded else 0,
-                    "stored": cache.stored_tokens()[0] if bounded else end,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "document": texts.names[batch * BATCH + i],
+                        "tokens": end,
+                        "predicted": targets.shape[1],
+                        "nll": loss,
+                        "evicted": cache.evicted_tokens // len(cache.layers) if bounded else 0,
+                        "stored": cache.stored_tokens()[0] if bounded else end,
+                    }
+                )
     return rows
 
 
 @torch.no_grad()
-def latency(
-    method, *, lengths, model="embedded", dataset="embedded", device="cpu", split="test", steps=16
-):  # fmt: skip
+def latency(method, *, lengths, model="embedded", dataset="embedded", device="cpu", split="test", steps=16):
     """Rows (list of dict, `LATENCY`), one per length: bytes held, and the time of a decoding step there.
 
     One document streams through the cache; the last `steps` tokens before each length go one at a time. `steps` should be
@@ -75,7 +94,9 @@ def latency(
     lm, tokenizer = _model(model, device)
     ids = read_documents(dataset, tokenizer, split, 1, max(lengths)).input_ids.to(lm.device)
     cache, seen, rows = _cache(method, lm.config, max(lengths)), 0, []
-    held = None if method["method"] == "full" else nbytes(lm.config, max(lengths), lm.dtype, **method)["total"]
+    held = (
+        None if method["method"] == "full" else nbytes(lm.config, max(lengths), lm.dtype, **method)["total"]
+    )
     for length in sorted(lengths):
         for chunk in ids[:, seen : length - steps].split(512, 1):
             lm(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -87,7 +108,11 @@ def latency(
             _synchronize(lm.device)
             times.append(time.perf_counter() - began)
         seen = length
-        rows.append({
-            "tokens": length, "bytes": held or full_nbytes(lm.config, length), "seconds": sum(times) / len(times),
-        })  # fmt: skip
+        rows.append(
+            {
+                "tokens": length,
+                "bytes": held or full_nbytes(lm.config, length),
+                "seconds": sum(times) / len(times),
+            }
+        )
     return rows

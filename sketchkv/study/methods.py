@@ -115,9 +115,13 @@ def fit(config, budget, dtype=torch.float32, multiple=1, **method):
     Bytes grow linearly with the cap, so two caps tell. Raises ValueError if not even the smallest possible cap fits.
     """
     least = method.get("num_sinks", 4) + method.get("recent_window", 16) + 1
-    small, large = (nbytes(config, dtype=dtype, **method, max_cache_size=cap)["total"] for cap in (least, least + 64))
+    small, large = (
+        nbytes(config, dtype=dtype, **method, max_cache_size=cap)["total"] for cap in (least, least + 64)
+    )
     cap = least + (budget - small) * 64 // (large - small)
     cap -= cap % multiple
     if cap < least:
-        raise ValueError(f"{method} holds {small} bytes at its smallest cap ({least}), more than the budget of {budget}")
+        raise ValueError(
+            f"{method} holds {small} bytes at its smallest cap ({least}), more than the budget of {budget}"
+        )
     return cap

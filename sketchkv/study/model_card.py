@@ -15,14 +15,18 @@ def nll_by_context(model, input_ids, lengths, targets=64):
     Returns {length: nll}, nll float32 `[documents, targets]` in nats. Raises ValueError unless targets < every length.
     """
     if min(lengths) <= targets or max(lengths) > input_ids.shape[1]:
-        raise ValueError(f"contexts must be longer than the {targets} targets and fit {input_ids.shape[1]} tokens: {lengths}")
+        raise ValueError(
+            f"contexts must be longer than the {targets} targets and fit {input_ids.shape[1]} tokens: {lengths}"
+        )
     found = {}
     for length in lengths:
         rows = []
         for ids in input_ids.split(max(1, TOKENS // length)):
             window = torch.cat([ids[:, :1], ids[:, -(length - 1) :]], 1).to(model.device)
             logits = model(window, use_cache=False, logits_to_keep=targets + 1).logits[:, :-1].float()
-            nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), window[:, -targets:], reduction="none")
+            nll = torch.nn.functional.cross_entropy(
+                logits.transpose(1, 2), window[:, -targets:], reduction="none"
+            )
             rows.append(nll.cpu())
         found[length] = torch.cat(rows)
     return found
@@ -52,7 +56,9 @@ def heavy_hitter_mass(maps, shares, sinks=4):
     """
     tokens = maps.shape[-1]
     exposed = torch.arange(tokens, 0, -1)
-    mass = (maps.sum(-2) / exposed)[..., sinks : tokens * 7 // 8]  # the last tokens were seen by too few queries
+    mass = (maps.sum(-2) / exposed)[
+        ..., sinks : tokens * 7 // 8
+    ]  # the last tokens were seen by too few queries
     ranked = mass.sort(-1, descending=True).values.cumsum(-1)
     ranks = [max(1, round(share * ranked.shape[-1])) - 1 for share in shares]
     return ranked[..., ranks] / ranked[..., -1:]

@@ -13,14 +13,37 @@ from markdown_it import MarkdownIt
 _FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # of the text in figures
 
 _MARKUP = {
-    "paragraph_open": "\n", "paragraph_close": "\n", "heading_close": "]\n", "softbreak": " ", "hardbreak": "#linebreak()",
-    "strong_open": "#strong[", "strong_close": "]", "em_open": "#emph[", "em_close": "]", "link_close": "]",
-    "bullet_list_open": "\n#list(", "bullet_list_close": ")\n", "ordered_list_open": "\n#enum(",
-    "ordered_list_close": ")\n", "list_item_open": "[", "list_item_close": "],", "blockquote_open": "\n#quote(block: true)[",
-    "blockquote_close": "]\n", "hr": "\n#line(length: 100%)\n", "table_close": ")\n", "thead_open": "table.header(",
-    "thead_close": "),", "tbody_open": "", "tbody_close": "", "tr_open": "", "tr_close": "", "th_open": "[", "th_close": "],",
-    "td_open": "[", "td_close": "],",
-}  # fmt: skip
+    "paragraph_open": "\n",
+    "paragraph_close": "\n",
+    "heading_close": "]\n",
+    "softbreak": " ",
+    "hardbreak": "#linebreak()",
+    "strong_open": "#strong[",
+    "strong_close": "]",
+    "em_open": "#emph[",
+    "em_close": "]",
+    "link_close": "]",
+    "bullet_list_open": "\n#list(",
+    "bullet_list_close": ")\n",
+    "ordered_list_open": "\n#enum(",
+    "ordered_list_close": ")\n",
+    "list_item_open": "[",
+    "list_item_close": "],",
+    "blockquote_open": "\n#quote(block: true)[",
+    "blockquote_close": "]\n",
+    "hr": "\n#line(length: 100%)\n",
+    "table_close": ")\n",
+    "thead_open": "table.header(",
+    "thead_close": "),",
+    "tbody_open": "",
+    "tbody_close": "",
+    "tr_open": "",
+    "tr_close": "",
+    "th_open": "[",
+    "th_close": "],",
+    "td_open": "[",
+    "td_close": "],",
+}
 
 
 def quote(text):
@@ -59,7 +82,11 @@ def _token(token, following):
     if token.type == "code_inline":
         return f"#raw({quote(token.content)})"
     if token.type in ("fence", "code_block"):
-        return f"\n{token.content}\n" if token.info == "{=typst}" else f"\n#raw(block: true, {quote(token.content)})\n"
+        return (
+            f"\n{token.content}\n"
+            if token.info == "{=typst}"
+            else f"\n#raw(block: true, {quote(token.content)})\n"
+        )
     if token.type == "heading_open":
         level = int(token.tag[1]) - 1  # level 0 is the title
         return f"\n#marked({level}, label({quote(token.attrs['id'])}))["

@@ -96,10 +96,14 @@ def make_instances(task, tokenizer, fillers, depth, seed=0):
             raise ValueError(f"the tokenizer joins question and answer of {task!r}: {question + answer!r}")
         room = len(filler) - len(fact) - len(tail)
         if room < 16:
-            raise ValueError(f"a text of {len(filler)} tokens has no room for the task {task!r}: take a longer one")
+            raise ValueError(
+                f"a text of {len(filler)} tokens has no room for the task {task!r}: take a longer one"
+            )
         at = min(
-            (i for i in range(1, room) if filler[i] in breaks), key=lambda i: abs(i - depth * room), default=int(depth * room)
-        )  # fmt: skip
+            (i for i in range(1, room) if filler[i] in breaks),
+            key=lambda i: abs(i - depth * room),
+            default=int(depth * room),
+        )
         rows.append(filler[:at] + fact + filler[at:room] + tail)
         starts.append(at)
         answers.append(len(tail) - len(asked))
@@ -110,10 +114,18 @@ def make_instances(task, tokenizer, fillers, depth, seed=0):
 def _vocabulary(tokenizer):
     """Words that are short in tokens, and the tokens that begin with a line break."""
     short = [
-        word for word in WORDS
-        if all(len(tokenizer(mark + word, add_special_tokens=False)["input_ids"]) <= PIECES + 1 for mark in ("_", '"'))
-    ]  # fmt: skip
-    breaks = {i for i, text in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))])) if text[:1] == "\n"}
+        word
+        for word in WORDS
+        if all(
+            len(tokenizer(mark + word, add_special_tokens=False)["input_ids"]) <= PIECES + 1
+            for mark in ("_", '"')
+        )
+    ]
+    breaks = {
+        i
+        for i, text in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
+        if text[:1] == "\n"
+    }
     return short, breaks
 
 
@@ -133,39 +145,79 @@ def scored_instances(task, depth, instances, length, model, dataset, device, spl
 
 @torch.no_grad()
 def recall(
-    method, *, task, depth, instances=16, length=1024, model="embedded", dataset="embedded", device="cpu", split="test", seed=0
-):  # fmt: skip
+    method,
+    *,
+    task,
+    depth,
+    instances=16,
+    length=1024,
+    model="embedded",
+    dataset="embedded",
+    device="cpu",
+    split="test",
+    seed=0,
+):
     """Rows (list of dict, `COLUMNS`), one per instance, for one method (a dict that `methods.make_cache` understands).
 
     The text streams through the cache as decoding would meet it. That greedy decoding gives an answer is the same as that
     each of its tokens is the most probable one after those before it, so one pass tells.
     """
     lm, _ = _model(model, device)
-    ids, starts, answers, names, full = scored_instances(task, depth, instances, length, model, dataset, device, split, seed)
-    held, whole, rows = nbytes(lm.config, length, lm.dtype, **method)["total"], full_nbytes(lm.config, length), []
+    ids, starts, answers, names, full = scored_instances(
+        task, depth, instances, length, model, dataset, device, split, seed
+    )
+    held, whole, rows = (
+        nbytes(lm.config, length, lm.dtype, **method)["total"],
+        full_nbytes(lm.config, length),
+        [],
+    )
     for part, counts in zip(ids.split(BATCH), _split(answers)):
         cache = make_cache(lm.config, length=length, **method)
         for exact, loglik in answer(lm, part, counts, cache):
             i = len(rows)
-            rows.append({
-                "task": task, "depth": depth, "instance": i, "document": names[i], "tokens": length,
-                "distance": length - answers[i] - starts[i], "answer_tokens": answers[i],
-                "exact": exact, "exact_full": full[i][0], "loglik": loglik, "loglik_full": full[i][1],
-                "evicted": cache.evicted_tokens // len(cache.layers), "bytes_total": held, "bytes_full": whole,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "task": task,
+                    "depth": depth,
+                    "instance": i,
+                    "document": names[i],
+                    "tokens": length,
+                    "distance": length - answers[i] - starts[i],
+                    "answer_tokens": answers[i],
+                    "exact": exact,
+                    "exact_full": full[i][0],
+                    "loglik": loglik,
+                    "loglik_full": full[i][1],
+                    "evicted": cache.evicted_tokens // len(cache.layers),
+                    "bytes_total": held,
+                    "bytes_full": whole,
+                }
+            )
     return rows
 
 
 @torch.no_grad()
 def needles(
-    method, *, depth, text, instances=16, length=512, model="embedded", dataset="embedded", device="cpu", split="test", seed=0
-):  # fmt: skip
+    method,
+    *,
+    depth,
+    text,
+    instances=16,
+    length=512,
+    model="embedded",
+    dataset="embedded",
+    device="cpu",
+    split="test",
+    seed=0,
+):
     """A grid point: rows (`KEPT` less "setting"), one per instance of `needle`: is what is asked for still stored?
 
     text: revision of the text, among what names the point.
     """
     lm, _ = _model(model, device)
-    ids, starts, answers, _, full = scored_instances("needle", depth, instances, length, model, dataset, device, split, seed)
+    ids, starts, answers, _, full = scored_instances(
+        "needle", depth, instances, length, model, dataset, device, split, seed
+    )
     rows = []
     for part, counts in zip(ids.split(BATCH), _split(answers)):
         cache = make_cache(lm.config, length=length, **method)
@@ -175,17 +227,31 @@ def needles(
         for row, (exact, loglik) in enumerate(found):
             i = len(rows)
             hidden = _hidden(part[row], starts[i], answers[i])
-            kept = torch.cat([(positions[row][..., None] == hidden).any(1) for positions in stored]).float().mean().item()
-            rows.append({
-                "depth": depth, "instance": i, "kept": kept, "loglik": loglik, "loglik_full": full[i][1],
-                "exact": exact, "exact_full": full[i][0],
-            })  # fmt: skip
+            kept = (
+                torch.cat([(positions[row][..., None] == hidden).any(1) for positions in stored])
+                .float()
+                .mean()
+                .item()
+            )
+            rows.append(
+                {
+                    "depth": depth,
+                    "instance": i,
+                    "kept": kept,
+                    "loglik": loglik,
+                    "loglik_full": full[i][1],
+                    "exact": exact,
+                    "exact_full": full[i][0],
+                }
+            )
     return rows
 
 
 def _hidden(ids, start, answer):
     """Positions of the answer's tokens where the fact has them: the text ends with the fact, up to its closing quote."""
-    size = next(n for n in range((len(ids) - start) // 2, 0, -1) if torch.equal(ids[start : start + n], ids[-n:]))
+    size = next(
+        n for n in range((len(ids) - start) // 2, 0, -1) if torch.equal(ids[start : start + n], ids[-n:])
+    )
     return torch.arange(start + size - answer, start + size)
 
 
@@ -199,10 +265,13 @@ def answer(lm, ids, counts, cache):
     before = ids.shape[1] - longest - 1
     for chunk in ids[:, :before].split(512, 1):
         lm(chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logprobs = lm(ids[:, before:], past_key_values=cache, use_cache=True).logits[:, :-1].float().log_softmax(-1)
+    logprobs = (
+        lm(ids[:, before:], past_key_values=cache, use_cache=True).logits[:, :-1].float().log_softmax(-1)
+    )
     expected = ids[:, before + 1 :]
     right = (logprobs.argmax(-1) == expected).cpu()
     logprobs = logprobs.gather(-1, expected[..., None]).squeeze(-1).cpu()
     return [
-        (int(right[i, longest - n :].all()), logprobs[i, longest - n :].mean().item()) for i, n in enumerate(counts)
-    ]  # fmt: skip
+        (int(right[i, longest - n :].all()), logprobs[i, longest - n :].mean().item())
+        for i, n in enumerate(counts)
+    ]

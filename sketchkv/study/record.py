@@ -149,9 +149,13 @@ class Run:
             raise ValueError(f"table {name!r}: timings name no column: {sorted(set(timings) - set(columns))}")
         path = self._write(self.paths.results / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
         self._sidecar(
-            path.with_suffix(".json"), name, f"make reproduce{self._knobs()}",
-            rows=len(frame), columns={c: columns[c] for c in frame.columns}, timings=list(timings),
-        )  # fmt: skip
+            path.with_suffix(".json"),
+            name,
+            f"make reproduce{self._knobs()}",
+            rows=len(frame),
+            columns={c: columns[c] for c in frame.columns},
+            timings=list(timings),
+        )
         return frame
 
     def load_table(self, name, timings=True):
@@ -223,7 +227,7 @@ class Run:
 
         return store.compute(
             kind, function, points, folder=self.paths.points, revision=self.model_revision, workers=workers
-        )  # fmt: skip
+        )
 
     def output(self, path, content):
         """Writes another file (the report, say) under the run's root and counts it among its outputs."""
@@ -248,19 +252,24 @@ class Run:
         for name in set(before) - set(self._outputs):
             (self.paths.root / name).unlink(missing_ok=True)
         hardware = torch.cuda.get_device_name() if self.device == "cuda" else platform.machine()
-        atomic_write(path, to_json({
-            **self._origin(),
-            "device": self.device,
-            "hardware": hardware,
-            "cpu_cores": os.cpu_count(),
-            "versions": sources.versions(),
-            **details,
-            "started": self._started.isoformat(timespec="seconds"),
-            "finished": time.time(),
-            "wall_seconds": round(time.perf_counter() - self._clock, 2),
-            "reads": self._inputs,
-            "outputs": self._outputs,
-        }))  # fmt: skip
+        atomic_write(
+            path,
+            to_json(
+                {
+                    **self._origin(),
+                    "device": self.device,
+                    "hardware": hardware,
+                    "cpu_cores": os.cpu_count(),
+                    "versions": sources.versions(),
+                    **details,
+                    "started": self._started.isoformat(timespec="seconds"),
+                    "finished": time.time(),
+                    "wall_seconds": round(time.perf_counter() - self._clock, 2),
+                    "reads": self._inputs,
+                    "outputs": self._outputs,
+                }
+            ),
+        )
         self._finished = True
 
     def _origin(self):

@@ -41,13 +41,17 @@ class Results:
         finished = sorted(self.paths.results.glob("run_*.json"))
         self.runs = {p.stem.removeprefix("run_"): sources.read_json(p) for p in finished}
         self.figures = {p.stem: sources.read_json(p) for p in sorted(self.paths.figures.glob("*.json"))}
-        self.tables = {p.stem: sources.read_json(p.with_suffix(".json")) for p in self.paths.results.glob("*.csv")}
+        self.tables = {
+            p.stem: sources.read_json(p.with_suffix(".json")) for p in self.paths.results.glob("*.csv")
+        }
         self.facts, owners = {}, {}
         for path in sorted(self.paths.results.glob("facts_*.json")):
             stored = sources.read_json(path)
             for name, value in stored["facts"].items():
                 if name in self.facts:
-                    raise ReportError(f"fact {name!r} is written by both {owners[name]} and {stored['notebook']}")
+                    raise ReportError(
+                        f"fact {name!r} is written by both {owners[name]} and {stored['notebook']}"
+                    )
                 self.facts[name], owners[name] = value, stored["notebook"]
         files = [*self.paths.results.glob("*.*"), *self.paths.figures.glob("*.*")]
         # Hidden files are temporary; the provenance of the report itself is written after it has been rendered.
@@ -56,9 +60,13 @@ class Results:
     def missing(self, kind, name):
         for notebook in notebooks.find(sources.ROOT):
             if name in notebooks.makes(notebook, kind):
-                how = f"notebooks/{notebook.name} makes it: python -m sketchkv.study.run --only {notebook.stem}"
+                how = (
+                    f"notebooks/{notebook.name} makes it: python -m sketchkv.study.run --only {notebook.stem}"
+                )
                 return ReportError(f"there is no {kind} {name!r} under {self.root}; {how}")
-        return ReportError(f"there is no {kind} {name!r} under {self.root}, and no notebook makes one of that name")
+        return ReportError(
+            f"there is no {kind} {name!r} under {self.root}, and no notebook makes one of that name"
+        )
 
 
 class Renderer:
@@ -110,7 +118,9 @@ class Renderer:
         """One line: notebook, inputs, commit, command."""
         given = sidecar["inputs"]
         tables = ", ".join(f"`{name}.csv`" for name in sidecar["tables"]) or "no table"
-        knobs = ", ".join(f"{k} {v}" for k, v in given.items() if k not in ("output", "package") and v is not None)
+        knobs = ", ".join(
+            f"{k} {v}" for k, v in given.items() if k not in ("output", "package") and v is not None
+        )
         return (
             f"*Source: `notebooks/{sidecar['notebook']}.ipynb` from {tables} ({knobs}); commit `{sidecar['commit']}`"
             f"{', modified' if sidecar['dirty'] else ''}; again with* `{sidecar['command']}`"
@@ -126,7 +136,11 @@ class Renderer:
             raise ReportError(f"table {name!r} has no column {', '.join(sorted(unknown))}; it has: {has}")
         asked = frame[list(columns)] if columns else frame
         shown = asked.iloc[: rows or self.most_rows, : self.most_columns]
-        extent = f"{len(frame)} rows" if len(shown) == len(frame) else f"The first {len(shown)} of {len(frame)} rows"
+        extent = (
+            f"{len(frame)} rows"
+            if len(shown) == len(frame)
+            else f"The first {len(shown)} of {len(frame)} rows"
+        )
         if left_out := len(asked.columns) - len(shown.columns):
             extent += f", without {left_out} columns"
         meanings = "; ".join(f"`{column}`: {sidecar['columns'][column]}" for column in shown.columns)
@@ -147,7 +161,7 @@ class HtmlRenderer(Renderer):
         # One line: a blank one would end the block of HTML.
         return (
             f'<figure id="figure-{name}"><img alt="{html.escape(self.finding(name))}" src="{data}">'
-            f'<figcaption>{self.inline(f"**{name}.** " + sidecar["caption"])}'
+            f"<figcaption>{self.inline(f'**{name}.** ' + sidecar['caption'])}"
             f'<p class="source">{self.inline(self._source(sidecar))}</p></figcaption></figure>\n'
         )
 
@@ -160,7 +174,9 @@ class HtmlRenderer(Renderer):
         )
         classes = [number.get(c, "") for c in frame.columns]
         body = "".join(
-            "<tr>" + "".join(f"<td{kind}>{html.escape(value)}</td>" for kind, value in zip(classes, row)) + "</tr>"
+            "<tr>"
+            + "".join(f"<td{kind}>{html.escape(value)}</td>" for kind, value in zip(classes, row))
+            + "</tr>"
             for row in frame.itertuples(index=False)
         )
         return (
@@ -178,7 +194,9 @@ class TypstRenderer(Renderer):
     def figure(self, name):
         sidecar = self._sidecar("figure", name)
         quoted = ", ".join(pdf.quote(text) for text in (f"/figures/{name}.svg", name, self.finding(name)))
-        caption, source = (pdf.inline(text) for text in (f"**{name}.** {sidecar['caption']}", self._source(sidecar)))
+        caption, source = (
+            pdf.inline(text) for text in (f"**{name}.** {sidecar['caption']}", self._source(sidecar))
+        )
         return f"```{{=typst}}\n#picture({quoted}, [{caption}], [{source}])\n```\n"
 
     def table(self, name, rows=None, columns=None):
@@ -219,14 +237,16 @@ def _notebooks(found):
         text = next((cell.source for cell in cells if cell.cell_type == "markdown"), "").strip()
         title, _, rest = text.partition("\n")
         made = [Path(output) for output in run["outputs"]]
-        listed.append({
-            "name": name,
-            "title": title.lstrip("# ") or name,
-            "introduction": rest.strip(),
-            "figures": [p.stem for p in made if p.suffix == ".svg" and p.parent.name == "figures"],
-            "tables": [p.stem for p in made if p.suffix == ".csv"],
-            "run": run,
-        })  # fmt: skip
+        listed.append(
+            {
+                "name": name,
+                "title": title.lstrip("# ") or name,
+                "introduction": rest.strip(),
+                "figures": [p.stem for p in made if p.suffix == ".svg" and p.parent.name == "figures"],
+                "tables": [p.stem for p in made if p.suffix == ".csv"],
+                "run": run,
+            }
+        )
     return [notebook for notebook in listed if notebook["name"] != "08_report"]
 
 
@@ -235,7 +255,12 @@ def compose(source, report_folder, template=TEMPLATE):
     found = Results(source)
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = Path(template).read_text(encoding="utf-8")
-    context = {"notebooks": _notebooks(found), "facts": found.facts, "figures": found.figures, "tables": found.tables}
+    context = {
+        "notebooks": _notebooks(found),
+        "facts": found.facts,
+        "figures": found.figures,
+        "tables": found.tables,
+    }
     if not context["notebooks"]:
         raise ReportError(f"there are no results under {found.root}; run `make reproduce`")
     link = Path(os.path.relpath(found.root, report_folder)).as_posix()
@@ -249,7 +274,9 @@ def compose(source, report_folder, template=TEMPLATE):
             raise found.missing("fact", absent[1]) from error
         raise
     if any(run["inputs"]["profile"] == "smoke" for run in found.runs.values()):
-        written = [re.sub(r"^# (.*)$", rf"# Smoke run: \1\n\n{WARNING}", t, count=1, flags=re.M) for t in written]
+        written = [
+            re.sub(r"^# (.*)$", rf"# Smoke run: \1\n\n{WARNING}", t, count=1, flags=re.M) for t in written
+        ]
     markdown, page, paper = written
     return re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n", _page(page), pdf.typeset(_parse(paper)[1])
 
@@ -272,15 +299,27 @@ def problems(markdown_path, html_path):
     markdown, page = (Path(p).read_text(encoding="utf-8") for p in (markdown_path, html_path))
     visible = re.sub(r"<style>.*?</style>|<script>.*?</script>", "", page, flags=re.DOTALL)
     visible = re.sub(r"data:image[^\"]*", "data:", visible)
-    found = [f"unrendered {mark!r}" for mark in ("{{", "}}", "{%", "{#", "TODO") if mark in markdown or mark in visible]
+    found = [
+        f"unrendered {mark!r}"
+        for mark in ("{{", "}}", "{%", "{#", "TODO")
+        if mark in markdown or mark in visible
+    ]
     outside = re.findall(r'(?:src|<link [^>]*href)="(?!data:)[^"]*"', visible)
     found += [f"{reference} is not inside the file" for reference in outside]
     images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", markdown)
-    found += [f"no picture at {image}" for image in images if not (Path(markdown_path).parent / image).exists()]
+    found += [
+        f"no picture at {image}" for image in images if not (Path(markdown_path).parent / image).exists()
+    ]
     identifiers = set(re.findall(r'id="([^"]+)"', page))
-    found += [f"no target for #{link}" for link in re.findall(r'href="#([^"]+)"', visible) if link not in identifiers]
+    found += [
+        f"no target for #{link}"
+        for link in re.findall(r'href="#([^"]+)"', visible)
+        if link not in identifiers
+    ]
     if len(page) > LARGEST:
-        found.append(f"{Path(html_path).name} is {len(page) / 1e6:.0f} MB large: draw fewer points, or save figures smaller")
+        found.append(
+            f"{Path(html_path).name} is {len(page) / 1e6:.0f} MB large: draw fewer points, or save figures smaller"
+        )
     return found
 
 
@@ -318,7 +357,9 @@ def _page(markdown):
         elif heading.tag == "h3" and sections:
             sections[-1][1].append(f"<li>{link}</li>")
     contents = "".join(
-        f"<li><details open><summary>{link}</summary><ul>{''.join(inner)}</ul></details></li>" if inner else f"<li>{link}</li>"
+        f"<li><details open><summary>{link}</summary><ul>{''.join(inner)}</ul></details></li>"
+        if inner
+        else f"<li>{link}</li>"
         for link, inner in sections
     )
     body = parser.renderer.render(tokens, parser.options, {})

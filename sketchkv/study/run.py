@@ -48,7 +48,9 @@ def check_parameters(notebook, parameters):
         )
     for name, value in parameters.items():
         if wanted := _unlike(value, declared[name]):
-            raise RunError(f"{notebook.name}: {name}={value!r} is not {wanted}, as its default {declared[name]!r} is")
+            raise RunError(
+                f"{notebook.name}: {name}={value!r} is not {wanted}, as its default {declared[name]!r} is"
+            )
 
 
 def _unlike(value, default):
@@ -58,7 +60,9 @@ def _unlike(value, default):
     if isinstance(default, int):
         whole = isinstance(value, int) and not isinstance(value, bool)
         least = min(default, 0)
-        return None if whole and value >= least else "a whole number" + (" of 0 or more" if least == 0 else "")
+        return (
+            None if whole and value >= least else "a whole number" + (" of 0 or more" if least == 0 else "")
+        )
     if isinstance(default, float):
         return None if isinstance(value, (int, float)) and not isinstance(value, bool) else "a number"
     for kind, words in ((str, "text"), ((list, tuple), "a list")):
@@ -95,7 +99,8 @@ def is_done(notebook, parameters, root):
         return False
     files = {**mark["reads"], **mark["outputs"]}
     return mark["key"] == key(notebook, parameters) and all(
-        (Path(root) / name).exists() and sources.sha256(Path(root) / name) == digest for name, digest in files.items()
+        (Path(root) / name).exists() and sources.sha256(Path(root) / name) == digest
+        for name, digest in files.items()
     )
 
 
@@ -109,9 +114,12 @@ def isolate():
     (private / "ipython").mkdir(parents=True, exist_ok=True)
     os.environ.pop("JUPYTER_PATH", None)
     os.environ.update(
-        JUPYTER_PREFER_ENV_PATH="1", JUPYTER_DATA_DIR=str(private), IPYTHONDIR=str(private / "ipython"),
-        MPLBACKEND="module://matplotlib_inline.backend_inline", PYTHONHASHSEED="0",
-    )  # fmt: skip
+        JUPYTER_PREFER_ENV_PATH="1",
+        JUPYTER_DATA_DIR=str(private),
+        IPYTHONDIR=str(private / "ipython"),
+        MPLBACKEND="module://matplotlib_inline.backend_inline",
+        PYTHONHASHSEED="0",
+    )
     # Each process loads the model: its progress, and advice on padding that no text here has, would hide the study's own.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -133,17 +141,25 @@ def execute(notebook, parameters, root):
     identity, began = key(notebook, parameters), time.time()
     try:
         papermill.execute_notebook(
-            notebook, partial, parameters=parameters, cwd=notebook.parent, kernel_name="python3", language="python",
+            notebook,
+            partial,
+            parameters=parameters,
+            cwd=notebook.parent,
+            kernel_name="python3",
+            language="python",
             progress_bar={"leave": False, "disable": None},  # None: only on a terminal
-            stderr_file=sys.stderr if sys.stderr.isatty() else None, extra_arguments=["--IPKernelApp.log_level=40"],
-        )  # fmt: skip
+            stderr_file=sys.stderr if sys.stderr.isatty() else None,
+            extra_arguments=["--IPKernelApp.log_level=40"],
+        )
     except BaseException as error:
         if partial.exists():
             os.replace(partial, failed)
         if isinstance(error, PapermillExecutionError):
             raise RunError(_describe(error, notebook, failed)) from None
         if isinstance(error, OSError):
-            raise RunError(f"{notebook.name} stopped: {sources.cannot_write(error.filename or executed, error)}") from error
+            raise RunError(
+                f"{notebook.name} stopped: {sources.cannot_write(error.filename or executed, error)}"
+            ) from error
         if isinstance(error, Exception):
             reason = f"{type(error).__name__}: {error}"
             raise RunError(f"{notebook.name} stopped: {reason}\npartial output: {failed}") from error
@@ -153,7 +169,9 @@ def execute(notebook, parameters, root):
     if facts["finished"] < began:
         os.replace(partial, failed)
         raise RunError(f"{notebook.name} ran, but never called run.finish(): its results are not complete")
-    sources.atomic_write(mark, sources.to_json({"key": identity, "reads": facts["reads"], "outputs": facts["outputs"]}))
+    sources.atomic_write(
+        mark, sources.to_json({"key": identity, "reads": facts["reads"], "outputs": facts["outputs"]})
+    )
     os.replace(partial, executed)
 
 
@@ -179,7 +197,9 @@ def alone(root):
         lock.acquire(timeout=0)
     except Timeout:
         who = holder.read_text().strip() if holder.exists() else "unknown"
-        raise RunError(f"another run is at work in this folder (process {who}); wait for it, or stop it") from None
+        raise RunError(
+            f"another run is at work in this folder (process {who}); wait for it, or stop it"
+        ) from None
     try:
         holder.write_text(f"{os.getpid()}\n")
         yield
@@ -194,7 +214,9 @@ def check_writable(root):
     for folder in (paths.results, paths.figures, paths.report, paths.root / "build"):
         there = next(place for place in (folder, *folder.parents) if place.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise RunError(f"results can't be written to {folder}: make {there} a folder that you may write to")
+            raise RunError(
+                f"results can't be written to {folder}: make {there} a folder that you may write to"
+            )
 
 
 def reproduce(notebooks, parameters, root=sources.ROOT, force=False):
@@ -221,10 +243,16 @@ def notebook_named(name, root):
     stems = {n.stem: n for n in notebook_files.find(root)}
     asked = name.removesuffix(".ipynb")
     words = [stem.partition("_")[2] for stem in stems]
-    found = [stem for stem, word in zip(stems, words) if asked and (stem.startswith(asked) or word.startswith(asked))]
+    found = [
+        stem
+        for stem, word in zip(stems, words)
+        if asked and (stem.startswith(asked) or word.startswith(asked))
+    ]
     if len(found) != 1:
         near = "" if found else sources.did_you_mean(asked, [*stems, *words])
-        raise RunError(f"{name!r} names {len(found) or 'no'} notebooks; there are: {', '.join(stems) or 'none'}{near}")
+        raise RunError(
+            f"{name!r} names {len(found) or 'no'} notebooks; there are: {', '.join(stems) or 'none'}{near}"
+        )
     return stems[found[0]]
 
 
@@ -251,8 +279,11 @@ def own_parameters(assignments):
         if not equals:
             raise RunError(f"-p takes NAME=VALUE, not {assignment!r}")
         if name in (*KNOBS, "output"):
-            raise RunError(f"{name} is no parameter of a notebook's own: set it by --{name}" if name in KNOBS else
-                           "where results go follows from the profile; copy the repository to write elsewhere")  # fmt: skip
+            raise RunError(
+                f"{name} is no parameter of a notebook's own: set it by --{name}"
+                if name in KNOBS
+                else "where results go follows from the profile; copy the repository to write elsewhere"
+            )
         with contextlib.suppress(ValueError):
             value = json.loads(value)
         parameters[name] = value
@@ -261,17 +292,27 @@ def own_parameters(assignments):
 
 def main(arguments=None, root=sources.ROOT):
     parser = argparse.ArgumentParser(prog="python -m sketchkv.study.run", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="embedded", help="embedded, a hub name such as gpt2, or a local folder")
-    parser.add_argument("--dataset", default="embedded", help="embedded, wikitext-2-raw-v1, or a text file or folder")
+    parser.add_argument(
+        "--model", default="embedded", help="embedded, a hub name such as gpt2, or a local folder"
+    )
+    parser.add_argument(
+        "--dataset", default="embedded", help="embedded, wikitext-2-raw-v1, or a text file or folder"
+    )
     parser.add_argument("--device", default="auto", help=", ".join(sources.DEVICES))
-    parser.add_argument("--profile", default="study", help="study, or smoke, which writes to build/smoke alone")
+    parser.add_argument(
+        "--profile", default="study", help="study, or smoke, which writes to build/smoke alone"
+    )
     parser.add_argument("--only", metavar="NAME", help="run one notebook, named by its stem or number")
     parser.add_argument("--figure", metavar="NAME", help="run the notebook that draws this figure")
     parser.add_argument("--force", action="store_true", help="run again what is done already")
     parser.add_argument(
-        "-p", metavar="NAME=VALUE", action="append", default=[], dest="own",
+        "-p",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        dest="own",
         help="a parameter of the notebook's own (repeatable)",
-    )  # fmt: skip
+    )
     args = parser.parse_args(arguments)
     parameters = {knob: getattr(args, knob) for knob in KNOBS}
     try:
@@ -282,7 +323,9 @@ def main(arguments=None, root=sources.ROOT):
                 path = Path(parameters[knob]).expanduser()
                 parameters[knob] = str(path.resolve()) if path.exists() else parameters[knob]
         # Two documents must not replace what was found on many.
-        output = Path(root) / record.SMOKE.relative_to(sources.ROOT) if args.profile == "smoke" else Path(root)
+        output = (
+            Path(root) / record.SMOKE.relative_to(sources.ROOT) if args.profile == "smoke" else Path(root)
+        )
         parameters |= {"output": str(output), **own_parameters(args.own)}
         notebooks = notebook_files.find(root)
         if not notebooks:
@@ -293,14 +336,20 @@ def main(arguments=None, root=sources.ROOT):
             notebooks = [notebook_of_figure(args.figure, root)]
         reproduce(notebooks, parameters, output, args.force)
         if args.profile == "smoke":
-            print(f"smoke: tables, figures and report are in {output}; those of the study are what they were", flush=True)
+            print(
+                f"smoke: tables, figures and report are in {output}; those of the study are what they were",
+                flush=True,
+            )
     except sources.KnobError as error:
         parser.error(str(error))
     except (RunError, LoadError, CorpusError, sources.WriteError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"\nerror: {sources.cannot_write(error.filename, error) if error.filename else error}", file=sys.stderr)
+        print(
+            f"\nerror: {sources.cannot_write(error.filename, error) if error.filename else error}",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on from here", file=sys.stderr)

@@ -27,12 +27,17 @@ REGIMES = {
 }
 
 KEYS = {
-    "position": {"key": "position"}, "token": {"key": "token"}, "key direction": {"key": "lsh"},
-    "query direction": {"key": "query"}, "key direction, conservative": {"kind": "conservative"},
-    "key direction, Count-Sketch": {"kind": "count_sketch"}, "key direction, RACE": {"kind": "race"},
-    "query direction, RACE": {"key": "query", "kind": "race"}, "token, summed": {"key": "token", "mean": False},
+    "position": {"key": "position"},
+    "token": {"key": "token"},
+    "key direction": {"key": "lsh"},
+    "query direction": {"key": "query"},
+    "key direction, conservative": {"kind": "conservative"},
+    "key direction, Count-Sketch": {"kind": "count_sketch"},
+    "key direction, RACE": {"kind": "race"},
+    "query direction, RACE": {"key": "query", "kind": "race"},
+    "token, summed": {"key": "token", "mean": False},
     "key direction, summed": {"mean": False},
-}  # fmt: skip
+}
 
 SHAPES = {
     **{f"{width}x{depth}": {"width": width, "depth": depth} for width in (16, 64, 256) for depth in (1, 2)},
@@ -69,33 +74,46 @@ def point(method, *, text, revision, **texts):
     "returning" (`come_back`); revision: of the text, among what names the point."""
     rows = (come_back if text == "returning" else evaluate)(method, **texts)
     return [
-        {"document": row["document"], "loss": row["nll"] - row["nll_full"], "max_cache_size": method["max_cache_size"]}
+        {
+            "document": row["document"],
+            "loss": row["nll"] - row["nll_full"],
+            "max_cache_size": method["max_cache_size"],
+        }
         | {name: row[name] for name in ("evicted", "bytes_sketch", "bytes_total")}
         for row in rows
-    ]  # fmt: skip
+    ]
 
 
 @torch.no_grad()
 def come_back(
     method, *, model="embedded", dataset="embedded", device="cpu", split="test", documents=16, length=1024
-):  # fmt: skip
+):
     """Rows (list of dict), one per document: a third of `length` tokens of it, as many of the next document, then the first
     again, of which alone `nll` and `nll_full` speak. What returns was evicted in between, unless something said to keep it.
     """
     lm, tokenizer = _model(model, device)
     texts = read_documents(dataset, tokenizer, split, documents, length // 3)
     first = texts.input_ids
-    ids, held, rows = torch.cat([first, first.roll(-1, 0), first], 1), nbytes(lm.config, length, lm.dtype, **method), []
+    ids, held, rows = (
+        torch.cat([first, first.roll(-1, 0), first], 1),
+        nbytes(lm.config, length, lm.dtype, **method),
+        [],
+    )
     scored = slice(2 * first.shape[1], None)  # from the second token of the return on: each from those before
     for part in ids.to(lm.device).split(BATCH):
         cache = make_cache(lm.config, length=length, **method)
         found = score(lm, part, cache)[:, scored].mean(1).tolist()
         full = score(lm, part, DynamicCache(config=lm.config))[:, scored].mean(1).tolist()
         for nll, nll_full in zip(found, full):
-            rows.append({
-                "document": texts.names[len(rows)], "nll": nll, "nll_full": nll_full,
-                "evicted": cache.evicted_tokens / len(cache.layers), **{f"bytes_{kind}": n for kind, n in held.items()},
-            })  # fmt: skip
+            rows.append(
+                {
+                    "document": texts.names[len(rows)],
+                    "nll": nll,
+                    "nll_full": nll_full,
+                    "evicted": cache.evicted_tokens / len(cache.layers),
+                    **{f"bytes_{kind}": n for kind, n in held.items()},
+                }
+            )
     return rows
 
 
@@ -106,7 +124,9 @@ def gains(table, group, seed=0):
     for value, part in table.groupby(group, sort=False):
         for name in (name for name in part.method.unique() if name != "exact"):
             interval, own = baselines.compare(part, name, "exact", seed), part[part.method == name]
-            rows.append((value, name, *interval, baselines.against(interval), own.max_cache_size.iloc[0], len(own)))
+            rows.append(
+                (value, name, *interval, baselines.against(interval), own.max_cache_size.iloc[0], len(own))
+            )
     return pd.DataFrame(rows, columns=[group, "method", *GAINS]).sort_values("mean", ignore_index=True)
 
 

@@ -80,11 +80,19 @@ def error_points(streams, widths, depths, seeds, length, vocabulary, device="cpu
                     sketch = CountMinSketch(width, depth, seed=seed, dtype=torch.float64, device=device)
                     sketch.update(items, truth)
                     error = ((sketch.query(items) - truth) / length)[asked].cpu().numpy()
-                    rows.append({
-                        "stream": kind, "width": width, "depth": depth, "seed": seed, "bound": math.e / width,
-                        "mean": error.mean(), "p95": np.quantile(error, 0.95),
-                        "misses": (error > math.e / width).mean(), "shortfall": max(0.0, -error.min()),
-                    })  # fmt: skip
+                    rows.append(
+                        {
+                            "stream": kind,
+                            "width": width,
+                            "depth": depth,
+                            "seed": seed,
+                            "bound": math.e / width,
+                            "mean": error.mean(),
+                            "p95": np.quantile(error, 0.95),
+                            "misses": (error > math.e / width).mean(),
+                            "shortfall": max(0.0, -error.min()),
+                        }
+                    )
     return pd.DataFrame(rows)
 
 
@@ -106,10 +114,16 @@ def topk_points(exponents, shapes, seeds, length, vocabulary, k, device="cpu"):
                 sketch.update(candidates, truth)
                 found = sketch.topk(candidates, k)[1].cpu().numpy()
                 recall = (counts[found] >= threshold).mean()
-                rows.append({
-                    "exponent": exponent, "width": width, "depth": depth, "bytes": sketch.nbytes, "seed": seed,
-                    "recall": recall,
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "exponent": exponent,
+                        "width": width,
+                        "depth": depth,
+                        "bytes": sketch.nbytes,
+                        "seed": seed,
+                        "recall": recall,
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -134,11 +148,18 @@ def hash_points(widths, draws, seed, ids_per_stream=4096, device="cpu"):
             counts = counts.scatter_add_(1, index, counts.new_ones(()).expand_as(index)).cpu().numpy()
             n, mean = len(values), len(values) / width
             chi_square = ((counts - mean) ** 2 / mean).sum(1)
-            frames.append(pd.DataFrame({
-                "ids": name, "width": width, "draw": np.arange(draws), "spread": chi_square / (width - 1),
-                "p_value": stats.chi2.sf(chi_square, width - 1),
-                "collisions": (counts * (counts - 1)).sum(1) / (n * (n - 1)) * width,
-            }))  # fmt: skip
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "ids": name,
+                        "width": width,
+                        "draw": np.arange(draws),
+                        "spread": chi_square / (width - 1),
+                        "p_value": stats.chi2.sf(chi_square, width - 1),
+                        "collisions": (counts * (counts - 1)).sum(1) / (n * (n - 1)) * width,
+                    }
+                )
+            )
     return pd.concat(frames, ignore_index=True)
 
 
@@ -191,7 +212,9 @@ def rate_points(width, depth, heads, sizes, repeats, seed, device="cpu"):
             f"{heads} heads, hashed before": (heads, lambda: many.update(indices=indices, weights=weights)),
         }
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # two would wait for each other where the machine is busy, plain Python has one
+        torch.set_num_threads(
+            1
+        )  # two would wait for each other where the machine is busy, plain Python has one
         seconds = _time([call for _, call in methods.values()], repeats, device)
         torch.set_num_threads(threads)
         for (name, (lanes, _)), measured in zip(methods.items(), seconds):

@@ -52,7 +52,9 @@ def _cycle(model, ids, cache):
         cache.crop(-CYCLE)
 
 
-def decode_rows(table, models, name, batch, seen=1024, cap=256, repetitions=20, warmup=2, seconds=60, hardware=None):
+def decode_rows(
+    table, models, name, batch, seen=1024, cap=256, repetitions=20, warmup=2, seconds=60, hardware=None
+):
     """A decode step after `seen` tokens: the full cache, the sketch, a window and H2O with the same slots.
 
     hardware: (bytes per second, operations per second) for the floor of each, or None.
@@ -61,11 +63,18 @@ def decode_rows(table, models, name, batch, seen=1024, cap=256, repetitions=20, 
     ids = tokens(model, batch, seen)
     policies = {"SketchCache": None, "window": Window(), "H2O": H2O()}
     caches = {"DynamicCache": (plain, _prefill(plain, ids, DynamicCache(config=plain.config)))}
-    caches |= {which: (model, _prefill(model, ids, SketchCache(model.config, cap, policy=p))) for which, p in policies.items()}
+    caches |= {
+        which: (model, _prefill(model, ids, SketchCache(model.config, cap, policy=p)))
+        for which, p in policies.items()
+    }
     name = f"{name}, batch {batch}, {seen} seen"
     runs = {f"{name}, {which}": (lambda m=m, c=c: _cycle(m, ids, c)) for which, (m, c) in caches.items()}
     in_turn(table, runs, per=CYCLE, repetitions=repetitions, warmup=warmup, seconds=seconds)
-    pairs = [("SketchCache", "window"), ("SketchCache", "H2O"), *((which, "DynamicCache") for which in policies)]
+    pairs = [
+        ("SketchCache", "window"),
+        ("SketchCache", "H2O"),
+        *((which, "DynamicCache") for which in policies),
+    ]
     for top, bottom in pairs:
         table.ratio(f"{name}, {top} / {bottom}", f"{name}, {top}", f"{name}, {bottom}")
     if hardware:
@@ -73,7 +82,9 @@ def decode_rows(table, models, name, batch, seen=1024, cap=256, repetitions=20, 
             table.floor(f"{name}, {which}", step_floor(model, batch, stored, *hardware), f"{name}, {which}")
 
 
-def compiled_rows(table, models, name, batch, seen=1024, cap=256, repetitions=20, warmup=2, seconds=60, hardware=None):
+def compiled_rows(
+    table, models, name, batch, seen=1024, cap=256, repetitions=20, warmup=2, seconds=60, hardware=None
+):
     """As `decode_rows`, the steps of bounded caches compiled (`sketchkv.fast.compiled`), beside the full cache as it is; and, since
     most of the gain is the compiler's, a compiled step that keeps as many tokens as the full cache. What compiling takes
     stands in a row of its own."""
@@ -85,9 +96,19 @@ def compiled_rows(table, models, name, batch, seen=1024, cap=256, repetitions=20
         for token in ids[:, :CYCLE].split(1, 1):
             step(token, cache)
 
-    policies = {"SketchCache": (cap, None), "window": (cap, Window()), "H2O": (cap, H2O()), "all tokens": (seen, Window())}
-    caches = {which: _prefill(model, ids, SketchCache(model.config, size, policy=p)) for which, (size, p) in policies.items()}
-    table.add(f"{name}, compiling", "time of the first steps", "us", [elapsed(lambda: cycle(caches["SketchCache"]))])
+    policies = {
+        "SketchCache": (cap, None),
+        "window": (cap, Window()),
+        "H2O": (cap, H2O()),
+        "all tokens": (seen, Window()),
+    }
+    caches = {
+        which: _prefill(model, ids, SketchCache(model.config, size, policy=p))
+        for which, (size, p) in policies.items()
+    }
+    table.add(
+        f"{name}, compiling", "time of the first steps", "us", [elapsed(lambda: cycle(caches["SketchCache"]))]
+    )
     full = _prefill(plain, ids, DynamicCache(config=plain.config))
     beside, first = f"{name}, DynamicCache beside compiled steps", f"{name}, SketchCache, compiled"
     runs = {beside: lambda: _cycle(plain, ids, full)}
@@ -106,7 +127,9 @@ def step_floor(model, batch, stored, bandwidth, rate):
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    weights = [p for name, p in model.named_parameters() if "wpe" not in name]  # of positions, one row is read
+    weights = [
+        p for name, p in model.named_parameters() if "wpe" not in name
+    ]  # of positions, one row is read
     cached = 2 * batch * config.num_hidden_layers * heads * head_dim * stored
     group = config.num_attention_heads // heads
     needed = sum(p.nbytes for p in weights) + cached * weights[0].element_size()
@@ -114,19 +137,32 @@ def step_floor(model, batch, stored, bandwidth, rate):
     return max(needed / bandwidth, operations / rate) * 1e6
 
 
-def loop_rows(table, models, name, prompt=512, new=512, cap=256, repetitions=20, warmup=1, seconds=60, compiled=False):
+def loop_rows(
+    table, models, name, prompt=512, new=512, cap=256, repetitions=20, warmup=1, seconds=60, compiled=False
+):
     """The decode loop in the open with SketchCache, as it is and, if `compiled`, compiled, against `model.generate` with
     DynamicCache, the prompt included: it passes at once through all of them."""
     plain, model = models
     ids = tokens(model, 1, prompt)
-    settings = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0)
+    settings = dict(
+        max_new_tokens=new, min_new_tokens=new, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     name = f"{name}, {prompt} + {new} tokens"
 
     def loop(compile):
-        generate(model, ids, SketchCache(model.config, cap, prefill_chunk=prompt), new, chunk_size=prompt, compile=compile)
+        generate(
+            model,
+            ids,
+            SketchCache(model.config, cap, prefill_chunk=prompt),
+            new,
+            chunk_size=prompt,
+            compile=compile,
+        )
 
     runs = {
-        f"{name}, generate, DynamicCache": lambda: plain.generate(ids, attention_mask=torch.ones_like(ids), **settings),
+        f"{name}, generate, DynamicCache": lambda: plain.generate(
+            ids, attention_mask=torch.ones_like(ids), **settings
+        ),
         f"{name}, manual loop, SketchCache": lambda: loop(False),
         f"{name}, manual loop, SketchCache, compiled": lambda: loop(True),
     }
@@ -146,7 +182,9 @@ def prefill_rows(table, models, name, count=1024, chunk=512, cap=256, repetition
     name = f"{name}, prompt of {count} tokens"
     runs = {
         f"{name}, plain": lambda: _prefill(plain, ids, DynamicCache(config=plain.config), count),
-        f"{name}, chunks of {chunk}": lambda: _prefill(model, ids, SketchCache(model.config, cap, prefill_chunk=chunk), chunk),
+        f"{name}, chunks of {chunk}": lambda: _prefill(
+            model, ids, SketchCache(model.config, cap, prefill_chunk=chunk), chunk
+        ),
         f"{name}, as if decoded": lambda: _prefill(model, ids, SketchCache(model.config, cap), chunk),
     }
     in_turn(table, runs, repetitions=repetitions, warmup=warmup, quantity="time of a prompt", seconds=seconds)
@@ -184,11 +222,22 @@ def scoring_rows(table, models, name, count=1024, cap=256, repetitions=20, warmu
 
     name = f"{name}, {count} tokens"
     runs = {f"{name}, token by token": stepwise, f"{name}, score": streamed}
-    in_turn(table, runs, per=count, repetitions=repetitions, warmup=warmup, quantity="time per token", seconds=seconds)
+    in_turn(
+        table,
+        runs,
+        per=count,
+        repetitions=repetitions,
+        warmup=warmup,
+        quantity="time per token",
+        seconds=seconds,
+    )
     table.ratio(f"{name}, token by token / score", *runs)
     (nll, cache), (nll_steps, cache_steps) = found["streamed"], found["stepwise"]
     torch.testing.assert_close(nll, nll_steps, rtol=1e-3, atol=1e-3)
-    kept = [torch.stack([c.kept_positions(i).sort(-1).values for i in range(len(c.layers))]) for c in (cache, cache_steps)]
+    kept = [
+        torch.stack([c.kept_positions(i).sort(-1).values for i in range(len(c.layers))])
+        for c in (cache, cache_steps)
+    ]
     share = float((kept[0] == kept[1]).double().mean())
     table.add(f"{name}, kept positions that are the same", "share", "1", [share])
 
@@ -200,7 +249,9 @@ def length_rows(table, model, name, lengths, cap=256, repetitions=20, warmup=2, 
     ids = tokens(model, 1, max(lengths) + CYCLE)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="position .* lies beyond")
-        caches = {length: _prefill(model, ids[:, :length], SketchCache(model.config, cap)) for length in lengths}
+        caches = {
+            length: _prefill(model, ids[:, :length], SketchCache(model.config, cap)) for length in lengths
+        }
         runs = {f"{name}, {length} seen": (lambda c=c: _cycle(model, ids, c)) for length, c in caches.items()}
         in_turn(table, runs, per=CYCLE, repetitions=repetitions, warmup=warmup, seconds=seconds)
         held = [peak_bytes(lambda c=c: _cycle(model, ids, c)) + c.nbytes()["total"] for c in caches.values()]
@@ -209,8 +260,20 @@ def length_rows(table, model, name, lengths, cap=256, repetitions=20, warmup=2, 
     slopes = (times / times.mean(1, keepdims=True)) @ x / (x @ x)
     half = student.ppf(0.975, len(slopes) - 1) * slopes.std(ddof=1) / len(slopes) ** 0.5
     mean = slopes.mean()
-    table.rows.append([f"{name}, slope of time per doubling", "95 % interval", "1", mean, mean - half, mean + half, len(slopes)])
-    table.add(f"{name}, peak bytes at {max(lengths)} / at {min(lengths)} tokens", "ratio", "1", [held[-1] / held[0]])
+    table.rows.append(
+        [
+            f"{name}, slope of time per doubling",
+            "95 % interval",
+            "1",
+            mean,
+            mean - half,
+            mean + half,
+            len(slopes),
+        ]
+    )
+    table.add(
+        f"{name}, peak bytes at {max(lengths)} / at {min(lengths)} tokens", "ratio", "1", [held[-1] / held[0]]
+    )
 
 
 def peak_bytes(run):
@@ -229,7 +292,12 @@ def operations(run, top=12):
     events = sorted(profile.key_averages(), key=lambda e: -e.self_cpu_time_total)
     total = sum(e.self_cpu_time_total for e in events)
     return [
-        {"operation": e.key, "calls": e.count, "microseconds": e.self_cpu_time_total, "share": e.self_cpu_time_total / total}
+        {
+            "operation": e.key,
+            "calls": e.count,
+            "microseconds": e.self_cpu_time_total,
+            "share": e.self_cpu_time_total / total,
+        }
         for e in events[:top]
     ]
 
@@ -244,11 +312,16 @@ def python_count_min(items, hash):
     for item in items:
         for row, (a, b) in zip(table, rows):
             row[(a * item + b) % PRIME % hash.width] += 1
-    return [min(row[(a * item + b) % PRIME % hash.width] for row, (a, b) in zip(table, rows)) for item in items]
+    return [
+        min(row[(a * item + b) % PRIME % hash.width] for row, (a, b) in zip(table, rows)) for item in items
+    ]
 
 
 def _bounter(items, width, depth):
-    sketch, names = importlib.import_module("bounter").CountMinSketch(width=width, depth=depth), list(map(str, items))
+    sketch, names = (
+        importlib.import_module("bounter").CountMinSketch(width=width, depth=depth),
+        list(map(str, items)),
+    )
 
     def run():
         sketch.update(names)
@@ -275,7 +348,9 @@ def _datasketches(items, width, depth):
 PEERS = {"bounter": _bounter, "datasketches": _datasketches}
 
 
-def counting_rows(table, count=1_000_000, width=2048, depth=4, repetitions=20, reference=3, warmup=1, seconds=60):
+def counting_rows(
+    table, count=1_000_000, width=2048, depth=4, repetitions=20, reference=3, warmup=1, seconds=60
+):
     """Update with a skewed stream, then an estimate of each of its items: ours, pure Python, and the peers installed.
 
     The pure-Python reference is timed `reference` times. Errors of all on the same stream stand beside, in items. Where a peer
@@ -320,7 +395,10 @@ def counting_rows(table, count=1_000_000, width=2048, depth=4, repetitions=20, r
         runs[row], errors[row] = run, error(run)
         pairs[row], own = wide_enough(errors[row])
         runs.setdefault(pairs[row], own)
-    slow = {f"{name}, pure Python": lambda: python_count_min(plain, CarterWegmanHash(width, depth)), f"{first}, beside it": runs[first]}
+    slow = {
+        f"{name}, pure Python": lambda: python_count_min(plain, CarterWegmanHash(width, depth)),
+        f"{first}, beside it": runs[first],
+    }
     settings = dict(quantity="time of update and query", seconds=seconds)
     in_turn(table, runs, repetitions=repetitions, warmup=warmup, **settings)
     in_turn(table, slow, repetitions=reference, warmup=0, **settings)

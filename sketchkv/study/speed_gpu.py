@@ -25,7 +25,9 @@ from sketchkv.study.timing import elapsed, in_turn
 GRAPH = "time per step, graph"
 L2 = 150e6  # bytes: several times what the L2 cache holds
 DEVICE, DTYPE = "cuda", torch.bfloat16
-COMPACT = dict(policy=AttentionMass(value_norm=True), codec=quantized((5, 4)), summary=Summary(1))  # as `SketchCache.compact`
+COMPACT = dict(
+    policy=AttentionMass(value_norm=True), codec=quantized((5, 4)), summary=Summary(1)
+)  # as `SketchCache.compact`
 
 
 def captured(steps):
@@ -46,7 +48,9 @@ def captured(steps):
 # One layer
 
 
-def filled(policy, batch, used, kv_heads=12, head_dim=64, summary=None, device=DEVICE, dtype=DTYPE, **settings):
+def filled(
+    policy, batch, used, kv_heads=12, head_dim=64, summary=None, device=DEVICE, dtype=DTYPE, **settings
+):
     """A layer whose slots are full of random tokens."""
     layer = BoundedLayer(policy, used - 16, Settings(**settings), summary)
     key, value = torch.randn(2, batch, kv_heads, used, head_dim, device=device, dtype=dtype)
@@ -69,18 +73,27 @@ def attention_rows(table, bandwidth, batch, used=1024, heads=12, head_dim=64, se
     layers = [filled(AttentionMass(), batch, used, heads, head_dim) for _ in range(3 if batch > 8 else 40)]
     queries = torch.randn(len(layers), batch, heads, 1, head_dim, device=DEVICE, dtype=DTYPE)
     pairs, per = list(zip(layers, queries)), len(layers)
-    steps = {kind: [attending(*pair, ops) for pair in pairs] for kind, ops in (("fused", fused), ("eager", eager))}
+    steps = {
+        kind: [attending(*pair, ops) for pair in pairs] for kind, ops in (("fused", fused), ("eager", eager))
+    }
     graphs = {f"{kind}, {name}": captured(each) for kind, each in steps.items()}
     graphs[f"SDPA, {name}"] = captured(
-        [lambda l=l, q=q: scaled_dot_product_attention(q, l.slots["keys"], l.slots["values"]) for l, q in pairs]
-    )  # fmt: skip
+        [
+            lambda layer=layer, q=q: scaled_dot_product_attention(
+                q, layer.slots["keys"], layer.slots["values"]
+            )
+            for layer, q in pairs
+        ]
+    )
     in_turn(table, graphs, per, quantity=GRAPH, seconds=seconds)
     mass = 2 * 4 * batch * heads * used  # read and written
     needed = layers[0].slots.nbytes("keys", "values") + mass + 2 * queries[0].nbytes
     table.floor(f"fused, {name}", needed / bandwidth * 1e6, f"fused, {name}")
     for kind in ("eager", "SDPA"):
         table.ratio(f"{kind} / fused, {name}", f"{kind}, {name}", f"fused, {name}")
-    calls = {f"{kind}, {name}, called": lambda each=each: [step() for step in each] for kind, each in steps.items()}
+    calls = {
+        f"{kind}, {name}, called": lambda each=each: [step() for step in each] for kind, each in steps.items()
+    }
     in_turn(table, calls, per, seconds=seconds)
     table.ratio(f"eager / fused, {name}, called", *reversed(calls))
     table.ratio(f"eager, called / fused, graph, {name}", f"eager, {name}, called", f"fused, {name}")
@@ -93,7 +106,10 @@ def full_cache_rows(table, batch=64, tokens=16384, used=1024):
     layers = [filled(AttentionMass(), batch, used) for _ in range(3)]
     bounded = captured([attending(layer, query, fused) for layer in layers * 2])
     full = captured([lambda: scaled_dot_product_attention(query, keys, values) for _ in range(6)])
-    rows = {f"SDPA, batch {batch}, {tokens} tokens": full, f"fused beside it, batch {batch}, {used} slots": bounded}
+    rows = {
+        f"SDPA, batch {batch}, {tokens} tokens": full,
+        f"fused beside it, batch {batch}, {used} slots": bounded,
+    }
     in_turn(table, rows, per=6, quantity=GRAPH)
     table.ratio(f"SDPA over {tokens} tokens / fused over {used} slots, batch {batch}", *rows)
 
@@ -118,7 +134,10 @@ def recorded_layer(policy, batch, cap, kv_heads=12, group=1, head_dim=64, **sett
 def recorded_layer_rows(table, batch=64, cap=1024, seconds=20):
     """What choosing costs: one layer under several policies with the same slots."""
     policies = {"sketch": Sketch(), "attention mass": AttentionMass(), "H2O": H2O(), "window": Window()}
-    runs = {f"recorded layer, {name}, batch {batch}, cap {cap}": recorded_layer(p, batch, cap) for name, p in policies.items()}
+    runs = {
+        f"recorded layer, {name}, batch {batch}, cap {cap}": recorded_layer(p, batch, cap)
+        for name, p in policies.items()
+    }
     in_turn(table, runs, per=16, quantity=GRAPH, seconds=seconds)
     sketch = next(iter(runs))
     for row, name in list(zip(runs, policies))[1:]:
@@ -169,8 +188,13 @@ def recorded_rows(table, batch=1, prompt=512, new=256, repetitions=20, seconds=7
 
     def library(new=new):
         plain.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
-        )  # fmt: skip
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
 
     runs = {
         f"recorded, sketch, {name}": _bounded(model, ids, new),
@@ -180,7 +204,9 @@ def recorded_rows(table, batch=1, prompt=512, new=256, repetitions=20, seconds=7
     }
     for row, run in runs.items():
         if row.startswith("recorded"):
-            table.add(f"first text, recording and compiling included, {row}", "time of a text", "us", [elapsed(run)])
+            table.add(
+                f"first text, recording and compiling included, {row}", "time of a text", "us", [elapsed(run)]
+            )
     _compare(table, runs, new, repetitions, seconds)
 
 
@@ -219,7 +245,10 @@ def static_rows(table, prompt=512, new=256, repetitions=20, seconds=60):
 # The pieces of the cost model
 
 
-SHAPES = {"GPT-2 small": dict(kv_heads=12, group=1, head_dim=64), "Llama-3.1": dict(kv_heads=8, group=4, head_dim=128)}
+SHAPES = {
+    "GPT-2 small": dict(kv_heads=12, group=1, head_dim=64),
+    "Llama-3.1": dict(kv_heads=8, group=4, head_dim=128),
+}
 
 
 def _piece(kind, batch, slots, kv_heads, group, head_dim):
@@ -229,8 +258,10 @@ def _piece(kind, batch, slots, kv_heads, group, head_dim):
 
 def attention_pieces(table, repetitions=20):
     """The fused kernel from few slots to long full caches, SDPA beside it where a full cache would use it."""
-    sizes = {"GPT-2 small": [(1, 1024), (8, 256), (8, 1024), (64, 256), (64, 4096), (256, 1024)],
-             "Llama-3.1": [(1, 1024), (8, 1024), (64, 1024), (8, 8192), (1, 131072), (4, 131072)]}  # fmt: skip
+    sizes = {
+        "GPT-2 small": [(1, 1024), (8, 256), (8, 1024), (64, 256), (64, 4096), (256, 1024)],
+        "Llama-3.1": [(1, 1024), (8, 1024), (64, 1024), (8, 8192), (1, 131072), (4, 131072)],
+    }
     for model, pairs in sizes.items():
         shape = SHAPES[model]
         kv_heads, group, head_dim = shape.values()
@@ -239,15 +270,23 @@ def attention_pieces(table, repetitions=20):
             keys, values = torch.randn(2, sets, batch, kv_heads, slots, head_dim, device=DEVICE, dtype=DTYPE)
             query = torch.randn(batch, kv_heads * group, head_dim, device=DEVICE, dtype=DTYPE)
             mass = torch.zeros(sets, batch, kv_heads, slots, device=DEVICE)
-            runs = {_piece("attention", batch, slots, **shape): captured([
-                lambda k=k, v=v, m=m: attend(query, k, v, head_dim**-0.5, None, m, 0.99)
-                for k, v, m in zip(keys, values, mass)
-            ])}  # fmt: skip
+            runs = {
+                _piece("attention", batch, slots, **shape): captured(
+                    [
+                        lambda k=k, v=v, m=m: attend(query, k, v, head_dim**-0.5, None, m, 0.99)
+                        for k, v, m in zip(keys, values, mass)
+                    ]
+                )
+            }
             if slots >= 8192:
-                runs[_piece("SDPA", batch, slots, **shape)] = captured([
-                    lambda k=k, v=v: scaled_dot_product_attention(query[:, :, None], k, v, enable_gqa=True)
-                    for k, v in zip(keys, values)
-                ])  # fmt: skip
+                runs[_piece("SDPA", batch, slots, **shape)] = captured(
+                    [
+                        lambda k=k, v=v: scaled_dot_product_attention(
+                            query[:, :, None], k, v, enable_gqa=True
+                        )
+                        for k, v in zip(keys, values)
+                    ]
+                )
             in_turn(table, runs, sets, repetitions, quantity=GRAPH, seconds=3)
             del runs, keys, values, mass
             torch.cuda.empty_cache()
@@ -272,7 +311,9 @@ def block_pieces(table, repetitions=20):
     configs = {
         "GPT-2 small": GPT2Config(),
         "Llama-3.1-8B": LlamaConfig(hidden_size=4096, num_attention_heads=32, **llama),
-        "Llama-3.1-70B / 2": LlamaConfig(hidden_size=8192, num_attention_heads=32, **llama | dict(num_key_value_heads=4)),
+        "Llama-3.1-70B / 2": LlamaConfig(
+            hidden_size=8192, num_attention_heads=32, **llama | dict(num_key_value_heads=4)
+        ),
     }
     for name, config in configs.items():
         kind = GPT2Block if isinstance(config, GPT2Config) else LlamaDecoderLayer
@@ -280,7 +321,9 @@ def block_pieces(table, repetitions=20):
         with torch.device(DEVICE):
             first = kind(config, layer_idx=0).to(DTYPE).eval().requires_grad_(False)
             size = sum(parameter.nbytes for parameter in first.parameters())
-            blocks = [first] + [kind(config, layer_idx=0).to(DTYPE).eval() for _ in range(math.ceil(L2 / size) - 1)]
+            blocks = [first] + [
+                kind(config, layer_idx=0).to(DTYPE).eval() for _ in range(math.ceil(L2 / size) - 1)
+            ]
         for batch in (1, 16, 64, 256):
             hidden = torch.randn(batch, 1, config.hidden_size, device=DEVICE, dtype=DTYPE)
             run = captured([lambda block=block: _without_attention(block, hidden) for block in blocks])

@@ -148,9 +148,14 @@ def _cluster(workers):
     loaded."""
     scratch = tempfile.TemporaryDirectory(prefix="sketchkv-")
     cluster = LocalCluster(
-        n_workers=workers, threads_per_worker=1, processes=True, memory_limit=None, dashboard_address=None,
-        local_directory=scratch.name, silence_logs="ERROR",
-    )  # fmt: skip
+        n_workers=workers,
+        threads_per_worker=1,
+        processes=True,
+        memory_limit=None,
+        dashboard_address=None,
+        local_directory=scratch.name,
+        silence_logs="ERROR",
+    )
     atexit.register(scratch.cleanup)
     atexit.register(cluster.close)
     return cluster

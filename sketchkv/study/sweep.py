@@ -22,9 +22,14 @@ COLUMNS = {
 def _named(use, width, depth, cap, k, summary_slots):
     name = f"{use}{k or ''} {width}x{depth} cap {cap}"
     return {
-        "configuration": name, "use": use, "width": width, "depth": depth, "max_cache_size": cap, "attend_topk": k,
+        "configuration": name,
+        "use": use,
+        "width": width,
+        "depth": depth,
+        "max_cache_size": cap,
+        "attend_topk": k,
         "summary_slots": summary_slots if use == "aggregate" else 0,
-    }  # fmt: skip
+    }
 
 
 def configurations(summary_slots=4):
@@ -38,7 +43,11 @@ def configurations(summary_slots=4):
 
 def small(summary_slots=4):
     """A corner of the same grid, for a first look."""
-    return [c for c in configurations(summary_slots) if (c["width"], c["depth"]) == (128, 2) and c["max_cache_size"] <= 128]
+    return [
+        c
+        for c in configurations(summary_slots)
+        if (c["width"], c["depth"]) == (128, 2) and c["max_cache_size"] <= 128
+    ]
 
 
 def method(configuration, seed=0):
@@ -46,10 +55,18 @@ def method(configuration, seed=0):
     uses hold the same number of slots."""
     c = configuration
     return {
-        "method": "sketch", "bits": 16, "width": c["width"], "depth": c["depth"], "seed": seed,
+        "method": "sketch",
+        "bits": 16,
+        "width": c["width"],
+        "depth": c["depth"],
+        "seed": seed,
         "max_cache_size": c["max_cache_size"] - c["summary_slots"],
-        **({"summary_slots": c["summary_slots"]} if c["use"] == "aggregate" else {"attend_topk": min(c["attend_topk"], c["max_cache_size"])}),
-    }  # fmt: skip
+        **(
+            {"summary_slots": c["summary_slots"]}
+            if c["use"] == "aggregate"
+            else {"attend_topk": min(c["attend_topk"], c["max_cache_size"])}
+        ),
+    }
 
 
 def point(method, text, **texts):

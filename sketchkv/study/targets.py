@@ -20,7 +20,11 @@ from sketchkv.study.methods import full_nbytes
 BUDGETS = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 PEERS = ("streaming", "h2o", "decayed", "tova", "decayed_int8", "decayed_int4", "streaming_int4")
 WHOLE = ("kivi4", "kivi2")  # of one size: they count where they fit
-TEXTS = {("gpt2", 1024): "embedded", ("rotary", 1024): "data/model-rotary", ("rotary", 4096): "data/model-rotary"}
+TEXTS = {
+    ("gpt2", 1024): "embedded",
+    ("rotary", 1024): "data/model-rotary",
+    ("rotary", 4096): "data/model-rotary",
+}
 NAMES = {"gpt2": "GPT-2 class", "rotary": "rotary"}
 DIAGNOSES = ("evicting", "rounding")
 LIMITS = {1 / 4: 0.005, 1 / 8: 0.01, 1 / 16: 0.02, 1 / 32: 0.04}  # of perplexity, upper end of the interval
@@ -55,7 +59,10 @@ RECALL_COLUMNS = {
     "n": "instances",
 }
 VERDICT_COLUMNS = {
-    **{name: COLUMNS[name] for name in ("model", "length", "budget", "share", "increase", "low", "high", "kl")},
+    **{
+        name: COLUMNS[name]
+        for name in ("model", "length", "budget", "share", "increase", "low", "high", "kl")
+    },
     "limit": "what was hoped for: the most that the upper end of the interval may be",
     "met": "whether it is no more",
     "peer": "the other method of no more bytes with the least mean loss",
@@ -77,14 +84,23 @@ def measured(folder=results.ROOT / "data" / "benchmarks"):
 def verdicts(quality):
     """`compact` against its limit and the best peer, one row per model, length and budget: a DataFrame, `VERDICT_COLUMNS`."""
     rows = []
-    for (model, length, budget), at in quality.groupby(["model", "length", "budget"], sort=False):
+    for _, at in quality.groupby(["model", "length", "budget"], sort=False):
         own = at[at.method == "compact"].iloc[0]
         peer = at[at.method.isin((*PEERS, *WHOLE))].sort_values("increase").iloc[0]
-        rows.append(own[["model", "length", "budget", "share", "increase", "low", "high", "kl"]].to_dict() | {
-            "limit": LIMITS[budget], "met": bool(own.high <= LIMITS[budget]), "peer": peer.method,
-            "peer_increase": peer.increase, "gain": peer.gain, "gain_low": peer.gain_low, "gain_high": peer.gain_high,
-            "less": peer.gain / np.log1p(peer.increase), "n": own.n,
-        })  # fmt: skip
+        rows.append(
+            own[["model", "length", "budget", "share", "increase", "low", "high", "kl"]].to_dict()
+            | {
+                "limit": LIMITS[own.budget],
+                "met": bool(own.high <= LIMITS[own.budget]),
+                "peer": peer.method,
+                "peer_increase": peer.increase,
+                "gain": peer.gain,
+                "gain_low": peer.gain_low,
+                "gain_high": peer.gain_high,
+                "less": peer.gain / np.log1p(peer.increase),
+                "n": own.n,
+            }
+        )
     return pd.DataFrame(rows)[list(VERDICT_COLUMNS)]
 
 
@@ -97,12 +113,18 @@ def kept(recalled):
 def score(model, length, documents, device, dataset, budgets=BUDGETS):
     """One row (dict, `COLUMNS` but "model") per budget and method."""
     lm, tokenizer = evaluate._model(model, device)
-    settings = dict(model=model, dataset=dataset, device=device, split="test", documents=documents, length=length)
+    settings = dict(
+        model=model, dataset=dataset, device=device, split="test", documents=documents, length=length
+    )
     points, _ = baselines.equal_bytes(lm.config, budgets, length, lm.dtype, ("compact", *PEERS), seldom=())
     points = [point for point in points if point[0] in ("compact", *PEERS, *WHOLE)]
     # What compact loses by evicting and by rounding alone: not of equal bytes, but of the same slots and the same bits.
-    points += [("evicting", budget, method | {"bits": 16}) for name, budget, method in points if name == "compact"]
-    points += [("rounding", None, {"method": "full", "evict_every": 1, "bits": baselines.BOUNDED["compact"]["bits"]})]
+    points += [
+        ("evicting", budget, method | {"bits": 16}) for name, budget, method in points if name == "compact"
+    ]
+    points += [
+        ("rounding", None, {"method": "full", "evict_every": 1, "bits": baselines.BOUNDED["compact"]["bits"]})
+    ]
     found = [evaluate.evaluate(method, **settings) for *_, method in points]
     table = baselines.table(points, found, lm.config, length)
     rows = []
@@ -110,14 +132,24 @@ def score(model, length, documents, device, dataset, budgets=BUDGETS):
         fits = (table.share <= budget) | (table.method == "rounding")
         at = table[(table.budget == budget) | (table.budget.isna() & fits)]
         for name, part in at.groupby("method", sort=False):
-            assert name in (*WHOLE, "rounding") or (part.evicted > 0).all(), f"{name} evicted nothing at {budget}"
+            assert name in (*WHOLE, "rounding") or (part.evicted > 0).all(), (
+                f"{name} evicted nothing at {budget}"
+            )
             growth = np.expm1(stats.paired_interval(part.loss.to_numpy(copy=True)))
             gain = baselines.compare(at, "compact", name) if name != "compact" else (0.0, 0.0, 0.0)
-            rows.append({
-                "length": length, "budget": budget, "share": part.share.iloc[0], "method": name,
-                "max_cache_size": part.max_cache_size.iloc[0], **dict(zip(("increase", "low", "high"), growth)),
-                "kl": part.kl.mean(), **dict(zip(("gain", "gain_low", "gain_high"), gain)), "n": len(part),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "length": length,
+                    "budget": budget,
+                    "share": part.share.iloc[0],
+                    "method": name,
+                    "max_cache_size": part.max_cache_size.iloc[0],
+                    **dict(zip(("increase", "low", "high"), growth)),
+                    "kl": part.kl.mean(),
+                    **dict(zip(("gain", "gain_low", "gain_high"), gain)),
+                    "n": len(part),
+                }
+            )
     return rows
 
 
@@ -127,7 +159,9 @@ def remember(model, instances, device, dataset, budget=1 / 8, length=1024):
     rows = []
     for task in TASKS:
         for depth in DEPTHS:
-            asked = dict(task=task, depth=depth, instances=instances, length=length, model=model, device=device)
+            asked = dict(
+                task=task, depth=depth, instances=instances, length=length, model=model, device=device
+            )
             for name in RECALL:
                 method = baselines.at_budget(lm.config, name, budget, length, lm.dtype)
                 found = recall.recall(method, dataset=dataset, **asked)
@@ -146,8 +180,12 @@ def _share(exact):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m sketchkv.study.targets", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        prog="python -m sketchkv.study.targets", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--output", default="data/benchmarks", help="folder of the tables")
     parser.add_argument("--documents", type=int, default=64)
     parser.add_argument("--dataset", default="embedded")
@@ -155,7 +193,9 @@ def main(arguments=None):
     parser.add_argument("--commit", help="commit of the code, where git cannot tell")
     options = parser.parse_args(arguments)
     folder = Path(options.output)
-    if options.device == "cuda":  # a GPU waits for Python, not for memory: all documents together, in long passes
+    if (
+        options.device == "cuda"
+    ):  # a GPU waits for Python, not for memory: all documents together, in long passes
         evaluate.BATCH = recall.BATCH = options.documents
         evaluate.TOKENS = 256 * options.documents
     quality, recalled = [], []
@@ -163,12 +203,18 @@ def main(arguments=None):
     for (label, length), model in TEXTS.items():
         long = length > 1024
         dataset = options.long_dataset if long and options.long_dataset else options.dataset
-        rows = score(model, length, options.documents, options.device, dataset, BUDGETS[2:] if long else BUDGETS)
+        rows = score(
+            model, length, options.documents, options.device, dataset, BUDGETS[2:] if long else BUDGETS
+        )
         quality += [{"model": label} | row for row in rows]
         if not long:
-            recalled += [{"model": label} | row for row in remember(model, options.documents, options.device, dataset)]
+            recalled += [
+                {"model": label} | row for row in remember(model, options.documents, options.device, dataset)
+            ]
         results.atomic_write(folder / "targets.csv", pd.DataFrame(quality)[list(COLUMNS)].to_csv(index=False))
-        results.atomic_write(folder / "targets_recall.csv", pd.DataFrame(recalled)[list(RECALL_COLUMNS)].to_csv(index=False))
+        results.atomic_write(
+            folder / "targets_recall.csv", pd.DataFrame(recalled)[list(RECALL_COLUMNS)].to_csv(index=False)
+        )
         results.atomic_write(folder / "targets.json", json.dumps(facts, indent=1) + "\n")
         print(pd.DataFrame(rows).to_string(), flush=True)
 

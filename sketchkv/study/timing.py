@@ -49,7 +49,9 @@ class Table:
 
     def floor(self, row, microseconds, measured):
         """Adds what the hardware needs at least, and how often `measured`, a row of times, takes as long."""
-        self.add(f"floor, {row}", "bytes over copy bandwidth, or operations over matmul rate", "us", [microseconds])
+        self.add(
+            f"floor, {row}", "bytes over copy bandwidth, or operations over matmul rate", "us", [microseconds]
+        )
         self.add(f"{row} / floor", "ratio to floor", "1", self.samples[measured] / microseconds)
 
     def frame(self):
@@ -76,7 +78,9 @@ def elapsed(run):
     return (time.perf_counter() - begin) * 1e6
 
 
-def in_turn(table, candidates, per=1, repetitions=30, warmup=3, quantity="time per step, called", seconds=math.inf):
+def in_turn(
+    table, candidates, per=1, repetitions=30, warmup=3, quantity="time per step, called", seconds=math.inf
+):
     """Times the functions of `candidates` {row: run} alternately, at most for `seconds`; `per`: steps that one run holds."""
     samples, begin = {row: [] for row in candidates}, time.monotonic()
     for repetition in range(warmup + repetitions):

@@ -44,10 +44,15 @@ from sketchkv.texts import documents as read_documents
 EVERY = 16  # tokens between evictions
 
 LABELS = {
-    "random": "random", "streaming": "StreamingLLM", "sketch": "sketch", "decayed": "exact scores",
-    "decayed_summary": "exact scores + mean of tail", "oracle": "oracle", "oracle_summary": "oracle + mean of tail",
+    "random": "random",
+    "streaming": "StreamingLLM",
+    "sketch": "sketch",
+    "decayed": "exact scores",
+    "decayed_summary": "exact scores + mean of tail",
+    "oracle": "oracle",
+    "oracle_summary": "oracle + mean of tail",
     "full": "full cache",
-}  # fmt: skip
+}
 STEPS = {
     "sketch error": ("sketch", "decayed", "the sketch's own error"),
     "wrong eviction": ("decayed", "oracle", "wrong eviction"),
@@ -60,7 +65,9 @@ OTHER_WAY = {
     "wrong eviction after": ("decayed_summary", "oracle_summary", "wrong eviction, beside the tail's mean"),
 }
 COLUMNS = {
-    "method": "rung of the ladder: " + ", ".join(LABELS) + "; query: a set of tokens of its own for each query",
+    "method": "rung of the ladder: "
+    + ", ".join(LABELS)
+    + "; query: a set of tokens of its own for each query",
     "slots": "slots per layer and KV head, the summary's among them",
     "document": "held-out file",
     "nll": "mean negative log-likelihood of its tokens, nats per token",
@@ -93,7 +100,9 @@ def _texts(model, dataset, device, split, first, documents, length):
 
 def foresight(model, input_ids, maps, slots):
     """A cache whose policy knows what the full cache's attention maps (`attention_maps`) say of the future."""
-    knows_all, knows_less = ([Oracle(layer) for layer in future_mass(maps, cap, EVERY)] for cap in (slots, slots - 1))
+    knows_all, knows_less = (
+        [Oracle(layer) for layer in future_mass(maps, cap, EVERY)] for cap in (slots, slots - 1)
+    )
     return {
         "oracle": make_cache(model.config, knows_all, max_cache_size=slots),
         "oracle_summary": make_cache(model.config, knows_less, max_cache_size=slots - 1, summary_slots=1),
@@ -104,7 +113,10 @@ def chosen_anew(maps, slots):
     """The `slots` tokens that each query of the full cache attends to most: per layer, bool like `maps`."""
     best = [layer.topk(min(slots, layer.shape[-1]), sorted=False).indices for layer in maps]
     causal = torch.ones(maps.shape[-2:], dtype=torch.bool, device=maps.device).tril()
-    return [torch.zeros_like(layer, dtype=torch.bool).scatter_(-1, top, True) & causal for layer, top in zip(maps, best)]
+    return [
+        torch.zeros_like(layer, dtype=torch.bool).scatter_(-1, top, True) & causal
+        for layer, top in zip(maps, best)
+    ]
 
 
 def _nll(logits, input_ids):
@@ -114,7 +126,9 @@ def _nll(logits, input_ids):
 
 
 @torch.no_grad()
-def oracles(slots, *, text, first, documents, length, model="embedded", dataset="embedded", device="cpu", split="test"):
+def oracles(
+    slots, *, text, first, documents, length, model="embedded", dataset="embedded", device="cpu", split="test"
+):
     """A grid point: rows (`COLUMNS`) of the rungs that know the future, for each number of `slots` (a list), on the
     `documents` documents from number `first` on. Two passes: the full cache's attention first."""
     lm, ids, names = _texts(model, dataset, device, split, first, documents, length)
@@ -203,9 +217,12 @@ def states(model, input_ids):
     cache = make_cache(model.config, _Recorder(), max_cache_size=max(input_ids.shape[1], 32))
     model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return [
-        tuple(x.float() for x in (torch.cat(layer.policy.queries, 2), layer.slots["keys"], layer.slots["values"]))
+        tuple(
+            x.float()
+            for x in (torch.cat(layer.policy.queries, 2), layer.slots["keys"], layer.slots["values"])
+        )
         for layer in cache.layers
-    ]  # fmt: skip
+    ]
 
 
 def tail_error(query, key, value, visible):
@@ -231,14 +248,22 @@ def tail_error(query, key, value, visible):
     a, b = held @ value / kept.clamp(min=tiny), lost @ value / mass.clamp(min=tiny)
     plain = tail.to(p.dtype) / count
     v = plain @ value
-    folded = ((logits * plain).sum(-1, keepdim=True) - total).exp() * count * (mass > 0)  # its weight beside `kept`
+    folded = (
+        ((logits * plain).sum(-1, keepdim=True) - total).exp() * count * (mass > 0)
+    )  # its weight beside `kept`
     share = folded / (kept + folded)
     output = kept * a + mass * b
 
-    deviation = (plain @ value.square().sum(-1, keepdim=True) - v.square().sum(-1, keepdim=True)).clamp(min=0).sqrt()
+    deviation = (
+        (plain @ value.square().sum(-1, keepdim=True) - v.square().sum(-1, keepdim=True)).clamp(min=0).sqrt()
+    )
     uneven = (count * (lost / mass.clamp(min=tiny)).square().sum(-1, keepdim=True) - 1).clamp(min=0).sqrt()
     apart, jensen = (v - a).norm(dim=-1, keepdim=True), (1 - folded / mass.clamp(min=tiny)).clamp(min=0)
-    squares = value.square().sum(-1)[:, :, None] - 2 * v @ value.transpose(-1, -2) + v.square().sum(-1, keepdim=True)
+    squares = (
+        value.square().sum(-1)[:, :, None]
+        - 2 * v @ value.transpose(-1, -2)
+        + v.square().sum(-1, keepdim=True)
+    )
     furthest = (squares * tail).amax(-1, keepdim=True).clamp(min=0).sqrt()
     within, error = torch.minimum(uneven * deviation, furthest), lambda found: (output - found).norm(dim=-1)
     extent = logits.masked_fill(~tail, -torch.inf).amax(-1) - logits.masked_fill(~tail, torch.inf).amin(-1)
@@ -304,8 +329,18 @@ def alone(model, input_ids, visible):
 
 @torch.no_grad()
 def heads(
-    slots, *, text, first, documents, length, seed=0, model="embedded", dataset="embedded", device="cpu", split="test"
-):  # fmt: skip
+    slots,
+    *,
+    text,
+    first,
+    documents,
+    length,
+    seed=0,
+    model="embedded",
+    dataset="embedded",
+    device="cpu",
+    split="test",
+):
     """A grid point: {"errors": rows (`ERROR_COLUMNS`), "alone": rows (`ALONE_COLUMNS`), "looks": rows (`LOOK_COLUMNS`)} on the
     `documents` documents from number `first` on.
 
@@ -313,18 +348,23 @@ def heads(
     the first eviction on. What is bounded alone keeps what it kept when all was bounded, by exact scores. `slots` must be a multiple of `EVERY`.
     """
     lm, ids, names = _texts(model, dataset, device, split, first, documents, length)
-    assert slots % EVERY == 0 and length > slots + EVERY, "evictions must fall between the steps, and there must be some"
+    assert slots % EVERY == 0 and length > slots + EVERY, (
+        "evictions must fall between the steps, and there must be some"
+    )
     maps = attention_maps(lm, ids)
     policies = {
-        "sketch": Sketch(seed=seed), "decayed": AttentionMass(),
+        "sketch": Sketch(seed=seed),
+        "decayed": AttentionMass(),
         "oracle": [Oracle(layer) for layer in future_mass(maps, slots, EVERY)],
-    }  # fmt: skip
+    }
     looks = {key: x.tolist() for key, x in spread(maps, skip=slots + EVERY).items()}
     full, known, found = score(lm, ids).mean(1).tolist(), states(lm, ids), {"errors": [], "alone": []}
     found["looks"] = [
         {"document": name, "layer": layer, "head": head, **{key: looks[key][layer][i][head] for key in LOOKS}}
-        for i, name in enumerate(names) for layer in range(len(maps)) for head in range(maps.shape[2])
-    ]  # fmt: skip
+        for i, name in enumerate(names)
+        for layer in range(len(maps))
+        for head in range(maps.shape[2])
+    ]
     del maps
     for policy, chosen in policies.items():
         cache = make_cache(lm.config, chosen, max_cache_size=slots)
@@ -336,18 +376,35 @@ def heads(
             over = [(part[key] - part[f"bound_{key}"]) / part["norm"] for key in ("dropped", "folded")]
             slack, mass = torch.maximum(*over).amax(-1).tolist(), part["mass"].mean(-1).tolist()
             found["errors"] += [
-                {"document": name, "policy": policy, "layer": layer, "head": head, "mass": mass[i][head],
-                 **{key: relative[key][i][head] for key in ERRORS}, "slack": slack[i][head]}
-                for i, name in enumerate(names) for head in range(len(mass[i]))
-            ]  # fmt: skip
+                {
+                    "document": name,
+                    "policy": policy,
+                    "layer": layer,
+                    "head": head,
+                    "mass": mass[i][head],
+                    **{key: relative[key][i][head] for key in ERRORS},
+                    "slack": slack[i][head],
+                }
+                for i, name in enumerate(names)
+                for head in range(len(mass[i]))
+            ]
         if policy == "decayed":
             found["alone"] = [
-                {"document": name, "layer": layer, "head": head, "nll": nll, "nll_full": whole, "loss": nll - whole}
+                {
+                    "document": name,
+                    "layer": layer,
+                    "head": head,
+                    "nll": nll,
+                    "nll_full": whole,
+                    "loss": nll - whole,
+                }
                 for layer, head, each in alone(lm, ids, visible)
                 for name, nll, whole in zip(names, each.tolist(), full)
             ]
             direct = _nll(logits, ids).tolist()
-            assert max(abs(row["nll"] - nll) for row, nll in zip(found["alone"], direct)) < 1e-3, "masked is not evicted"
+            assert max(abs(row["nll"] - nll) for row, nll in zip(found["alone"], direct)) < 1e-3, (
+                "masked is not evicted"
+            )
     return found
 
 
@@ -376,10 +433,18 @@ def noise(run, bits, slots, **texts):
     asked = [("evicted", b, compact(slots, b)) for b in (16, *bits)]
     asked += [("whole", b, {"method": "full", "evict_every": 1, "bits": b}) for b in (16, *bits) if b]
     found = run.grid("why_method", method, [{"method": point, **texts} for *_, point in asked])
-    table = pd.DataFrame([
-        {"place": place, "bits": b or 0, "document": row["document"], "loss": row["nll"] - row["nll_full"]}
-        for (place, b, _), rows in zip(asked, found) for row in rows
-    ])  # fmt: skip
+    table = pd.DataFrame(
+        [
+            {
+                "place": place,
+                "bits": b or 0,
+                "document": row["document"],
+                "loss": row["nll"] - row["nll_full"],
+            }
+            for (place, b, _), rows in zip(asked, found)
+            for row in rows
+        ]
+    )
     half = table[table.bits == 16].set_index(["place", "document"]).loss
     base = half.loc[list(zip(table.place, table.document))].to_numpy()
     return table.assign(noise=table.loss - base)

@@ -53,7 +53,9 @@ class KiviSlots:
         for name in ("keys", "values"):
             shape = (batch, num_kv_heads, residual + GROUP, head_dim)
             self.arrays[name] = torch.zeros(shape, dtype=torch.float16, device=device)
-            for part, like in zip((f"{name}_codes", f"{name}_range"), pack(self._turn(name, group), bits), strict=True):
+            for part, like in zip(
+                (f"{name}_codes", f"{name}_range"), pack(self._turn(name, group), bits), strict=True
+            ):
                 shape = (batch, num_kv_heads, groups, *like.shape[2:])
                 self.arrays[part] = torch.zeros(shape, dtype=like.dtype, device=device)
         self.kv = self.arrays.keys() - {"real"}
@@ -94,7 +96,9 @@ class KiviSlots:
         """Packs the oldest 32 of the newest."""
         for name in ("keys", "values"):
             newest = self.arrays[name]
-            for part, packed in zip(("codes", "range"), pack(self._turn(name, newest[:, :, :GROUP]), self.bits), strict=True):
+            for part, packed in zip(
+                ("codes", "range"), pack(self._turn(name, newest[:, :, :GROUP]), self.bits), strict=True
+            ):
                 self.arrays[f"{name}_{part}"][:, :, self.packed] = packed
             newest[:, :, :-GROUP] = newest[:, :, GROUP:].clone()
         self.packed += 1
@@ -123,7 +127,9 @@ class KiviLayer(BoundedLayer):
     ops = Packing()
 
     def __init__(self, max_cache_size, bits, residual):
-        super().__init__(Window(), max_cache_size, Settings(num_sinks=0, recent_window=residual, evict_every=GROUP))
+        super().__init__(
+            Window(), max_cache_size, Settings(num_sinks=0, recent_window=residual, evict_every=GROUP)
+        )
         self.bits = bits
 
     def lazy_initialization(self, key_states, value_states):
@@ -132,7 +138,9 @@ class KiviLayer(BoundedLayer):
             raise ValueError(f"values of {head_dim} channels can't be packed in {self.bits} bits: use bits=8")
         with torch.inference_mode(False):
             like = key_states.dtype, key_states.device
-            self.slots = KiviSlots(key_states.shape[:2], self.max_cache_size, head_dim, *like, self.bits, self.recent_window)
+            self.slots = KiviSlots(
+                key_states.shape[:2], self.max_cache_size, head_dim, *like, self.bits, self.recent_window
+            )
             self.home, self.nan = self.slots, torch.zeros((), dtype=torch.bool, device=key_states.device)
         self.is_initialized = True
 

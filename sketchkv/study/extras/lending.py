@@ -78,11 +78,17 @@ class AdaptiveCache(SketchCache):
                 f"margin must be at least 1, least in (0, 1], memory in [0, 1); got {margin}, {least} and {memory}"
             )
         if settings.get("attend_topk") is not None:
-            raise ValueError("attend_topk can't be set here: the caps move, and attention runs over all stored tokens")
+            raise ValueError(
+                "attend_topk can't be set here: the caps move, and attention runs over all stored tokens"
+            )
         if settings.get("prefill_chunk") is not None:
-            raise ValueError("prefill_chunk can't be set here: slots are lent from eviction to eviction, prompts included")
+            raise ValueError(
+                "prefill_chunk can't be set here: slots are lent from eviction to eviction, prompts included"
+            )
         self.memory = memory
-        super().__init__(config, max_cache_size, policy=AttentionMass() if policy is None else policy, **settings)
+        super().__init__(
+            config, max_cache_size, policy=AttentionMass() if policy is None else policy, **settings
+        )
         self.margin = margin
         self.block = self.layers[0].evict_every
         self.first = [layer.max_cache_size for layer in self.layers]
@@ -151,8 +157,12 @@ class AdaptiveCache(SketchCache):
             return
         worth, cost = torch.stack([layer.prices for layer in self.layers]).T.tolist()
         # A layer that has just grown does not evict, and so does not know the price of its new cap.
-        settled = [index for index, layer in enumerate(self.layers) if layer.slots.kept == layer.max_cache_size]
-        lenders = [index for index in settled if self.layers[index].max_cache_size - self.block >= self.least[index]]
+        settled = [
+            index for index, layer in enumerate(self.layers) if layer.slots.kept == layer.max_cache_size
+        ]
+        lenders = [
+            index for index in settled if self.layers[index].max_cache_size - self.block >= self.least[index]
+        ]
         if not lenders:
             return
         lender, taker = min(lenders, key=cost.__getitem__), max(settled, key=worth.__getitem__)

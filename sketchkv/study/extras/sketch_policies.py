@@ -7,7 +7,12 @@ from sketchkv.policies import Sketch
 from sketchkv.sketch import SimHash
 from sketchkv.study.extras.sketches import RACE, AnyCounters, ConservativeSketch, CountSketch
 
-KINDS = {"count_min": AnyCounters, "conservative": ConservativeSketch, "count_sketch": CountSketch, "race": RACE}
+KINDS = {
+    "count_min": AnyCounters,
+    "conservative": ConservativeSketch,
+    "count_sketch": CountSketch,
+    "race": RACE,
+}
 COUNTERS = {"float32": torch.float32, "float16": torch.float16, "uint8": torch.uint8}
 
 
@@ -82,11 +87,15 @@ class QuerySketch(AnySketch):
     uses_attention = False
     BITS = 8
 
-    def __init__(self, width=512, depth=4, decay=0.99, lsh_bits=None, seed=0, kind="count_min", counters="float32"):
+    def __init__(
+        self, width=512, depth=4, decay=0.99, lsh_bits=None, seed=0, kind="count_min", counters="float32"
+    ):
         super().__init__(width, depth, "lsh", decay, False, lsh_bits, seed, kind, counters)
 
     def allocate(self, slots):
-        self.code = SimHash(slots.widths[0], self.lsh_bits, self.seed, slots.device) if self.kind != "race" else None
+        self.code = (
+            SimHash(slots.widths[0], self.lsh_bits, self.seed, slots.device) if self.kind != "race" else None
+        )
         self.sketches = [self.make_sketch(slots)]
 
     def enter(self, slots, new, token_ids):
@@ -98,9 +107,13 @@ class QuerySketch(AnySketch):
 
     def query(self, slots, query):
         count = query.shape[2]
-        cells = self._cells(query.reshape(*slots.shape, -1, count, query.shape[-1])).flatten(2, 3)  # group and rows
+        cells = self._cells(query.reshape(*slots.shape, -1, count, query.shape[-1])).flatten(
+            2, 3
+        )  # group and rows
         if "cells" not in slots.arrays:
-            slots.add("cells", torch.int16 if self.sketches[0].hash.width <= 2**15 else torch.int32, cells.shape[2])
+            slots.add(
+                "cells", torch.int16 if self.sketches[0].hash.width <= 2**15 else torch.int32, cells.shape[2]
+            )
         slots["cells"][:, :, -count:] = cells.transpose(2, 3)
 
     def score(self, slots, seen):
@@ -117,4 +130,7 @@ class QuerySketch(AnySketch):
     def nbytes(self, slots):
         own = slots.arrays.keys() & {"cells"}
         counters = sum(sketch.nbytes for sketch in self.sketches) + (self.code.nbytes if self.code else 0)
-        return {"sketch": counters + slots.nbytes(*own), "policy": slots.nbytes(*(slots.arrays.keys() - slots.kv - own))}
+        return {
+            "sketch": counters + slots.nbytes(*own),
+            "policy": slots.nbytes(*(slots.arrays.keys() - slots.kv - own)),
+        }

@@ -1,7 +1,6 @@
 """Other sketches than Count-Min: conservative update, Count-Sketch, RACE, and counters of 8 bits."""
 
 import copy
-import math
 
 import torch
 
@@ -50,7 +49,9 @@ class SimHashRows:
         if not vectors.is_floating_point():
             raise TypeError(f"items must be vectors [..., n, dim] of a float type, got {vectors.dtype}")
         if vectors.ndim < 2 or vectors.shape[-1] != len(self.projection):
-            raise ValueError(f"items must be vectors [..., n, {len(self.projection)}], got shape {list(vectors.shape)}")
+            raise ValueError(
+                f"items must be vectors [..., n, {len(self.projection)}], got shape {list(vectors.shape)}"
+            )
         if vectors.device.type == "cpu" and not vectors.isfinite().all():
             raise ValueError("items must be finite: a vector with NaN or infinity has no direction")
         signs = (vectors.float() @ self.projection > 0).unflatten(-1, (self.depth, self.bits))
@@ -130,7 +131,11 @@ class ByteCounters:
         # Few bits: weights that differ in their last bit, as sums in another order do, give the same scale and codes.
         scale = (largest * (2 / self.top)).bfloat16().float()
         self.scale.copy_(torch.where(largest > self.top * self.scale, scale, self.scale))
-        codes = values.div_(self.scale.clamp(min=torch.finfo(torch.float32).tiny)).add_(self._thresholds()).floor_()
+        codes = (
+            values.div_(self.scale.clamp(min=torch.finfo(torch.float32).tiny))
+            .add_(self._thresholds())
+            .floor_()
+        )
         self.codes.copy_(codes.clamp_(-self.top if self.codes.dtype == torch.int8 else 0, self.top))
         self.additions += 1
 
@@ -156,7 +161,9 @@ class AnyCounters(CountMinSketch):
             raise TypeError(f"{error}, or uint8 with a scale per row") from None
 
     in_bytes = property(lambda self: isinstance(self.table, ByteCounters))
-    divisible = property(lambda self: not self.in_bytes)  # an addition in several parts is rounded several times
+    divisible = property(
+        lambda self: not self.in_bytes
+    )  # an addition in several parts is rounded several times
     number = property(lambda self: self.table.scale.dtype if self.in_bytes else self.table.dtype)
 
     @property
@@ -193,7 +200,10 @@ class ConservativeSketch(AnyCounters):
         rows = min(self.hash.depth, 62 // bits)
         shift = bits * torch.arange(rows, device=indices.device)
         identity, order = (indices[..., :rows, :] << shift[:, None]).sum(-2).sort(dim=-1, stable=True)
-        indices, weights = indices.gather(-1, order.unsqueeze(-2).expand(indices.shape)), weights.gather(-1, order)
+        indices, weights = (
+            indices.gather(-1, order.unsqueeze(-2).expand(indices.shape)),
+            weights.gather(-1, order),
+        )
         item = (identity.diff(dim=-1, prepend=identity[..., :1]) != 0).cumsum(-1)
         weights = torch.zeros_like(weights).scatter_add_(-1, item, weights).gather(-1, item)
         weights = weights.to(self.number)
@@ -253,7 +263,9 @@ class RACE(AnyCounters):
     `CountMinSketch`.
     """
 
-    def __init__(self, dim, width, depth, bits=None, batch_shape=(), seed=0, dtype=torch.float32, device=None):
+    def __init__(
+        self, dim, width, depth, bits=None, batch_shape=(), seed=0, dtype=torch.float32, device=None
+    ):
         width = whole("width", width, 1)
         self.dim, self.bits = whole("dim", dim, 1), max(1, width.bit_length() - 1) if bits is None else bits
         super().__init__(width, depth, batch_shape, seed, dtype, device)
@@ -263,7 +275,9 @@ class RACE(AnyCounters):
 
     def ask(self, indices):
         rows = self.table.gather(-1, indices)
-        return rows.sum(-2) / rows.shape[-2] if self.number.is_floating_point else rows.sum(-2) // rows.shape[-2]
+        return (
+            rows.sum(-2) / rows.shape[-2] if self.number.is_floating_point else rows.sum(-2) // rows.shape[-2]
+        )
 
     def _indices(self, items, indices):
         if items is None or indices is not None:
@@ -273,7 +287,9 @@ class RACE(AnyCounters):
             return indices.expand(*self.batch_shape, *indices.shape[-2:])
         except RuntimeError:
             shapes = list(items.shape), list(self.batch_shape)
-            raise ValueError(f"indices of the items {shapes[0]} do not broadcast to batch_shape {shapes[1]}") from None
+            raise ValueError(
+                f"indices of the items {shapes[0]} do not broadcast to batch_shape {shapes[1]}"
+            ) from None
 
     def _chunks(self, items, indices):
         indices = self._indices(items, indices)

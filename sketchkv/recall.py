@@ -1,0 +1,273 @@
+"""A layer that evicts and does not forget: an index ranks every token that was seen, and those that a query asks for come
+back from a store. The measure of what matters now is the query itself (`sketchkv.index`), not past attention.
+"""
+
+import torch
+
+from sketchkv.layer import BoundedLayer
+from sketchkv.policies import Window
+from sketchkv.slots import EMPTY
+
+# Queries of one attention product while a prompt passes, and tokens that are read from the store for them at a time.
+QUERIES, READ = 512, 256
+
+
+class RecallLayer(BoundedLayer):
+    """Slots as a cache of a store that holds every token.
+
+    A decode step attends to sinks, recent window and the `index.top` other tokens that the index ranks highest for its
+    queries. What of these is not in the slots is read from the store into the slots that were attended to longest ago; a slot
+    is overwritten and nothing copied back, since every token was written to the store when it entered.
+
+    A pass of several tokens reads the stored tokens once per 512 queries, block by block, merged by log-sum-exp: the whole of
+    them is never in fast memory, one block is for a moment, decoded and not counted. Its queries attend to all tokens before
+    them (`exact_prompts`), or each to what it would attend to as a step. Afterwards slots hold sinks and the newest tokens.
+
+    Codec and index are apart: the codec codes a key around its own centre, the index around its block's, so that signs of a
+    key are stored twice, with codes and as signature. That costs head_dim bits per token and KV head in the store, and in
+    each slot; the index holds the keys of its open block a second time, `index.block * head_dim` numbers per KV head.
+
+    index: a `sketchkv.index.KeyIndex` of the layer's own; store: a `sketchkv.store.HostStore` of the layer's own.
+    Raises ValueError for a cap or a window that is too small.
+    """
+
+    selective = True  # slots may be left out of attention
+    capacity = property(lambda self: self.max_cache_size)
+
+    def __init__(self, max_cache_size, settings, index, store, exact_prompts=True):
+        super().__init__(Window(), max_cache_size, settings)
+        self.index, self.store, self.exact_prompts = index, store, exact_prompts
+        self.moved = dict.fromkeys(("written", "fetched", "streamed", "chosen", "missing"), 0)
+        least = self.num_sinks + self.recent_window + index.top
+        if max_cache_size < least:
+            raise ValueError(
+                f"max_cache_size={max_cache_size} can't hold {self.num_sinks} sinks, a recent window of {self.recent_window} "
+                f"and the top {index.top} of the index: raise it to {least} or lower one of them"
+            )
+        if self.recent_window < index.block:
+            raise ValueError(
+                f"recent_window={self.recent_window} is shorter than the index's block of {index.block} tokens, which can be "
+                f"ranked when it is full: raise recent_window to {index.block} or lower KeyIndex(block=...)"
+            )
+
+    def lazy_initialization(self, key_states, value_states):
+        super().lazy_initialization(key_states, value_states)
+        slots = self.slots
+        if slots.codec.settles_after > slots.capacity:
+            least = slots.codec.settles_after
+            raise ValueError(
+                f"max_cache_size={slots.capacity} is too small for this codec: raise it to {least}"
+            )
+        slots.add("asked", torch.int32)  # tokens seen when a query last attended to it
+        parts = {name: slots.arrays[name] for group in slots.parts.values() for name in group}
+        self.store.open(parts, slots.shape, slots.device.type == "cuda")
+        self.index.reset()
+
+    def reset(self):
+        super().reset()
+        self.index.reset()
+        if self.slots is not None:
+            self.store.clear()
+        self.moved = dict.fromkeys(self.moved, 0)
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self.index.reorder(beam_idx)
+        if self.slots is not None:
+            self.store.reorder(beam_idx)
+
+    def nbytes(self):
+        return super().nbytes() | {"index": self.index.nbytes(), "host": self.store.nbytes()}
+
+    def advance(self):
+        raise NotImplementedError(
+            "steps with an index can't be recorded: what they read depends on the query"
+        )
+
+    def attend(self, query, key, value, tokens, form):
+        slots, codec, total, outputs, start = self.slots, self.slots.codec, query.shape[2], [], 0
+        turned = codec.turn(query, key, value)
+        while start < total:
+            count = min(
+                QUERIES if self.exact_prompts else self.index.block - self.seen % self.index.block,
+                total - start,
+            )
+            if self.seen < codec.settles_after:
+                count = min(count, codec.settles_after - self.seen)
+            block, now = slice(start, start + count), tokens.part(slice(start, start + count))
+            new, *coming = (x[:, :, block] for x in turned)
+            self._enter(key[:, :, block], *coming, now, alone=total == 1)
+            attend = self._step if total == 1 else self._stream
+            outputs.append(attend(query[:, :, block], new, now, form))
+            if self.seen == codec.settles_after:  # these keys have other codes now
+                codec.settle(slots, now.first + self.num_sinks)
+                self._write(0, {name: slots.arrays[name][:, :, : self.seen] for name in slots.kv})
+            start += count
+        if total > 1 and self.seen > slots.capacity:
+            self._refill(tokens)
+        self.evicted, self.waiting = self.seen - slots.used, False
+        return codec.turn_back(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2))
+
+    # New tokens
+
+    def _enter(self, raw, key, value, tokens, alone):
+        """New tokens go to the store, to the index and, as long as there is room or if one comes `alone`, to slots."""
+        slots, count = self.slots, key.shape[2]
+        coded = slots.codec.encode("keys", key) | slots.codec.encode("values", value)
+        self._write(self.seen, coded)
+        self.index.add(raw, tokens.positions)
+        at = torch.arange(slots.used, slots.used + count, device=slots.device)
+        if slots.room >= count:
+            slots.used += count
+        elif alone:
+            at = self._idle(self._always(tokens.first))[..., :1]
+        self.seen += count
+        if slots.used == self.seen or alone:
+            self._place((*self._all(), at), coded, tokens.positions[:, None])
+
+    def _write(self, start, coded):
+        self.moved["written"] += self.store.write(start, coded)
+
+    def _read(self, rows, heads, tokens, why):
+        arrays = self.store.read(rows, heads, tokens)
+        self.moved[why] += sum(array.nbytes for array in arrays.values())
+        return arrays
+
+    def _all(self):
+        """Every row and head, to be broadcast with slots."""
+        return [
+            torch.arange(n, device=self.slots.device).view(-1, *[1] * more)
+            for n, more in zip(self.slots.shape, (2, 1))
+        ]
+
+    def _place(self, where, coded, positions):
+        """Puts tokens into the slots `where`, a tuple of (row, head, slot)."""
+        for name, array in coded.items():
+            self.slots.arrays[name][where] = array.to(self.slots.arrays[name].dtype)
+        self.slots.positions[where] = positions.int()
+        self.slots.arrays["asked"][where] = 0
+
+    def _always(self, first):
+        """Which slots every query attends to: sinks and recent window, bool `[batch, num_kv_heads, used]`."""
+        at = self.slots["positions"]
+        return (at != EMPTY) & ((at >= self.seen - self.recent_window) | (at < first + self.num_sinks))
+
+    def _idle(self, needed):
+        """All slots, those that are needed last, before them by when they were attended to, the older token first."""
+        asked, at = self.slots["asked"].long(), self.slots["positions"]
+        return (
+            ((asked << 32) + at)
+            .masked_fill(at == EMPTY, -1)
+            .masked_fill(needed, torch.iinfo(torch.int64).max)
+            .argsort(-1)
+        )
+
+    def _refill(self, tokens):
+        """Slots hold sinks and the newest tokens, after a pass that had no room for all of its own."""
+        slots, first = self.slots, torch.as_tensor(tokens.first, device=self.slots.device).view(-1, 1)
+        newest = torch.arange(self.seen - slots.capacity + self.num_sinks, self.seen, device=slots.device)[
+            None
+        ]
+        newest = newest.where(newest >= first + self.num_sinks, EMPTY)
+        sinks = first + torch.arange(self.num_sinks, device=slots.device)
+        token = torch.cat([sinks.expand(len(newest), -1), newest], -1)
+        token = token.where((first >= 0) & (token < self.seen), EMPTY).expand(slots.shape[0], -1)[:, None]
+        slots.used = slots.capacity
+        coded = self._read(*self._all(), token.clamp(min=0).long(), "streamed")
+        self._place((*self._all(), torch.arange(slots.used, device=slots.device)), coded, token)
+
+    # Attention
+
+    def _step(self, query, turned, tokens, form):
+        """Attention of one new token: over slots, once they hold all that the index asks for."""
+        slots, (batch, heads), used = self.slots, self.slots.shape, self.slots.used
+        needed = self._always(tokens.first)
+        logits = self._logits(turned, slots["keys"], form).masked_fill(~needed[:, :, None, None], -torch.inf)
+        end = torch.tensor([[self.seen - self.recent_window]], device=slots.device)
+        chosen = self._choose(query, logits, tokens, form, end)[:, :, 0]
+        at, order = slots["positions"].sort(-1)
+        place = torch.searchsorted(at, chosen.int()).clamp(max=used - 1)
+        asked = chosen >= 0
+        here = (at.gather(-1, place) == chosen) & asked
+        slot = order.gather(-1, place).where(here, used)  # a column that is dropped
+        needed |= needed.new_zeros(batch, heads, used + 1).scatter_(-1, slot, True)[..., :used]
+        missing = asked & ~here
+        row, head, which = missing.nonzero(as_tuple=True)
+        self.moved["chosen"] += int(asked.sum())
+        self.moved["missing"] += len(row)
+        if len(row):
+            slot = self._idle(needed)[row, head, missing.cumsum(-1)[row, head, which] - 1]
+            token = chosen[row, head, which]
+            self._place((row, head, slot), self._read(row, head, token, "fetched"), token)
+            needed[row, head, slot] = True
+        slots["unattended"].copy_(~needed)
+        slots["asked"].masked_fill_(needed, self.seen)
+        return self.ops.attend(self, turned, tokens, form)
+
+    def _stream(self, query, turned, tokens, form):
+        """Attention of n new tokens over the store, block by block, with a running maximum as in FlashAttention (Dao et al.
+        2022, arXiv 2205.14135)."""
+        (batch, heads), count, device = self.slots.shape, query.shape[2], query.device
+        number = torch.arange(self.seen - count, self.seen, device=device)[:, None]
+        first = torch.as_tensor(tokens.first, device=device).view(-1, 1, 1, 1)
+        allowed = None if self.exact_prompts else self._allowed(query, turned, tokens, form, number, first)
+        shape, least = (batch, heads, query.shape[1] // heads, count, 1), torch.finfo(torch.float32).min
+        # A learned sink of the model's is one logit more, which gives nothing.
+        most = turned.new_full(shape, least, dtype=torch.float32)
+        if form.sinks is not None:
+            most = form.sink_column(batch, heads, count).view(shape).contiguous()
+        total = torch.full_like(most, float(form.sinks is not None))
+        output = most.new_zeros(*shape[:-1], self.slots.widths[1])
+        for start in range(0, self.seen, READ):
+            token = torch.arange(start, min(start + READ, self.seen), device=device)
+            keys, values = self._vectors(token)
+            visible = (token <= number) & (token >= first)
+            if allowed is not None:
+                visible = visible & allowed[..., start : start + READ]
+            logits = self._logits(turned, keys, form).masked_fill_(~visible[:, :, None], least)
+            higher = torch.maximum(most, logits.amax(-1, keepdim=True))
+            weights, kept = (logits - higher).exp_(), (most - higher).exp_()
+            total = total * kept + weights.sum(-1, keepdim=True)
+            output = output * kept + weights @ values.float()[:, :, None]
+            most = higher
+        return (output / total).flatten(1, 2).to(query.dtype)
+
+    def _allowed(self, query, turned, tokens, form, number, first):
+        """What each of n new tokens attends to, were it a step: bool `[batch, num_kv_heads, n, tokens seen]`."""
+        device, newest = (
+            query.device,
+            torch.arange(max(0, self.seen - len(number) + 1 - self.recent_window), self.seen),
+        )
+        sinks = first.view(-1, 1, 1) + torch.arange(self.num_sinks, device=device)
+        near = torch.cat([sinks, newest.to(device).expand(len(first), 1, -1)], -1)
+        keys, _ = self._vectors(near.clamp(0, self.seen - 1))
+        recent = (near > number[None] - self.recent_window) & (near >= first[..., 0] + self.num_sinks)
+        recent[..., : self.num_sinks] = True
+        visible = recent & (near <= number[None]) & (near >= 0)
+        logits = self._logits(turned, keys, form).masked_fill_(~visible[:, None, None], -torch.inf)
+        end = number.view(1, -1) + 1 - self.recent_window
+        chosen = self._choose(query, logits, tokens, form, end)
+        marked = torch.zeros(*chosen.shape[:3], self.seen + 1, dtype=torch.bool, device=device)
+        marked.scatter_(-1, chosen.where(chosen >= 0, self.seen), True)
+        token = torch.arange(self.seen, device=device)
+        return marked[..., :-1] | (token > number - self.recent_window) | (token < first + self.num_sinks)
+
+    def _choose(self, query, logits, tokens, form, end):
+        """Tokens that the index ranks highest, `[batch, num_kv_heads, n, top]`, -1 where there are fewer; `logits` are those of
+        the tokens that a query attends to anyway."""
+        first = tokens.first if isinstance(tokens.first, int) else tokens.first[:, :, 0]
+        return self.index.choose(
+            query, form.scaling, first + self.num_sinks, end, logits.logsumexp(-1).flatten(1, 2)
+        )
+
+    def _vectors(self, token):
+        """Keys and values of these tokens, decoded, of all heads."""
+        slots, arrays = self.slots, self._read(*self._all(), token, "streamed")
+        return [
+            slots.codec.decode(n, {part: arrays[part] for part in slots.parts[n]}) for n in ("keys", "values")
+        ]
+
+    def _logits(self, query, keys, form):
+        """Float32 `[batch, num_kv_heads, group, n, tokens]`."""
+        query = query.float().unflatten(1, (self.slots.shape[1], -1)) * form.scaling
+        return form.capped(query @ keys.float()[:, :, None].transpose(-1, -2))

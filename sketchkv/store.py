@@ -1,0 +1,148 @@
+"""All tokens of a text outside fast memory: where a bounded layer reads again what left its slots."""
+
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+
+import torch
+
+PAGE = 64  # tokens
+
+
+class HostStore:
+    """Codes of every token, in host memory (pinned where the model is on CUDA). A layer writes each token once, when it
+    enters, and reads tokens by their numbers.
+
+    A token is one record of bytes per KV head, all arrays of its codec side by side. Records lie in pages of 64 tokens; a
+    sequence is a list of pages. A full page never changes again, so that beams share it: a reorder copies the open pages.
+
+    As an argument of a cache a store is a template, of which each layer takes a copy.
+    """
+
+    table = None
+
+    def open(self, arrays, shape, pinned=False):
+        """Room for a batch, empty.
+
+        arrays: {name: tensor `[..., width]`} as the codec stores them; shape: (batch, num_kv_heads).
+        """
+        self.layout = [(name, like.shape[-1], like.dtype) for name, like in arrays.items()]
+        self.record = sum(width * dtype.itemsize for _, width, dtype in self.layout)  # bytes
+        self.batch, self.heads = shape
+        self.pinned = pinned
+        self.close()
+        self.clear()
+
+    def clear(self):
+        """Forgets every token and keeps the memory."""
+        self.table = torch.zeros(self.batch, 0, dtype=torch.int64)  # pages of each sequence
+        self.tokens = 0
+
+    def write(self, start, arrays):
+        """Stores n tokens from number `start` on, arrays `[batch, num_kv_heads, n, ...]`, as `codec.encode` gives them. What
+        is written again must lie in the open page. Returns bytes written.
+
+        Raises MemoryError or OSError before anything has changed if there is no room.
+        """
+        parts = [
+            arrays[name].to("cpu", dtype).contiguous().view(torch.uint8) for name, _, dtype in self.layout
+        ]
+        records = torch.cat(parts, -1)
+        end = start + records.shape[2]
+        more = -(-end // PAGE) - self.table.shape[1]
+        if more > 0:
+            self.table = torch.cat([self.table, self._free(self.batch * more).view(self.batch, more)], 1)
+        rows, heads = self._all()
+        self.pages[self._at(rows, heads, torch.arange(start, end))] = records
+        self.tokens = max(self.tokens, end)
+        return records.numel()
+
+    def read(self, rows, heads, tokens):
+        """{name: array `[..., width]`} of the tokens with these numbers (int64, of any shapes that broadcast)."""
+        records, start, arrays = self.pages[self._at(rows.cpu(), heads.cpu(), tokens.cpu())], 0, {}
+        for name, width, dtype in self.layout:
+            size = width * dtype.itemsize
+            part = records[..., start : start + size].clone(memory_format=torch.contiguous_format)
+            arrays[name] = part.view(dtype) if size else part.to(dtype)
+            start += size
+        return {name: array.to(tokens.device) for name, array in arrays.items()}
+
+    def reorder(self, index):
+        """Row i becomes what row `index[i]` was: full pages are shared, each row gets an open page of its own."""
+        self.table = self.table.index_select(0, index.cpu())
+        if self.tokens % PAGE:
+            shared = self.table[:, -1]
+            own = self._free(self.batch)
+            self.pages[own] = self.pages[shared]
+            self.table = torch.cat([self.table[:, :-1], own[:, None]], 1)
+
+    def close(self):
+        """Gives the memory back."""
+        self.bytes = torch.zeros(0, dtype=torch.uint8)
+        self.pages = self.bytes.view(0, self.heads, PAGE, self.record)
+
+    def nbytes(self):
+        """Bytes held, pages to come and the table included."""
+        return 0 if self.table is None else self.bytes.numel() + self.table.nbytes
+
+    def _all(self):
+        """Every row and head, to be broadcast with tokens."""
+        return torch.arange(self.batch)[:, None, None], torch.arange(self.heads)[:, None]
+
+    def _at(self, rows, heads, tokens):
+        return self.table[rows, tokens // PAGE], heads, tokens % PAGE
+
+    def _free(self, count):
+        """So many pages that no sequence has; memory grows by a half, if it must."""
+        taken = torch.zeros(len(self.pages), dtype=torch.bool)
+        taken[self.table] = True
+        if len(taken) - int(taken.sum()) < count:
+            pages = max(int(taken.sum()) + count, len(taken) * 3 // 2)
+            self.bytes = self._resized(pages * self.heads * PAGE * self.record)
+            self.pages = self.bytes.view(pages, self.heads, PAGE, self.record)
+            taken = torch.cat([taken, taken.new_zeros(pages - len(taken))])
+        return (~taken).nonzero()[:count, 0]
+
+    def _resized(self, size):
+        """`size` bytes, of which the first are those held."""
+        try:
+            larger = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+        except RuntimeError as error:
+            raise MemoryError(
+                f"the host has no {size:,} bytes for the store: use a folder, store='path'"
+            ) from error
+        larger[: self.bytes.numel()] = self.bytes
+        return larger
+
+
+class FolderStore(HostStore):
+    """The same in a memory-mapped file per layer, without a name where the system allows it and readable for the owner alone
+    (mode 0600): it is gone when the process ends, however it ends.
+
+    path: an existing folder, on a disk and not in memory.
+    """
+
+    def __init__(self, path):
+        self.path = os.fspath(path)
+        if not os.path.isdir(self.path):
+            raise ValueError(f"store={self.path!r} is no folder: make it first, or write store='host'")
+
+    def close(self):
+        super().close()
+        self.file = tempfile.TemporaryFile(dir=self.path)
+
+    def _resized(self, size):
+        try:
+            if hasattr(
+                os, "posix_fallocate"
+            ):  # a full disk is told now, and not by a signal when pages are written
+                os.posix_fallocate(self.file.fileno(), 0, size)
+            else:
+                self.file.truncate(size)
+        except OSError as error:
+            free = shutil.disk_usage(self.path).free
+            told = f"the store needs {size:,} bytes in {self.path!r}, and {free:,} are free"
+            raise OSError(error.errno or errno.ENOSPC, f"{told}: make room or use another folder") from error
+        return torch.frombuffer(mmap.mmap(self.file.fileno(), size), dtype=torch.uint8)

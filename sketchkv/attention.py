@@ -113,8 +113,7 @@ def _begin(module, args, kwargs):
     cache = given.get("past_key_values")
     if not isinstance(cache, SketchCache):
         return
-    if not cache.passes.owners:
-        _check_pass(text_config(module.config), cache, given)
+    _check_pass(text_config(module.config), cache, given)
     ids = given.get("input_ids")
     inputs = given.get("inputs_embeds") if ids is None else ids
     if inputs is not None:  # without either, the model says so itself

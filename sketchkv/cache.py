@@ -4,7 +4,7 @@ import copy
 
 from transformers.cache_utils import Cache
 
-from sketchkv.checks import whole
+from sketchkv.checks import rows, whole
 from sketchkv.layer import BoundedLayer, Settings
 from sketchkv.passes import MOST_TOKENS, Passes
 from sketchkv.policies import AttentionMass, Policy, Sketch
@@ -102,7 +102,7 @@ class SketchCache(Cache):
             codec=_codec(bits, codec),
         )
         _leave_room(settings, caps)
-        if summary is not None and not hasattr(summary, "fold"):
+        if summary is not None and (isinstance(summary, type) or not hasattr(summary, "fold")):
             raise TypeError(
                 f"summary must be a sketchkv.summary.Summary, such as Summary(1), or None; got {summary!r}"
             )
@@ -175,6 +175,7 @@ class SketchCache(Cache):
     def kept_positions(self, layer):
         """Positions of the tokens that layer `layer` holds: int64 `[batch, num_kv_heads, slots]`, -1 for an empty slot or
         padding; slots are in no particular order."""
+        layer = whole("layer", layer, -len(self.layers), len(self.layers) - 1)
         if self.layers[layer].slots is None:
             raise RuntimeError("the cache is empty: no text has passed through it yet")
         return self.layers[layer].slots.positions.long()
@@ -223,6 +224,8 @@ class SketchCache(Cache):
         self.passes.forget()
 
     def reorder_cache(self, beam_idx):
+        if self.layers[0].slots is not None:
+            rows(beam_idx, self.layers[0].slots.shape[0])
         super().reorder_cache(beam_idx)
         self.passes.reorder(beam_idx)
 
@@ -239,7 +242,7 @@ class SketchCache(Cache):
 def text_config(config):
     """The configuration of the decoder, of a configuration or a model. Raises TypeError for anything else."""
     config = getattr(config, "config", config)
-    if not hasattr(config, "get_text_config"):
+    if isinstance(config, type) or not hasattr(config, "get_text_config"):
         raise TypeError(
             f"config must be a transformers configuration such as model.config, or a model; got {config!r}"
         )
@@ -264,6 +267,10 @@ def layer_windows(config):
 
 def _codec(bits, codec):
     if bits is None:
+        if codec is not None and not callable(codec):
+            raise TypeError(
+                f"codec must be a function of (dtype, device), such as sketchkv.slots.Plain; got {codec!r}"
+            )
         return Plain if codec is None else codec
     if codec is not None:
         raise TypeError("give either bits= or codec=, not both")

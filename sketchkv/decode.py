@@ -1,7 +1,9 @@
 """The manual decode loop and streaming scores: what a user, the sweep and the benchmarks run."""
 
+from numbers import Real
+
 import torch
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.generation import (
     LogitsProcessorList,
     TemperatureLogitsWarper,
@@ -10,7 +12,7 @@ from transformers.generation import (
 )
 
 from sketchkv.cache import text_config
-from sketchkv.checks import flag, whole
+from sketchkv.checks import flag, share, whole
 
 
 @torch.no_grad()
@@ -59,15 +61,17 @@ def generate(
         given |= dict(eos_token_id=eos_token_id, pad_token_id=pad_token_id)
         do_sample, temperature, top_k, top_p, eos_token_id, pad_token_id = _filled(given, generation_config)
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
-    input_ids, attention_mask, cache = _checked(
-        model, input_ids, cache, chunk_size, max_new_tokens - 1, attention_mask
-    )
+    chunk_size = whole("chunk_size", chunk_size, 1)
+    input_ids, attention_mask, cache = _checked(model, input_ids, cache, max_new_tokens - 1, attention_mask)
     pick = (
         _sampler(temperature, top_k, top_p)
         if flag("do_sample", do_sample)
         else _greedy(temperature, top_k, top_p)
     )
-    ends, pad = _ends(eos_token_id, pad_token_id, input_ids.device)
+    ends, pad = _ends(eos_token_id, pad_token_id, text_config(model.config).vocab_size, input_ids.device)
+    for method in () if streamer is None else ("put", "end"):
+        if isinstance(streamer, type) or not callable(getattr(streamer, method, None)):
+            raise TypeError(f"streamer must be a transformers streamer with {method}(), got {streamer!r}")
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
     positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     step = _step(model, cache, mask is not None, graph, compile)
@@ -109,7 +113,8 @@ def generate(
 def stream(model, input_ids, cache=None, chunk_size=512):
     """What the model predicts along a text, chunk by chunk: yields (start, logits), logits `[batch, n, vocabulary]` of the
     tokens from `start` on, each predicted from the cache as decoding would find it. Parameters and errors as of `score`."""
-    input_ids, _, cache = _checked(model, input_ids, cache, chunk_size)
+    chunk_size = whole("chunk_size", chunk_size, 1)
+    input_ids, _, cache = _checked(model, input_ids, cache)
     if input_ids.shape[1] < 2:
         raise ValueError("a text of one token has nothing to predict: give at least two tokens")
     # What is scored is decoded, not a prompt: a cache whose prompts pass otherwise gets no more than decoding may bring.
@@ -139,7 +144,7 @@ def score(model, input_ids, cache=None, *, chunk_size=512, return_logits=False):
     Raises ValueError for a text of fewer than two tokens, padding, a used cache, or a text longer than the model's
     positions, TypeError for what is no model, text or cache.
     """
-    ids, nll, kept = _ids(input_ids)[0], [], []
+    ids, nll, kept, return_logits = _ids(input_ids)[0], [], [], flag("return_logits", return_logits)
     for start, logits in stream(model, input_ids, cache, chunk_size):
         targets = ids[:, start + 1 : start + 1 + logits.shape[1]].long()
         predicted = logits[:, : targets.shape[1]].float().flatten(0, 1)
@@ -171,11 +176,13 @@ def _ids(given):
     return given.long(), mask
 
 
-def _checked(model, input_ids, cache, chunk_size, new_tokens=0, attention_mask=None):
+def _checked(model, input_ids, cache, new_tokens=0, attention_mask=None):
     """Token ids, mask and cache (a full one for None), once they are found to fit each other and the model."""
-    if not hasattr(model, "config") or not callable(model):
-        raise TypeError(f"model must be a causal language model of transformers, got {type(model).__name__}")
-    whole("chunk_size", chunk_size, 1)
+    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+        kind = model.__name__ if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"model must be a causal language model of transformers, as from_pretrained() gives; got {kind}"
+        )
     ids, mask = _ids(input_ids)
     mask = mask if attention_mask is None else attention_mask
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
@@ -216,6 +223,11 @@ def _checked(model, input_ids, cache, chunk_size, new_tokens=0, attention_mask=N
 
 def _filled(given, config):
     """Values of `given`, those at their defaults from a GenerationConfig."""
+    if not isinstance(config, GenerationConfig):
+        kind = type(config).__name__
+        raise TypeError(
+            f"generation_config must be a transformers.GenerationConfig, got {kind}: use GenerationConfig(**...)"
+        )
     defaults = dict(do_sample=False, temperature=1.0)
     return [
         value if value != defaults.get(name) or getattr(config, name, None) is None else getattr(config, name)
@@ -225,14 +237,18 @@ def _filled(given, config):
 
 def _sampler(temperature, top_k, top_p):
     """A function of (tokens so far, logits) -> next token, drawn from torch's global generator."""
-    if isinstance(temperature, bool) or not 0 < temperature < float("inf"):
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, Real)
+        or not 0 < temperature < float("inf")
+    ):
         raise ValueError(
             f"temperature must be a positive number, got {temperature!r}: do_sample=False is greedy"
         )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p!r}")
+    top_p = top_p if top_p is None else share("top_p", top_p)
+    top_k = top_k if top_k is None else whole("top_k", top_k, 0)  # 0: all, as in transformers
     warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1.0 else []
-    warpers += [TopKLogitsWarper(whole("top_k", top_k, 0))] if top_k else []
+    warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p else []
     warp = LogitsProcessorList(warpers)
     return lambda tokens, logits: torch.multinomial(warp(tokens, logits).softmax(-1), 1)
@@ -246,24 +262,24 @@ def _greedy(temperature, top_k, top_p):
     return lambda tokens, logits: logits.argmax(-1, keepdim=True)
 
 
-def _ends(eos_token_id, pad_token_id, device):
+def _ends(eos_token_id, pad_token_id, vocabulary, device):
     """(ids that end a row as a tensor or None, what fills it then)."""
+    pad = pad_token_id if pad_token_id is None else whole("pad_token_id", pad_token_id, 0, vocabulary - 1)
     if eos_token_id is None:
         return None, None
-    if isinstance(eos_token_id, torch.Tensor):
-        eos_token_id = eos_token_id.flatten().tolist()
-    ends = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
-    ends = [whole("eos_token_id", each, 0, 2**31) for each in ends]
+    several = isinstance(eos_token_id, (list, tuple, set)) or getattr(eos_token_id, "ndim", 0)
+    ends = [
+        whole("eos_token_id", each, 0, vocabulary - 1)
+        for each in (eos_token_id if several else [eos_token_id])
+    ]
     if not ends:
-        return None, None
-    return torch.tensor(ends, device=device), ends[0] if pad_token_id is None else whole(
-        "pad_token_id", pad_token_id, 0
-    )
+        raise ValueError("eos_token_id is an empty list: give None if nothing ends a text")
+    return torch.tensor(ends, device=device), ends[0] if pad is None else pad
 
 
 def _step(model, cache, padded, graph, compile):
     """What runs one decode step: a function of (token, mask, positions) that returns logits `[batch, 1, vocabulary]`."""
-    if graph or compile:
+    if flag("graph", graph) | flag("compile", compile):
         from sketchkv import fast
 
         return fast.step(model, cache, padded, graph, compile)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from sketchkv.checks import memory
 from sketchkv.ops import eager
 from sketchkv.slots import Plain, Slots
 
@@ -77,15 +78,24 @@ class BoundedLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states, value_states):
         shape, widths = key_states.shape[:2], (key_states.shape[-1], value_states.shape[-1])
+        like = key_states.dtype, key_states.device
+        self.slots = self.home = None  # if memory ends below, nothing is half made
         with torch.inference_mode(False):  # tensors that may be written to inside of it and outside
-            codec = self.codec(key_states.dtype, key_states.device)
-            self.slots = self.home = Slots(shape, self.capacity, widths, codec)
-            self.nan = torch.zeros((), dtype=torch.bool, device=key_states.device)
-            self.policy.allocate(self.slots)
+            one = Slots((1, 1), 1, widths, self.codec(*like))
+            needed = shape.numel() * self.capacity * one.nbytes(*one.arrays)
+            memory(
+                needed,
+                like[1],
+                f"lower max_cache_size, evict_every or the batch ({self.capacity} slots per head and layer)",
+            )
+            slots = Slots(shape, self.capacity, widths, self.codec(*like))
+            self.nan = torch.zeros((), dtype=torch.bool, device=like[1])
+            self.policy.allocate(slots)
             if self.summary:
-                self.summary.allocate(self.slots)
+                self.summary.allocate(slots)
             if self.selective:
-                self.slots.add("unattended", torch.bool)
+                slots.add("unattended", torch.bool)
+        self.slots = self.home = slots
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):

@@ -81,12 +81,17 @@ class Eager:
         padding. Notes in `layer.nan` whether an importance was NaN."""
         slots, positions, end = layer.slots, layer.slots["positions"], tokens.end(layer)
         scores = layer.policy.score(slots, end)
-        if scores.shape != positions.shape:
+        if not isinstance(scores, torch.Tensor) or scores.shape != positions.shape or scores.is_complex():
+            got = (
+                f"{scores.dtype} {list(scores.shape)}"
+                if isinstance(scores, torch.Tensor)
+                else type(scores).__name__
+            )
             raise ValueError(
                 f"{type(layer.policy).__name__}.score() must return one number per stored token, "
-                f"{list(positions.shape)}; got {list(scores.shape)}"
+                f"{list(positions.shape)}; got {got}"
             )
-        scores = scores.clamp(-1e30, 1e30)
+        scores = scores.to(positions.device, torch.float32).clamp(-1e30, 1e30)
         if layer.summary:
             scores = layer.summary.protect(scores, slots)
         protected = (positions < tokens.first + layer.num_sinks) | (positions >= end - layer.recent_window)

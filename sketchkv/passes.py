@@ -40,6 +40,26 @@ class Tokens(NamedTuple):
         return layer.seen if self.clock is None else self.clock + 1
 
 
+def _checked_mask(mask, batch, tokens):
+    """`mask`, if it is one of `tokens` tokens, 0 or 1; values are looked at on a CPU only."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        given = (
+            f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        )
+        raise ValueError(
+            f"SketchCache takes a 2-D attention_mask [batch, tokens so far] or none, got {given}: 4-D masks cannot say "
+            "which evicted tokens they mean"
+        )
+    if mask.shape != (batch, tokens):
+        raise ValueError(
+            f"attention_mask must be [batch, tokens so far], here {[batch, tokens]}, got {list(mask.shape)}: "
+            "the cache may hold another text (cache.reset() forgets it)"
+        )
+    if mask.device.type == "cpu" and mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(MASK)
+    return mask
+
+
 class Passes:
     """The forward passes of one cache. A pass is announced before it begins, by the hooks of `sketchkv.enable` or by whoever
     runs it, and is over when it has gone through every layer; one that broke off is found out when the next begins.
@@ -76,6 +96,21 @@ class Passes:
         self._enter(owner)
         if not self.owners:
             self.tokens = None
+            if (
+                not isinstance(inputs, torch.Tensor)
+                or inputs.ndim != 2 + (inputs is not token_ids)
+                or 0 in inputs.shape
+            ):
+                given = list(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
+                raise ValueError(
+                    "with a SketchCache, input_ids must be a tensor [batch, tokens], or inputs_embeds "
+                    f"[batch, tokens, width], with at least one new token; got {given}"
+                    + (
+                        f": the cache has seen {self.seen} tokens (cache.reset() forgets them)"
+                        if self.seen
+                        else ""
+                    )
+                )
             self.tokens = self._tokens(inputs, token_ids, attention_mask, position_ids)
         self.owners.append((id(owner), self.seen))
 
@@ -94,14 +129,13 @@ class Passes:
         self.end(owner)
 
     def _enter(self, owner):
-        names = [name for name, _ in self.owners]
-        if id(owner) in names:  # it broke off; if that was before it came to a layer, nothing is lost
-            self.owners = self.owners[: names.index(id(owner))]
         start = self.seen
         if any(layer.seen != start or layer.waiting for layer in self.layers) or any(
             s != start for _, s in self.owners
         ):
             raise RuntimeError(BROKEN)
+        if id(owner) in [name for name, _ in self.owners]:
+            self.owners = []  # the pass before broke off, but no layer had taken anything: nothing is lost
 
     def end(self, owner=None):
         """The pass is through. Raises RuntimeError if a layer was left out: its attention would have been wrong."""
@@ -121,6 +155,8 @@ class Passes:
     def _tokens(self, inputs, token_ids, attention_mask, position_ids):
         batch, count = inputs.shape[:2]
         start, end = self.seen, self.seen + count
+        if attention_mask is not None:
+            attention_mask = _checked_mask(attention_mask, batch, end)
         self._check_length(end, count, position_ids)
         positions = torch.arange(start, end, dtype=torch.int32, device=inputs.device)[None]
         if attention_mask is not None:
@@ -134,21 +170,6 @@ class Passes:
     def _padded(self, mask, positions, batch, start):
         """`positions` with -1 for padding. What a mask must be: as long as the text, padding in front of it alone."""
         count = positions.shape[1]
-        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-            given = (
-                f"a mask of shape {tuple(mask.shape)}"
-                if isinstance(mask, torch.Tensor)
-                else type(mask).__name__
-            )
-            raise ValueError(
-                f"SketchCache takes a 2-D attention_mask [batch, tokens so far] or none, got {given}: 4-D masks cannot say "
-                "which evicted tokens they mean"
-            )
-        if mask.shape != (batch, start + count):
-            raise ValueError(
-                f"attention_mask must be [batch, tokens so far], here {[batch, start + count]}, got {list(mask.shape)}: "
-                "the cache may hold another text (cache.reset() forgets it)"
-            )
         mask = mask.to(positions.device) != 0
         # On CUDA looking makes the host wait: a step of one token, which is no padding, is left to `check`.
         late = mask.is_cuda and start > 0 and count == 1
@@ -162,7 +183,7 @@ class Passes:
         told = torch.arange(start + count, dtype=torch.int32, device=mask.device)
         wrong = (mask != ((told >= known[:, None]) & (known[:, None] >= 0))).any()
         if late:
-            self.misfit = wrong if self.misfit is None else self.misfit.logical_or_(wrong)
+            self.misfit = wrong if self.misfit is None else self.misfit | wrong
         elif wrong:
             raise ValueError(MASK)
         if late and self.first is None:
@@ -175,7 +196,15 @@ class Passes:
             raise ValueError(
                 f"a text may have {MOST_TOKENS} tokens at most, since positions are int32; this one has {end}"
             )
-        if self.max_positions is None or end <= self.max_positions:
+        if self.max_positions is None:
+            return
+        if self.positions_end and position_ids is not None and position_ids.device.type == "cpu":
+            low, high = position_ids.aminmax()
+            if low < 0 or (high >= self.max_positions and end <= self.max_positions):
+                raise ValueError(
+                    f"position_ids must be in [0, {self.max_positions}), the model's positions; got {low} to {high}"
+                )
+        if end <= self.max_positions:
             return
         # Left padding makes positions smaller than the number of tokens; looking at them is dear, so only here.
         last = end - 1 if position_ids is None else int(position_ids.max())

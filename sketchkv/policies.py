@@ -9,7 +9,7 @@ import torch
 
 from sketchkv.checks import flag, share, whole
 from sketchkv.checks import seed as checked_seed
-from sketchkv.sketch import CountMinSketch, SimHash
+from sketchkv.sketch import MOST_ROWS, PRIME, CountMinSketch, SimHash
 
 
 class Policy:
@@ -148,8 +148,8 @@ class Sketch(AttentionMass):
         super().__init__(decay, mean)
         if key not in self.KEYS:
             raise ValueError(f"unknown sketch key {key!r}; choose one of {', '.join(self.KEYS)}")
-        CountMinSketch(width, depth, seed=seed)  # refuses a bad shape now instead of at the first eviction
-        self.width, self.depth, self.key, self.seed = width, depth, key, seed
+        self.key, self.seed = key, checked_seed(seed)
+        self.width, self.depth = whole("width", width, 1, PRIME), whole("depth", depth, 1, MOST_ROWS)
         self.lsh_bits = whole("lsh_bits", lsh_bits, 1, 30)
 
     def allocate(self, slots):

@@ -9,6 +9,7 @@ from functools import lru_cache, partial
 
 import torch
 
+from sketchkv.checks import whole
 from sketchkv.slots import Plain
 
 BITS = (16, 8, 6, 5, 4, 3, 2)
@@ -23,10 +24,14 @@ def quantized(bits):
     bits: one of `BITS`, or a pair of them for keys and values.
     Raises ValueError for another number.
     """
-    pair = tuple(bits) if isinstance(bits, (tuple, list)) else (bits, bits)
-    if len(pair) != 2 or any(isinstance(each, bool) or each not in BITS for each in pair):
+    pair = bits if isinstance(bits, (tuple, list)) else (bits, bits)
+    try:
+        pair = tuple(whole("bits", each, min(BITS), max(BITS)) for each in pair)
+    except ValueError:
+        pair = ()
+    if len(pair) != 2 or not set(pair) <= set(BITS):
         raise ValueError(f"bits must be one of {BITS}, or a pair of them for keys and values; got {bits!r}")
-    return partial(Quantized, tuple(int(each) for each in pair))
+    return partial(Quantized, pair)
 
 
 class Quantized(Plain):

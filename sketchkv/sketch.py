@@ -1,11 +1,13 @@
 """The Count-Min Sketch, and the hash functions it stands on."""
 
 import math
+import numbers
 
 import torch
 
+from sketchkv.checks import device as checked_device
+from sketchkv.checks import memory, rows, share, whole
 from sketchkv.checks import seed as checked_seed
-from sketchkv.checks import share, whole
 
 PRIME = 2**31 - 1  # a * x + b stays below 2**62, so int64 arithmetic is exact
 # Items counted at a time on a CPU: few enough that what one operation leaves is in the core's cache for the next.
@@ -120,6 +122,7 @@ class CountMinSketch:
     divisible = True  # whether the items of one call may as well come in several, as far as float counters go
 
     def __init__(self, width, depth, batch_shape=(), seed=0, dtype=torch.float32, device=None):
+        device = checked_device(device)
         self.hash = self.make_hash(width, depth, seed, device)
         if not isinstance(batch_shape, (tuple, list, torch.Size)):
             raise ValueError(
@@ -139,6 +142,7 @@ class CountMinSketch:
             raise TypeError(
                 f"counters must be a float type, int32 or int64, such as torch.float32; got {dtype!r}"
             )
+        memory(math.prod(shape) * dtype.itemsize, device, "lower width, depth or batch_shape")
         return torch.zeros(shape, dtype=dtype, device=device)
 
     batch_shape = property(lambda self: tuple(self.table.shape[:-2]))
@@ -171,7 +175,14 @@ class CountMinSketch:
             weights, torch.Tensor
         ):  # filled on the device: copying a number there would stall it
             number = 1 if weights is None else weights
-            self._check_weights(torch.as_tensor(number))
+            if not isinstance(number, numbers.Real):
+                raise TypeError(
+                    f"weights must be a tensor or one number, got {number!r}: use torch.tensor(weights)"
+                )
+            large = isinstance(number, float) or abs(number) >= 2**63
+            one = torch.as_tensor([number], dtype=torch.float64 if large else None)
+            self._check_weights(one)
+            self._check_room(one)
             wide = torch.int64 if not self.number.is_floating_point else self.number
             weights = torch.full((), number, dtype=wide, device=self.table.device)
         else:
@@ -197,6 +208,10 @@ class CountMinSketch:
         candidates: `[*batch_shape, n]` or broadcastable, each once: a sketch keeps no list of the items it has seen.
         Raises ValueError unless 1 <= k <= n.
         """
+        if not isinstance(candidates, torch.Tensor) or not candidates.dim():
+            raise TypeError(
+                f"candidates must be a tensor of ids [..., n], got {candidates!r}: use torch.tensor([...])"
+            )
         k = whole("k, the number of candidates asked for,", k, 1, candidates.shape[-1])
         estimates = self.query(None if indices is not None else candidates, indices=indices)
         estimates, order = estimates.sort(dim=-1, descending=True, stable=True)
@@ -237,6 +252,7 @@ class CountMinSketch:
         """Keeps the sketches `index` (int64 `[m]`) of the first batch dimension, in that order: beam search's choice."""
         if not self.batch_shape:
             raise ValueError("a sketch without a batch dimension can't be reordered: give batch_shape")
+        rows(index, self.batch_shape[0])
         self.table = self.table.index_select(0, index)
 
     def reset(self):

@@ -1,8 +1,10 @@
 """What evicted tokens leave behind: running means in one or a few summary slots, beside the stored tokens."""
 
+import math
+
 import torch
 
-from sketchkv.checks import flag, whole
+from sketchkv.checks import flag, memory, whole
 from sketchkv.sketch import CarterWegmanHash, SimHash
 
 LSH_BITS = 12
@@ -32,6 +34,8 @@ class Summary:
 
     def allocate(self, slots):
         shape, (key_width, value_width) = (*slots.shape, self.count), slots.widths
+        needed = 4 * math.prod(shape) * (key_width * (1 + self.spread) + value_width)
+        memory(needed, slots.device, f"lower the number of summary slots, {self.count}")
         self.keys = torch.zeros(*shape, key_width, device=slots.device)
         self.values = torch.zeros(*shape, value_width, device=slots.device)
         self.counts = torch.zeros(shape, device=slots.device)

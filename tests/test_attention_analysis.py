@@ -167,7 +167,7 @@ def test_maps_are_attention(model, ids):
     maps = analysis.attention_maps(model, ids)
     assert (
         maps.shape[:2] == (model.config.num_hidden_layers, len(ids))
-        and model.config._attn_implementation == "sketchkv"
+        and model.config._attn_implementation == "sketchkv_sdpa"
     )
     torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]))
     assert maps.triu(1).abs().max() == 0

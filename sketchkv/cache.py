@@ -4,7 +4,7 @@ import copy
 
 from transformers.cache_utils import Cache
 
-from sketchkv.checks import rows, whole
+from sketchkv.checks import flag, rows, whole
 from sketchkv.layer import BoundedLayer, Settings
 from sketchkv.passes import MOST_TOKENS, Passes
 from sketchkv.policies import AttentionMass, Policy, Sketch
@@ -77,7 +77,7 @@ class SketchCache(Cache):
             whole("max_cache_size", cap, 1, MOST_TOKENS)
             for cap in _per_layer("max_cache_size", max_cache_size, count)
         ]
-        self.index, self.store, self.exact_prompts = index, store, exact_prompts
+        self.index, self.store, self.exact_prompts = index, store, flag("exact_prompts", exact_prompts)
         if index is not None:
             others = dict(
                 policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk, summary=summary
@@ -283,7 +283,7 @@ def _with_index(index, store, others):
     """The store of a cache with an index, as an object."""
     from sketchkv.store import FolderStore, HostStore
 
-    if not hasattr(index, "choose"):
+    if isinstance(index, type) or not hasattr(index, "choose"):
         raise TypeError(
             f"index must be a sketchkv.index.KeyIndex, such as KeyIndex(top=256), or None; got {index!r}"
         )
@@ -293,7 +293,7 @@ def _with_index(index, store, others):
             f"index and {', '.join(given)} exclude each other: with an index nothing is lost that a summary could stand for, the "
             "query decides what is attended to, slots attended to longest ago are overwritten, and prompts pass exactly"
         )
-    if hasattr(store, "reorder"):
+    if hasattr(store, "reorder") and not isinstance(store, type):
         return store
     return HostStore() if store == "host" else FolderStore(store)
 

@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import embedding_bag
 
+from sketchkv.checks import whole
 from sketchkv.ops import order
 from sketchkv.quantize import TINY, Normal, matrix, normal_levels, rotation
 
@@ -38,7 +39,9 @@ class KeyIndex:
     """
 
     def __init__(self, top=256, bits=1, pooling="softmax", block=64, num_sinks=4):
-        if top < 1 or bits not in (1, 2, 4) or pooling not in POOLINGS or block < 16 or block % 16:
+        top, bits, block = whole("top", top, 1), whole("bits", bits, 1), whole("block", block, 16)
+        num_sinks = whole("num_sinks", num_sinks, 0)
+        if bits not in (1, 2, 4) or pooling not in POOLINGS or block % 16:
             raise ValueError(
                 f"top={top}, bits={bits}, pooling={pooling!r}, block={block}: top must be at least 1, "
                 f"bits 1, 2 or 4, pooling one of {POOLINGS}, block a multiple of 16"

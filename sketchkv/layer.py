@@ -79,7 +79,7 @@ class BoundedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states):
         shape, widths = key_states.shape[:2], (key_states.shape[-1], value_states.shape[-1])
         like = key_states.dtype, key_states.device
-        self.slots = self.home = None  # if memory ends below, nothing is half made
+        self.slots = self.home = None  # frees what another batch took
         with torch.inference_mode(False):  # tensors that may be written to inside of it and outside
             one = Slots((1, 1), 1, widths, self.codec(*like))
             needed = shape.numel() * self.capacity * one.nbytes(*one.arrays)
@@ -104,7 +104,11 @@ class BoundedLayer(CacheLayerMixin):
         held, batch = self.slots, key_states.shape[0]
         like = key_states.dtype, key_states.device
         if held is None or (self.seen == 0 and (held.shape[0], held.dtype, held.device) != (batch, *like)):
-            self.lazy_initialization(key_states, value_states)
+            try:
+                self.lazy_initialization(key_states, value_states)
+            except BaseException:
+                self.slots = self.home = None  # memory ended on the way: nothing is left half made
+                raise
         elif held.shape[0] != batch:
             raise ValueError(
                 f"the cache holds a batch of {held.shape[0]}, this call brings {batch}: "

@@ -123,9 +123,9 @@ class FolderStore(HostStore):
     """
 
     def __init__(self, path):
+        if not isinstance(path, (str, os.PathLike)) or not os.path.isdir(path):
+            raise ValueError(f"store={path!r} is no folder: make it first, or write store='host'")
         self.path = os.fspath(path)
-        if not os.path.isdir(self.path):
-            raise ValueError(f"store={self.path!r} is no folder: make it first, or write store='host'")
 
     def close(self):
         super().close()

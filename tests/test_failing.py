@@ -12,6 +12,7 @@ from transformers import DynamicCache
 
 import sketchkv
 from sketchkv import AttentionMass, Random, SketchCache, Summary, Window, disable, enable, generate, score
+from sketchkv.index import KeyIndex
 from sketchkv.ops import eager
 
 COMMON = dict(
@@ -214,6 +215,47 @@ def test_interrupt_in_a_widened_prompt_and_in_reset(llama, text):
     assert torch.equal(llama(text, past_key_values=cache).logits, expected)
 
 
+class Breaking:
+    """Raises in the call number `when` of a method of `owner`."""
+
+    def __init__(self, owner, name, when):
+        self.calls, self.when, self.owner, self.name, self.real = 0, when, owner, name, getattr(owner, name)
+        setattr(owner, name, self)
+
+    def __call__(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == self.when:
+            delattr(self.owner, self.name)
+            raise Stop
+        return self.real(*args, **kwargs)
+
+
+@pytest.mark.parametrize("point", ["open", "write", "read", "add", "choose"])
+@pytest.mark.parametrize("begun", [0, 70])
+def test_a_pass_of_a_cache_with_an_index_that_breaks_off(llama, text, point, begun):
+    def make():
+        index = KeyIndex(16, block=16)
+        return SketchCache(llama.config, 48, index=index, num_sinks=4, recent_window=16, bits=4)
+
+    def run(cache, start):
+        steps = [text[:, start:70]] * (start == 0) + list(text[:, max(start, 70) :].split(1, 1))
+        return torch.cat([llama(step, past_key_values=cache).logits for step in steps], 1)
+
+    expected, cache = run(make(), 0), make()
+    if begun:
+        if point == "open":
+            pytest.skip("a store is opened in the first pass")
+        llama(text[:, :begun], past_key_values=cache)
+    layer = cache.layers[1]
+    Breaking(layer.index if point in ("add", "choose") else layer.store, point, 1)
+    with pytest.raises(Stop):
+        run(cache, begun)
+    with pytest.raises(RuntimeError, match="reset"):
+        run(cache, begun)
+    cache.reset()
+    assert torch.equal(run(cache, 0), expected)
+
+
 # Threads
 
 
@@ -223,11 +265,14 @@ def caches(model):
         "quantized": lambda: small(model, bits=4, summary=Summary()),
         "full": lambda: DynamicCache(config=model.config),
         "none": lambda: None,
+        "recall": lambda: SketchCache(
+            model.config, 48, index=KeyIndex(16, block=16), num_sinks=4, recent_window=16
+        ),
     }
 
 
 @pytest.mark.parametrize(
-    "one, other", [("bounded", "quantized"), ("bounded", "full"), ("bounded", "none"), ("full", "none")]
+    "one, other", [("bounded", "quantized"), ("bounded", "full"), ("bounded", "none"), ("recall", "bounded")]
 )
 def test_two_threads_give_what_each_gives_alone(llama, text, one, other):
     kinds = caches(llama)

@@ -26,6 +26,8 @@ from sketchkv import (
     generate,
     score,
 )
+from sketchkv.index import KeyIndex
+from sketchkv.store import HostStore
 
 NAN, INF = float("nan"), float("inf")
 HUGE = 10**12
@@ -106,6 +108,11 @@ def flags(name):
         (each, ValueError, f"{name} {BOOLEAN}")
         for each in ("false", 0, 1, None, 1.0, [True], torch.tensor([True, False]))
     ]
+
+
+def recall(world, **settings):
+    given = dict(max_cache_size=64, index=KeyIndex(16, block=16), num_sinks=4, recent_window=16) | settings
+    return SketchCache(world.config, **given)
 
 
 class Wrong(Policy):
@@ -293,6 +300,57 @@ SETTINGS = [
     ),
     *cases("Summary(spread)", lambda w, given: Summary(spread=given), *flags("spread")),
     *cases("Summary(protects)", lambda w, given: Summary(protects=given), *flags("protects")),
+    *cases("exact_prompts", lambda w, given: recall(w, exact_prompts=given), *flags("exact_prompts")),
+    *cases(
+        "index",
+        lambda w, given: w.cache(index=given),
+        *[
+            (each, TypeError, r"such as KeyIndex\(top=256\), or None")
+            for each in (3, True, "signs", {}, KeyIndex, Window())
+        ],
+    ),
+    *cases(
+        "store",
+        lambda w, given: recall(w, store=given),
+        *[
+            (each, ValueError, "is no folder: make it first, or write store='host'")
+            for each in ("nowhere", 3, None, True, HostStore, b"host", ["host"], "HOST", "README.md")
+        ],
+    ),
+    *cases(
+        "index and",
+        lambda w, given: recall(w, **given),
+        *[
+            (each, ValueError, "exclude each other")
+            for each in (
+                {"policy": Window()},
+                {"summary": Summary()},
+                {"attend_topk": 50},
+                {"prefill_chunk": 50},
+            )
+        ],
+        ({"recent_window": 8}, ValueError, "raise recent_window to 16"),
+        ({"max_cache_size": 30}, ValueError, "can't hold .* raise it to 36"),
+    ),
+    *cases("KeyIndex(top)", lambda w, given: KeyIndex(given), *whole_numbers("top", bounded=False)),
+    *cases(
+        "KeyIndex(block)", lambda w, given: KeyIndex(block=given), *whole_numbers("block", 16, bounded=False)
+    ),
+    *cases(
+        "KeyIndex(num_sinks)",
+        lambda w, given: KeyIndex(num_sinks=given),
+        *whole_numbers("num_sinks", 0, bounded=False),
+    ),
+    *cases(
+        "KeyIndex",
+        lambda w, given: KeyIndex(**given),
+        *[
+            (each, ValueError, "bits 1, 2 or 4, pooling one of .* block a multiple of 16")
+            for each in ({"bits": 3}, {"bits": 8}, {"pooling": "mean"}, {"pooling": None}, {"block": 24})
+        ],
+        ({"bits": "1"}, ValueError, f"bits {WHOLE}"),
+        ({"bits": 1.0}, ValueError, f"bits {WHOLE}"),
+    ),
     *cases(
         "pyramid",
         lambda w, given: sketchkv.pyramid(*given),

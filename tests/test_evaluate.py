@@ -22,7 +22,8 @@ def test_every_configuration_and_method_makes_a_cache_of_its_size():
     lm, _ = evaluate._model(MODEL, "cpu")
     for c in sweep.configurations(4):
         layer = methods.make_cache(lm.config, **sweep.method(c)).layers[0]
-        assert layer.max_cache_size + layer.summary_slots == c["max_cache_size"]
+        slots = layer.summary.count if layer.summary else 0
+        assert layer.max_cache_size + slots == c["max_cache_size"]
         assert (layer.policy.width, layer.policy.depth) == (c["width"], c["depth"])
         assert layer.attend_topk == min(c["attend_topk"] or 10**6, layer.max_cache_size)
     for name in methods.POLICIES:
@@ -92,13 +93,10 @@ def test_compact_is_the_setting_it_says_and_single_parameters_can_be_changed():
     lm, _ = evaluate._model(MODEL, "cpu")
     cache = SketchCache.compact(lm.config, 128)
     layer = cache.layers[0]
-    assert (layer.bits, layer.summary_slots, layer.policy.value_norm, layer.quantizer) == (
-        (5, 4),
-        1,
-        True,
-        "normal",
-    )
-    assert SketchCache.compact(lm.config, 128, bits=8).layers[0].bits == (8, 8)
+    assert (layer.codec(torch.float32, "cpu").bits, layer.summary.count) == (dict(keys=5, values=4), 1)
+    assert layer.policy.value_norm and layer.policy.decay == 0.99 and layer.policy.mean
+    changed = SketchCache.compact(lm.config, 128, bits=8).layers[0]
+    assert changed.codec(torch.float32, "cpu").bits == dict(keys=8, values=8) and changed.summary.count == 1
 
 
 def test_the_best_peer_is_found_among_those_that_fit():
@@ -132,9 +130,9 @@ def test_the_best_peer_is_found_among_those_that_fit():
 
 def test_value_norm_weighs_attention_by_what_would_be_lost():
     from sketchkv import AttentionMass
-    from sketchkv.slots import Slots
+    from sketchkv.slots import Plain, Slots
 
-    slots = Slots(1, 1, 4, 8, torch.float32, "cpu")
+    slots = Slots((1, 1), 4, (8, 8), Plain(torch.float32, "cpu"))
     values = torch.ones(1, 1, 4, 8) * torch.tensor([1.0, 5.0, 2.0, 0.5])[:, None]
     plain, weighted = AttentionMass(), AttentionMass(value_norm=True)
     for policy in (plain, weighted):

@@ -1,6 +1,7 @@
 """Small random models of every supported architecture, built from their configurations."""
 
 import os
+import re
 from unittest import mock
 
 import pytest
@@ -104,3 +105,8 @@ def attended(layer, query, keys, values):
     return output, torch.nn.functional.scaled_dot_product_attention(
         query, keys, values, is_causal=True, scale=0.5
     )
+
+
+def named(settings):
+    """A test's name from its settings, the same in every process."""
+    return re.sub(r" object at 0x[0-9a-f]+", "", str(settings))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
+from conftest import named
 from transformers import DynamicCache
 
 import sketchkv
@@ -411,7 +412,7 @@ MODES = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": to
         dict(attend_topk=20),
         dict(policy=Random()),
     ],
-    ids=str,
+    ids=named,
 )
 @pytest.mark.parametrize("order", list(itertools.permutations(MODES, 2)))
 def test_modes_may_change(text, settings, order):
@@ -444,7 +445,7 @@ def test_modes_may_change(text, settings, order):
         dict(attend_topk=20),
         dict(policy=Random()),
     ],
-    ids=str,
+    ids=named,
 )
 def test_reset_allows_another_batch_and_dtype(llama, text, settings):
     cache = small(llama, **settings)
@@ -463,7 +464,7 @@ def test_reset_allows_another_batch_and_dtype(llama, text, settings):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("settings", [{}, dict(summary=Summary()), dict(bits=16)], ids=str)
+@pytest.mark.parametrize("settings", [{}, dict(summary=Summary()), dict(bits=16)], ids=named)
 def test_large_queries_and_keys_are_finite_where_sdpa_is(dtype, settings):
     model = (
         tf.LlamaForCausalLM(tf.LlamaConfig(**COMMON | dict(num_hidden_layers=1, head_dim=64)))
@@ -500,7 +501,7 @@ def test_large_queries_and_keys_are_finite_where_sdpa_is(dtype, settings):
         dict(bits=(5, 4), summary=Summary(protects=True)),
         {},
     ],
-    ids=str,
+    ids=named,
 )
 @pytest.mark.parametrize("where", ["k_proj", "v_proj"])
 def test_what_is_not_finite_leaves_no_trace(llama, text, bad, settings, where):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import named
 
 from sketchkv import (
     H2O,
@@ -37,7 +38,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
         dict(evict_every=1),
         dict(bits=(5, 4), summary=Summary(), policy=AttentionMass(value_norm=True)),
     ],
-    ids=str,
+    ids=named,
 )
 def test_recorded_steps_give_the_same_tokens(gpt2, ids, settings):
     model, ids = gpt2.to(DEVICE), ids.to(DEVICE)
@@ -85,7 +86,7 @@ def tensors(thing, name="cache", found=None):
         dict(policy=TOVA()),
         dict(bits=(5, 4), summary=Summary(1), attend_topk=30),
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_second_text_finds_every_tensor_where_the_first_left_it(gpt2, ids, settings):
     """What was recorded reads and writes fixed addresses: nothing that lives from step to step may move."""

@@ -109,4 +109,4 @@ def attended(layer, query, keys, values):
 
 def named(settings):
     """A test's name from its settings, the same in every process."""
-    return re.sub(r" object at 0x[0-9a-f]+", "", str(settings))
+    return re.sub(r" at 0x[0-9a-f]+", "", str(settings))

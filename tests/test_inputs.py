@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers as tf
-from conftest import build
+from conftest import build, named
 from transformers import DynamicCache, GenerationConfig
 
 import sketchkv
@@ -75,7 +75,7 @@ def cases(surface, call, *rows):
 def _short(given):
     if isinstance(given, torch.Tensor):
         return f"{str(given.dtype)[6:]} {list(given.shape)}"
-    return "".join(letter for letter in repr(given) if letter.isprintable())[:48]
+    return "".join(letter for letter in named(repr(given)) if letter.isprintable())[:48]
 
 
 def whole_numbers(name, least=1, none=True, bounded=True):

@@ -113,7 +113,9 @@ def _begin(module, args, kwargs):
     cache = given.get("past_key_values")
     if not isinstance(cache, SketchCache):
         return
-    _check_pass(text_config(module.config), cache, given)
+    owners = [name for name, _ in cache.passes.owners]
+    if not owners or id(module) in owners:  # not within another's pass: none is under way, or one broke off
+        _check_pass(text_config(module.config), cache, given)
     ids = given.get("input_ids")
     inputs = given.get("inputs_embeds") if ids is None else ids
     if inputs is not None:  # without either, the model says so itself

@@ -41,7 +41,7 @@ class Tokens(NamedTuple):
 
 
 def _checked_mask(mask, batch, tokens):
-    """`mask`, if it is one of `tokens` tokens, 0 or 1; values are looked at on a CPU only."""
+    """`mask` as bool, if it is one of `tokens` tokens, 0 or 1; values are looked at on a CPU only."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
         given = (
             f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
@@ -55,9 +55,10 @@ def _checked_mask(mask, batch, tokens):
             f"attention_mask must be [batch, tokens so far], here {[batch, tokens]}, got {list(mask.shape)}: "
             "the cache may hold another text (cache.reset() forgets it)"
         )
-    if mask.device.type == "cpu" and mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
+    ones = mask == 1
+    if mask.device.type == "cpu" and not bool(ones.all()) and not bool((ones | (mask == 0)).all()):
         raise ValueError(MASK)
-    return mask
+    return ones
 
 
 class Passes:
@@ -170,7 +171,7 @@ class Passes:
     def _padded(self, mask, positions, batch, start):
         """`positions` with -1 for padding. What a mask must be: as long as the text, padding in front of it alone."""
         count = positions.shape[1]
-        mask = mask.to(positions.device) != 0
+        mask = mask.to(positions.device)
         # On CUDA looking makes the host wait: a step of one token, which is no padding, is left to `check`.
         late = mask.is_cuda and start > 0 and count == 1
         if self.first is None and not late and bool(mask.all()):

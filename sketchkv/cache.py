@@ -11,14 +11,19 @@ from sketchkv.policies import AttentionMass, Policy, Sketch
 from sketchkv.slots import Plain
 
 # How parameters of former versions are spelled now.
-FORMER = dict.fromkeys(
-    ("width", "depth", "key", "decay", "mean", "lsh_bits", "seed"), "policy=Sketch({name}=...), from sketchkv import Sketch"
-) | {
-    "summary_slots": "summary=Summary({value}), from sketchkv.summary import Summary",
-    "quantizer": "bits= alone; ranges per group are in sketchkv.study.extras",
-    "kind": "a policy of sketchkv.study.extras",
-    "counters": "a policy of sketchkv.study.extras",
-} | dict.fromkeys(("coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping")  # fmt: skip
+FORMER = (
+    dict.fromkeys(
+        ("width", "depth", "key", "decay", "mean", "lsh_bits", "seed"),
+        "policy=Sketch({name}=...), from sketchkv import Sketch",
+    )
+    | {
+        "summary_slots": "summary=Summary({value}), from sketchkv.summary import Summary",
+        "quantizer": "bits= alone; ranges per group are in sketchkv.study.extras",
+        "kind": "a policy of sketchkv.study.extras",
+        "counters": "a policy of sketchkv.study.extras",
+    }
+    | dict.fromkeys(("coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping")
+)
 
 
 class SketchCache(Cache):

@@ -1,4 +1,4 @@
-"""What is measured on an NVIDIA GPU: the fused kernel, recorded steps, and the pieces that `scaling` is fitted to.
+"""What is measured on an NVIDIA GPU: the fused kernel, recorded steps, and the pieces of a step.
 
 "graph" times are replays of a CUDA graph, the device's work alone; "called" times include what Python and the launches
 cost. Inputs rotate and exceed the L2 cache.

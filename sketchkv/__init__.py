@@ -4,8 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from sketchkv.cache import SketchCache
-from sketchkv.policies import H2O, AttentionMass, Policy, Random, Sketch, Window
-from sketchkv.sketch import CountMinSketch
+from sketchkv.policies import H2O, AttentionMass, Policy, Random, Window
 
 if TYPE_CHECKING:
     from sketchkv.attention import disable, enable
@@ -13,6 +12,8 @@ if TYPE_CHECKING:
     from sketchkv.decode import generate, score
     from sketchkv.loading import load
     from sketchkv.peers import LRU, TOVA, KeyNorm, SnapKV
+    from sketchkv.sketch import CountMinSketch
+    from sketchkv.sketch_policy import Sketch
     from sketchkv.summary import Summary
 
 __all__ = [
@@ -49,6 +50,8 @@ _LATER = {
     "TOVA": "peers",
     "KeyNorm": "peers",
     "SnapKV": "peers",
+    "CountMinSketch": "sketch",
+    "Sketch": "sketch_policy",
     "Summary": "summary",
 }
 

@@ -13,16 +13,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sketchkv.cache import SketchCache, layer_windows, text_config
+from sketchkv.cache import SketchCache
 from sketchkv.layer import Form
+from sketchkv.support import refusal, text_config
 
 PREFIX = "sketchkv_"  # before the name of a model's own attention implementation, where it is enabled
 USED = object()  # the mark of keys that a layer has attended to
-# Models whose attention no attribute tells apart, and what is wrong with it.
-REFUSED = {
-    "jetmoe": "its keys are repeated for each expert after the cache has returned them",
-    "moshi": "its window is that of the cache alone: transformers gives other logits in one pass than token by token",
-}
 
 
 def _attention(
@@ -157,7 +153,7 @@ def enable(model):
     models = _models(model)
     top = models[0]
     config = text_config(top.config)
-    reason = _refusal(top, config)
+    reason = refusal(top, config)
     if reason:
         raise ValueError(f"enable() can't bound a {type(top).__name__}: {reason}")
     own = config._attn_implementation.removeprefix(PREFIX)
@@ -212,71 +208,3 @@ def _models(model):
 def _set_attention(model, config, name):
     names = [key for key in model.config.sub_configs if getattr(model.config, key, None) is config]
     model.set_attn_implementation({names[0]: name} if names else name)
-
-
-def _refusal(model, config):
-    """Why a model can't be bounded, or None."""
-    try:
-        layer_windows(config)
-    except ValueError as error:
-        return str(error)
-    attention = [module for module in model.modules() if _is_attention(module)]
-    causal = [module for module in attention if module.is_causal]
-    reasons = [
-        (REFUSED.get(config.model_type), config.model_type in REFUSED),
-        (
-            "it has cross-attention to an encoder or to pictures",
-            getattr(model.config, "is_encoder_decoder", False)
-            or getattr(config, "add_cross_attention", False)
-            or getattr(config, "cross_attention_layers", None),
-        ),
-        (
-            "its layers do not call transformers' attention interface once each",
-            not attention or any(_calls(type(module)) != 1 for module in attention),
-        ),
-        (
-            "it attends in both directions",
-            getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision")
-            or not (causal or getattr(config, "is_decoder", False)),
-        ),
-        (
-            "its layers are not one attention each, numbered from 0",
-            {module.layer_idx for module in causal or attention} != set(range(config.num_hidden_layers)),
-        ),
-        (
-            "its keys and values are made of latents after the cache has returned them (MLA)",
-            getattr(config, "kv_lora_rank", None) is not None,
-        ),
-        ("layers share the keys of others", getattr(config, "num_kv_shared_layers", None)),
-        (
-            "its rotary angles change with the length of the text, and stored keys keep theirs",
-            _stretches(config),
-        ),
-    ]
-    return next((reason for reason, holds in reasons if holds), None)
-
-
-def _is_attention(module):
-    """Attention of a decoder knows its layer and whether it is causal; that of an encoder inside knows neither."""
-    return isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
-
-
-@lru_cache
-def _calls(kind):
-    """How often the forward pass of an attention class calls the attention interface, as its source says."""
-    try:
-        return inspect.getsource(kind.forward).count("attention_interface(")
-    except (OSError, TypeError):  # no source to read: a pass that goes wrong is found out when it ends
-        return 1
-
-
-def _stretches(config):
-    """Whether rotary frequencies depend on the length: dynamic NTK, and longrope where the text may pass the length that the
-    model was trained with."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    for part in rope.values() if all(isinstance(each, dict) for each in rope.values()) else [rope]:
-        kind, first = part.get("rope_type"), part.get("original_max_position_embeddings")
-        longest = getattr(config, "max_position_embeddings", 0)
-        if kind == "dynamic" or (kind == "longrope" and longest > (first or longest)):
-            return True
-    return False

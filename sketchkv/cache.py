@@ -4,26 +4,12 @@ import copy
 
 from transformers.cache_utils import Cache
 
-from sketchkv.checks import flag, rows, whole
-from sketchkv.layer import BoundedLayer, Settings
-from sketchkv.passes import MOST_TOKENS, Passes
-from sketchkv.policies import AttentionMass, Policy, Sketch
-from sketchkv.slots import Plain
-
-# How parameters of former versions are spelled now.
-FORMER = (
-    dict.fromkeys(
-        ("width", "depth", "key", "decay", "mean", "lsh_bits", "seed"),
-        "policy=Sketch({name}=...), from sketchkv import Sketch",
-    )
-    | {
-        "summary_slots": "summary=Summary({value}), from sketchkv.summary import Summary",
-        "quantizer": "bits= alone; ranges per group are in sketchkv.study.extras",
-        "kind": "a policy of sketchkv.study.extras",
-        "counters": "a policy of sketchkv.study.extras",
-    }
-    | dict.fromkeys(("coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping")
-)
+from sketchkv.checks import Settings, alone, codec_of, per_layer, rows, whole
+from sketchkv.layer import BoundedLayer
+from sketchkv.passes import Passes
+from sketchkv.policies import AttentionMass, Policy
+from sketchkv.slots import MOST_TOKENS
+from sketchkv.support import layer_windows, text_config
 
 
 class SketchCache(Cache):
@@ -47,8 +33,6 @@ class SketchCache(Cache):
         dtype. Attention decodes one layer at a time: that working memory is not part of `nbytes`.
     codec: another way to store keys and values, a function of (dtype, device) that gives a `sketchkv.slots.Plain`.
     index: a `sketchkv.index.KeyIndex`: what is evicted is not forgotten, and each query asks for it (`sketchkv.recall`).
-    store: where all tokens are then: "host", an existing folder's path or a `sketchkv.store.HostStore`.
-    exact_prompts: with an index, whether a pass of several tokens attends to all before them, or as steps would.
     Raises ValueError for a value out of range or a cap that leaves no room beside sinks and recent window, TypeError for a
     parameter that does not exist (one that did is named with its new spelling).
     """
@@ -68,76 +52,61 @@ class SketchCache(Cache):
         bits=None,
         codec=None,
         index=None,
-        store="host",
-        exact_prompts=True,
         **former,
     ):
-        for name, value in former.items():
-            instead = f": write {FORMER[name].format(name=name, value=value)}" if name in FORMER else ""
-            raise TypeError(f"SketchCache has no parameter {name!r}{instead}")
+        if former:
+            from sketchkv.former import refuse
+
+            refuse(former)
         config = text_config(config)
         windows = layer_windows(config)
-        count = len(windows)
-        caps = [
-            whole("max_cache_size", cap, 1, MOST_TOKENS)
-            for cap in _per_layer("max_cache_size", max_cache_size, count)
-        ]
-        self.index, self.store, self.exact_prompts = index, store, flag("exact_prompts", exact_prompts)
         if index is not None:
-            others = dict(
-                policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk, summary=summary
-            )
-            self.store = _with_index(index, store, others)
-            # Steps choose on the host what they read; what is scored is decoded, not a prompt.
-            self.recordable, self.max_chunk_size = False, 1 if exact_prompts else None
-        policies = _per_layer("policy", Sketch() if policy is None else policy, count)
-        if not all(isinstance(each, Policy) for each in policies):
-            raise TypeError(
-                f"policy must be a sketchkv Policy, or a list of {count}, one per layer; got {policy!r}"
-            )
-        evict_every = whole("evict_every", evict_every, 1, MOST_TOKENS)
-        settings = Settings(
-            num_sinks=whole("num_sinks", num_sinks, 0, MOST_TOKENS),
-            recent_window=whole("recent_window", recent_window, 0, MOST_TOKENS),
-            evict_every=evict_every,
-            prefill_chunk=None
-            if prefill_chunk is None
-            else whole("prefill_chunk", prefill_chunk, evict_every, MOST_TOKENS),
-            attend_topk=None if attend_topk is None else whole("attend_topk", attend_topk, 1, MOST_TOKENS),
-            codec=_codec(bits, codec),
-        )
-        _leave_room(settings, caps)
+            alone(index, policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk, summary=summary)
         if summary is not None and (isinstance(summary, type) or not hasattr(summary, "fold")):
             raise TypeError(
                 f"summary must be a sketchkv.summary.Summary, such as Summary(1), or None; got {summary!r}"
             )
-        self.max_cache_size, self.prefill_chunk, self.evict_every = (
-            max_cache_size,
-            settings.prefill_chunk,
-            evict_every,
+        settings = Settings(
+            num_sinks, recent_window, evict_every, prefill_chunk, attend_topk, codec_of(bits, codec)
         )
+        self.max_cache_size, self.index = max_cache_size, index
+        self.prefill_chunk, self.evict_every = settings.prefill_chunk, settings.evict_every
         self.recordings = None  # of `sketchkv.fast.graphs`
         self.passes = Passes(config)
+        caps = per_layer("max_cache_size", max_cache_size, len(windows))
+        policies = per_layer("policy", default_policy() if policy is None else policy, len(windows))
         layers = []
-        for index, (cap, window, own) in enumerate(zip(caps, windows, policies, strict=True)):
+        for number, (cap, window, own) in enumerate(zip(caps, windows, policies, strict=True)):
+            if not isinstance(own, Policy):
+                raise TypeError(
+                    f"policy must be a sketchkv Policy, or a list of {len(windows)}, one per layer; got {policy!r}"
+                )
+            cap = settings.leave_room(whole("max_cache_size", cap, 1, MOST_TOKENS))
             layers.append(self.make_layer(cap, window, copy.deepcopy(own), settings, copy.deepcopy(summary)))
-            layers[-1].policy.layer = index
+            layers[-1].policy.layer = number
         super().__init__(layers=layers)
         self.passes.layers = self.layers
 
+    recordable = property(
+        lambda self: self.index is None,
+        doc="Whether steps can be recorded: with an index the host chooses what they read.",
+    )
+    max_chunk_size = property(
+        lambda self: 1 if self.index is not None and self.index.exact_prompts else None,
+        doc="Tokens of a text to be scored that may pass at once: with an index, prompts may pass otherwise than steps.",
+    )
+
     def make_layer(self, cap, window, policy, settings, summary):
         """A layer of `cap` tokens; window: how many tokens its queries see, None: all."""
-        if window is None and self.index is not None:
+        if window is not None:
+            from sketchkv.window import WindowLayer
+
+            return WindowLayer(min(window, cap), settings, capped=cap < window)
+        if self.index is not None:
             from sketchkv.recall import RecallLayer
 
-            return RecallLayer(
-                cap, settings, copy.copy(self.index), copy.copy(self.store), self.exact_prompts
-            )
-        if window is None:
-            return BoundedLayer(policy, cap, settings, summary)
-        from sketchkv.window import WindowLayer
-
-        return WindowLayer(min(window, cap), settings, capped=cap < window)
+            return RecallLayer(cap, settings, copy.copy(self.index))
+        return BoundedLayer(policy, cap, settings, summary)
 
     @classmethod
     def compact(cls, config, max_cache_size, **changes):
@@ -156,8 +125,8 @@ class SketchCache(Cache):
         4-bit values. `changes` replace single parameters."""
         from sketchkv.index import KeyIndex
 
-        settings = dict(bits=(5, 4), recent_window=64, index=KeyIndex(top=top)) | changes
-        return cls(config, max_cache_size, store=store, **settings)
+        settings = dict(bits=(5, 4), recent_window=64, index=KeyIndex(top=top, store=store)) | changes
+        return cls(config, max_cache_size, **settings)
 
     @property
     def seen_tokens(self):
@@ -192,21 +161,14 @@ class SketchCache(Cache):
         quantized ones, and the means of the summary. "sketch": counters, hash parameters, projections and a signature per
         slot. "policy": positions and everything else that choosing needs. "host": the store, the one that "total" leaves out.
         """
-        held, shared = {"kv": 0, "sketch": 0, "policy": 0}, {}
-        indexed = {}
+        held: dict[str, int] = {}
+        shared: dict[int, tuple[str, int]] = {}
         for layer in self.layers:
             for kind, count in layer.nbytes().items():
                 held[kind] = held.get(kind, 0) + count
-            if layer.slots is not None:
-                shared |= {id(tensor): tensor.nbytes for tensor in layer.slots.codec.shared()}
-            indexed |= (
-                {id(tensor): tensor.nbytes for tensor in layer.index.shared()}
-                if hasattr(layer, "index")
-                else {}
-            )
-        held["kv"] += sum(shared.values())
-        if self.index is not None:  # a rotation that the codec counts is the same
-            held["index"] = held.get("index", 0) + sum(indexed[key] for key in indexed.keys() - shared.keys())
+            shared |= layer.shared()
+        for kind, count in shared.values():
+            held[kind] += count
         held["policy"] += 0 if self.passes.first is None else self.passes.first.nbytes
         return held | {"total": sum(held.values()) - held.get("host", 0)}
 
@@ -244,84 +206,7 @@ class SketchCache(Cache):
         return key_states, value_states
 
 
-def text_config(config):
-    """The configuration of the decoder, of a configuration or a model. Raises TypeError for anything else."""
-    config = getattr(config, "config", config)
-    if isinstance(config, type) or not hasattr(config, "get_text_config"):
-        raise TypeError(
-            f"config must be a transformers configuration such as model.config, or a model; got {config!r}"
-        )
-    return config.get_text_config(decoder=True)
+def default_policy():
+    from sketchkv.sketch_policy import Sketch
 
-
-def layer_windows(config):
-    """How many tokens the queries of each layer see: a list of int, None for all. Raises ValueError for layers that are no
-    attention over the text or a window of it."""
-    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    if kinds is None:  # as transformers' own caches read a configuration
-        sliding = window is not None and getattr(config, "use_sliding_window", True)
-        kinds = ["sliding_attention" if sliding else "full_attention"] * config.num_hidden_layers
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if unknown or (window is None and "sliding_attention" in kinds):
-        raise ValueError(
-            f"SketchCache bounds layers with full attention and with sliding windows, not {unknown or kinds}: "
-            f"use transformers' own cache for this {type(config).__name__.removesuffix('Config')} model"
-        )
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
-def _codec(bits, codec):
-    if bits is None:
-        if codec is not None and not callable(codec):
-            raise TypeError(
-                f"codec must be a function of (dtype, device), such as sketchkv.slots.Plain; got {codec!r}"
-            )
-        return Plain if codec is None else codec
-    if codec is not None:
-        raise TypeError("give either bits= or codec=, not both")
-    from sketchkv.quantize import quantized
-
-    return quantized(bits)
-
-
-def _with_index(index, store, others):
-    """The store of a cache with an index, as an object."""
-    from sketchkv.store import FolderStore, HostStore
-
-    if isinstance(index, type) or not hasattr(index, "choose"):
-        raise TypeError(
-            f"index must be a sketchkv.index.KeyIndex, such as KeyIndex(top=256), or None; got {index!r}"
-        )
-    given = [name for name, value in others.items() if value is not None]
-    if given:
-        raise ValueError(
-            f"index and {', '.join(given)} exclude each other: with an index nothing is lost that a summary could stand for, the "
-            "query decides what is attended to, slots attended to longest ago are overwritten, and prompts pass exactly"
-        )
-    if hasattr(store, "reorder") and not isinstance(store, type):
-        return store
-    return HostStore() if store == "host" else FolderStore(store)
-
-
-def _per_layer(name, value, count):
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
-    if len(values) != count:
-        kind = TypeError if name == "policy" else ValueError
-        raise kind(
-            f"{name} must be one for all layers or a list of {count}, one per layer; got {len(values)}"
-        )
-    return values
-
-
-def _leave_room(settings, caps):
-    least = settings.num_sinks + settings.recent_window
-    if min(caps) <= least:
-        raise ValueError(
-            f"max_cache_size={min(caps)} leaves nothing to choose beside {settings.num_sinks} sinks and a recent window of "
-            f"{settings.recent_window}: raise the cap above {least} or lower num_sinks, recent_window"
-        )
-    if settings.attend_topk is not None and settings.attend_topk <= least:
-        raise ValueError(
-            f"attend_topk={settings.attend_topk} leaves nothing to choose beside {settings.num_sinks} sinks and a recent "
-            f"window of {settings.recent_window}, which are always attended to: raise it above {least}"
-        )
+    return Sketch()

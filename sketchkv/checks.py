@@ -1,10 +1,15 @@
 """Checks of what users hand in, so that one kind of fault has one wording."""
 
+import dataclasses
 import numbers
 import operator
 import os
+import warnings
+from typing import Any
 
 import torch
+
+from sketchkv.slots import MOST_TOKENS, Plain
 
 
 def whole(name, value, least, most=None):
@@ -77,3 +82,168 @@ def rows(index, count):
         index.device.type == "cpu" and index.numel() and not 0 <= index.min() <= index.max() < count
     ):
         raise ValueError(f"rows must be an int64 tensor [n] of numbers from 0 to {count - 1}, got {index!r}")
+
+
+# Of a cache
+
+
+@dataclasses.dataclass
+class Settings:
+    """What the layers of a cache have in common; `sketchkv.SketchCache` says what each means.
+
+    Raises ValueError for a value out of range.
+    """
+
+    num_sinks: int = 4
+    recent_window: int = 16
+    evict_every: int = 16
+    prefill_chunk: int | None = None
+    attend_topk: int | None = None
+    codec: Any = Plain
+
+    def __post_init__(self):
+        for name, least, optional in (
+            ("num_sinks", 0, False),
+            ("recent_window", 0, False),
+            ("evict_every", 1, False),
+            ("prefill_chunk", self.evict_every, True),
+            ("attend_topk", 1, True),
+        ):
+            if not optional or getattr(self, name) is not None:
+                setattr(self, name, whole(name, getattr(self, name), least, MOST_TOKENS))
+
+    def leave_room(self, cap):
+        """`cap`, if there is something to choose below it. Raises ValueError where all is protected."""
+        least = self.num_sinks + self.recent_window
+        beside = f"beside {self.num_sinks} sinks and a recent window of {self.recent_window}"
+        if cap <= least:
+            raise ValueError(
+                f"max_cache_size={cap} leaves nothing to choose {beside}: "
+                f"raise the cap above {least} or lower num_sinks, recent_window"
+            )
+        if self.attend_topk is not None and self.attend_topk <= least:
+            raise ValueError(
+                f"attend_topk={self.attend_topk} leaves nothing to choose {beside}, which are always attended to: "
+                f"raise it above {least}"
+            )
+        return cap
+
+
+def codec_of(bits, codec):
+    if bits is None:
+        if codec is not None and not callable(codec):
+            raise TypeError(
+                f"codec must be a function of (dtype, device), such as sketchkv.slots.Plain; got {codec!r}"
+            )
+        return Plain if codec is None else codec
+    if codec is not None:
+        raise TypeError("give either bits= or codec=, not both")
+    from sketchkv.quantize import quantized
+
+    return quantized(bits)
+
+
+def alone(index, **others):
+    """Raises TypeError for what is no index, ValueError for what an index leaves nothing to do."""
+    if isinstance(index, type) or not hasattr(index, "choose"):
+        raise TypeError(
+            f"index must be a sketchkv.index.KeyIndex, such as KeyIndex(top=256), or None; got {index!r}"
+        )
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"index and {', '.join(given)} exclude each other: with an index nothing is lost that a summary could stand for, the "
+            "query decides what is attended to, slots attended to longest ago are overwritten, and prompts pass exactly"
+        )
+
+
+def per_layer(name, value, count):
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
+    if len(values) != count:
+        kind = TypeError if name == "policy" else ValueError
+        raise kind(
+            f"{name} must be one for all layers or a list of {count}, one per layer; got {len(values)}"
+        )
+    return values
+
+
+# Of a forward pass
+
+MASK = (
+    "attention_mask must be 0 for padding on the left of a row and 1 from its first token on: "
+    "pad on the left, and hide no token that the cache has seen"
+)
+
+
+def checked_mask(mask, batch, tokens):
+    """`mask` as bool, if it is one of `tokens` tokens, 0 or 1; values are looked at on a CPU only."""
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        given = (
+            f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        )
+        raise ValueError(
+            f"SketchCache takes a 2-D attention_mask [batch, tokens so far] or none, got {given}: 4-D masks cannot say "
+            "which evicted tokens they mean"
+        )
+    if mask.shape != (batch, tokens):
+        raise ValueError(
+            f"attention_mask must be [batch, tokens so far], here {[batch, tokens]}, got {list(mask.shape)}: "
+            "the cache may hold another text (cache.reset() forgets it)"
+        )
+    ones = mask == 1
+    if mask.device.type == "cpu" and not bool(ones.all()) and not bool((ones | (mask == 0)).all()):
+        raise ValueError(MASK)
+    return ones
+
+
+def checked_inputs(inputs, are_ids, seen):
+    """Raises ValueError unless `inputs` are ids `[batch, n]` or embeddings `[batch, n, width]` of new tokens."""
+    if not isinstance(inputs, torch.Tensor) or inputs.ndim != 3 - are_ids or 0 in inputs.shape:
+        given = list(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
+        hint = f": the cache has seen {seen} tokens (cache.reset() forgets them)" if seen else ""
+        raise ValueError(
+            "with a SketchCache, input_ids must be a tensor [batch, tokens], or inputs_embeds "
+            f"[batch, tokens, width], with at least one new token; got {given}{hint}"
+        )
+
+
+class Length:
+    """How long a text may be.
+
+    config: of the decoder.
+    """
+
+    def __init__(self, config):
+        self.max_positions = getattr(config, "max_position_embeddings", None)
+        # Without rotary embeddings, positions are rows of a table that ends.
+        self.positions_end = getattr(config, "rope_parameters", None) is None
+
+    def check(self, end, count, position_ids):
+        """Raises ValueError for a pass of `count` tokens after which `end` were seen, if that is too many or its `position_ids`
+        (`[batch, count]` or None) lie beyond the model's; warns where a rotary model passes the length it was made for."""
+        if end > MOST_TOKENS:
+            raise ValueError(
+                f"a text may have {MOST_TOKENS} tokens at most, since positions are int32; this one has {end}"
+            )
+        if self.max_positions is None:
+            return
+        if self.positions_end and position_ids is not None and position_ids.device.type == "cpu":
+            low, high = position_ids.aminmax()
+            if low < 0 or (high >= self.max_positions and end <= self.max_positions):
+                raise ValueError(
+                    f"position_ids must be in [0, {self.max_positions}), the model's positions; got {low} to {high}"
+                )
+        if end <= self.max_positions:
+            return
+        # Left padding makes positions smaller than the number of tokens; looking at them is dear, so only here.
+        last = end - 1 if position_ids is None else int(position_ids.max())
+        if last >= self.max_positions and self.positions_end:
+            raise ValueError(
+                f"the text reaches position {last}, but the model has only {self.max_positions} (0 to "
+                f"{self.max_positions - 1}): shorten the text or use a model with rotary positions"
+            )
+        if last - count < self.max_positions <= last:  # once in a text
+            warnings.warn(
+                f"position {last} lies beyond the {self.max_positions} that the model was made for",
+                stacklevel=2,
+            )

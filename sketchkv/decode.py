@@ -11,8 +11,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from sketchkv.cache import text_config
 from sketchkv.checks import flag, share, whole
+from sketchkv.support import text_config
 
 
 @torch.no_grad()

@@ -12,9 +12,10 @@ from functools import lru_cache
 import torch
 from torch.nn.functional import embedding_bag
 
-from sketchkv.checks import whole
+from sketchkv.checks import flag, whole
 from sketchkv.ops import order
 from sketchkv.quantize import TINY, Normal, matrix, normal_levels, rotation
+from sketchkv.store import as_store
 
 LARGEST = torch.finfo(torch.float16).max
 GROWTH = 1024  # tokens for which memory is taken at a time
@@ -35,10 +36,15 @@ class KeyIndex:
         the "max" or the "sum" of their logits.
     block: tokens that share a centre, a multiple of 16.
     num_sinks: tokens at the start of a text that no centre counts: their keys lie far from all others.
+    store: where a cache holds all tokens (`sketchkv.store`): "host", the path of an existing folder, or a
+        `HostStore`, of which each layer takes a copy.
+    exact_prompts: whether a pass of several tokens attends to all before them, or as steps would.
     Raises ValueError for a value that does not exist.
     """
 
-    def __init__(self, top=256, bits=1, pooling="softmax", block=64, num_sinks=4):
+    def __init__(
+        self, top=256, bits=1, pooling="softmax", block=64, num_sinks=4, store="host", exact_prompts=True
+    ):
         top, bits, block = whole("top", top, 1), whole("bits", bits, 1), whole("block", block, 16)
         num_sinks = whole("num_sinks", num_sinks, 0)
         if bits not in (1, 2, 4) or pooling not in POOLINGS or block % 16:
@@ -47,6 +53,7 @@ class KeyIndex:
                 f"bits 1, 2 or 4, pooling one of {POOLINGS}, block a multiple of 16"
             )
         self.top, self.bits, self.pooling, self.block, self.num_sinks = top, bits, pooling, block, num_sinks
+        self.store, self.exact_prompts = as_store(store), flag("exact_prompts", exact_prompts)
         self.growth = -(-GROWTH // block) * block
         self.shape, self.coded, self.seen = None, 0, 0
 

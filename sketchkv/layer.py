@@ -1,6 +1,5 @@
 """One layer of a bounded cache: it stores new tokens, attends to what is stored, and evicts when it is full."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -8,7 +7,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sketchkv.checks import memory
 from sketchkv.ops import eager
-from sketchkv.slots import Plain, Slots
+from sketchkv.slots import Slots
 
 # Queries of one attention product: bounds the score matrix while a large cache fills.
 MAX_BLOCK = 256
@@ -34,25 +33,13 @@ class Form(NamedTuple):
         return sinks.reshape(batch * kv_heads, -1, 1)
 
 
-@dataclasses.dataclass
-class Settings:
-    """What the layers of a cache have in common; `sketchkv.SketchCache` says what each means."""
-
-    num_sinks: int = 4
-    recent_window: int = 16
-    evict_every: int = 16
-    prefill_chunk: int | None = None
-    attend_topk: int | None = None
-    codec: Any = Plain
-
-
 class BoundedLayer(CacheLayerMixin):
     """Slots and a policy. Blocks end where the slots are full, at fixed numbers of seen tokens: the same tokens are evicted
     whether a text arrives at once, in chunks or token by token, and a token sees what it would see while decoding.
 
     policy: decides what is evicted.
     max_cache_size: tokens kept after an eviction.
-    settings: `Settings`.
+    settings: `sketchkv.checks.Settings`.
     summary: `sketchkv.summary.Summary` of the evicted tokens, or None.
     """
 
@@ -247,3 +234,9 @@ class BoundedLayer(CacheLayerMixin):
                 for kind, count in part.items():
                     held[kind] += count
         return held
+
+    def shared(self):
+        """Tensors that layers share, which count once: {identity: (kind, bytes)}."""
+        if self.slots is None:
+            return {}
+        return {id(tensor): ("kv", tensor.nbytes) for tensor in self.slots.codec.shared()}

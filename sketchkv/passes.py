@@ -1,21 +1,16 @@
 """Forward passes of a bounded cache: what one brings, and whether the one before it went well."""
 
-import warnings
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
+from sketchkv.checks import MASK, Length, checked_inputs, checked_mask
 from sketchkv.slots import EMPTY
 
-MOST_TOKENS = 2**31 - 1  # positions are int32
 BROKEN = (
     "the pass before this one broke off in the middle, so that layers hold different tokens: "
     "call cache.reset() and begin the text again, or use a new cache"
-)
-MASK = (
-    "attention_mask must be 0 for padding on the left of a row and 1 from its first token on: "
-    "pad on the left, and hide no token that the cache has seen"
 )
 
 
@@ -40,27 +35,6 @@ class Tokens(NamedTuple):
         return layer.seen if self.clock is None else self.clock + 1
 
 
-def _checked_mask(mask, batch, tokens):
-    """`mask` as bool, if it is one of `tokens` tokens, 0 or 1; values are looked at on a CPU only."""
-    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        given = (
-            f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        )
-        raise ValueError(
-            f"SketchCache takes a 2-D attention_mask [batch, tokens so far] or none, got {given}: 4-D masks cannot say "
-            "which evicted tokens they mean"
-        )
-    if mask.shape != (batch, tokens):
-        raise ValueError(
-            f"attention_mask must be [batch, tokens so far], here {[batch, tokens]}, got {list(mask.shape)}: "
-            "the cache may hold another text (cache.reset() forgets it)"
-        )
-    ones = mask == 1
-    if mask.device.type == "cpu" and not bool(ones.all()) and not bool((ones | (mask == 0)).all()):
-        raise ValueError(MASK)
-    return ones
-
-
 class Passes:
     """The forward passes of one cache. A pass is announced before it begins, by the hooks of `sketchkv.enable` or by whoever
     runs it, and is over when it has gone through every layer; one that broke off is found out when the next begins.
@@ -69,9 +43,7 @@ class Passes:
     """
 
     def __init__(self, config):
-        self.max_positions = getattr(config, "max_position_embeddings", None)
-        # Without rotary embeddings, positions are rows of a table that ends.
-        self.positions_end = getattr(config, "rope_parameters", None) is None
+        self.length = Length(config)
         self.layers = ()
         self.forget()
 
@@ -97,21 +69,7 @@ class Passes:
         self._enter(owner)
         if not self.owners:
             self.tokens = None
-            if (
-                not isinstance(inputs, torch.Tensor)
-                or inputs.ndim != 2 + (inputs is not token_ids)
-                or 0 in inputs.shape
-            ):
-                given = list(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
-                raise ValueError(
-                    "with a SketchCache, input_ids must be a tensor [batch, tokens], or inputs_embeds "
-                    f"[batch, tokens, width], with at least one new token; got {given}"
-                    + (
-                        f": the cache has seen {self.seen} tokens (cache.reset() forgets them)"
-                        if self.seen
-                        else ""
-                    )
-                )
+            checked_inputs(inputs, inputs is token_ids, self.seen)
             self.tokens = self._tokens(inputs, token_ids, attention_mask, position_ids)
         self.owners.append((id(owner), self.seen))
 
@@ -123,7 +81,7 @@ class Passes:
             if not isinstance(tokens, Tokens):
                 tokens = self._tokens(tokens, tokens, None, None)
             else:
-                self._check_length(self.seen + tokens.positions.shape[1], tokens.positions.shape[1], None)
+                self.length.check(self.seen + tokens.positions.shape[1], tokens.positions.shape[1], None)
             self.tokens = tokens
         self.owners.append((id(owner), self.seen))
         yield
@@ -157,8 +115,8 @@ class Passes:
         batch, count = inputs.shape[:2]
         start, end = self.seen, self.seen + count
         if attention_mask is not None:
-            attention_mask = _checked_mask(attention_mask, batch, end)
-        self._check_length(end, count, position_ids)
+            attention_mask = checked_mask(attention_mask, batch, end)
+        self.length.check(end, count, position_ids)
         positions = torch.arange(start, end, dtype=torch.int32, device=inputs.device)[None]
         if attention_mask is not None:
             positions = self._padded(attention_mask, positions, batch, start)
@@ -191,34 +149,6 @@ class Passes:
             return positions
         self.first = known
         return positions.expand(batch, count).masked_fill(~mask[:, -count:], EMPTY)
-
-    def _check_length(self, end, count, position_ids):
-        if end > MOST_TOKENS:
-            raise ValueError(
-                f"a text may have {MOST_TOKENS} tokens at most, since positions are int32; this one has {end}"
-            )
-        if self.max_positions is None:
-            return
-        if self.positions_end and position_ids is not None and position_ids.device.type == "cpu":
-            low, high = position_ids.aminmax()
-            if low < 0 or (high >= self.max_positions and end <= self.max_positions):
-                raise ValueError(
-                    f"position_ids must be in [0, {self.max_positions}), the model's positions; got {low} to {high}"
-                )
-        if end <= self.max_positions:
-            return
-        # Left padding makes positions smaller than the number of tokens; looking at them is dear, so only here.
-        last = end - 1 if position_ids is None else int(position_ids.max())
-        if last >= self.max_positions and self.positions_end:
-            raise ValueError(
-                f"the text reaches position {last}, but the model has only {self.max_positions} (0 to "
-                f"{self.max_positions - 1}): shorten the text or use a model with rotary positions"
-            )
-        if last - count < self.max_positions <= last:  # once in a text
-            warnings.warn(
-                f"position {last} lies beyond the {self.max_positions} that the model was made for",
-                stacklevel=2,
-            )
 
     def check(self):
         """Raises ValueError if a mask hid stored tokens."""

@@ -3,6 +3,8 @@ asks for come back from a store. What matters is told by the query itself (`sket
 attention.
 """
 
+import copy
+
 import torch
 
 from sketchkv.layer import BoundedLayer
@@ -32,17 +34,16 @@ class RecallLayer(BoundedLayer):
     per token and KV head in the store and as many in each slot; the index holds the keys of its open block a
     second time, in the model's dtype: `index.block * head_dim` numbers per KV head.
 
-    index: a `sketchkv.index.KeyIndex` of the layer's own.
-    store: a `sketchkv.store.HostStore` of the layer's own.
+    index: a `sketchkv.index.KeyIndex` of the layer's own; its store is a template.
     Raises ValueError for a cap or a window that is too small.
     """
 
     selective = True  # slots may be left out of attention
     capacity = property(lambda self: self.max_cache_size)
 
-    def __init__(self, max_cache_size, settings, index, store, exact_prompts=True):
+    def __init__(self, max_cache_size, settings, index):
         super().__init__(Window(), max_cache_size, settings)
-        self.index, self.store, self.exact_prompts = index, store, exact_prompts
+        self.index, self.store, self.exact_prompts = index, copy.copy(index.store), index.exact_prompts
         self.moved = dict.fromkeys(("written", "fetched", "streamed", "chosen", "missing"), 0)
         least = self.num_sinks + self.recent_window + index.top
         if max_cache_size < least:
@@ -85,6 +86,10 @@ class RecallLayer(BoundedLayer):
 
     def nbytes(self):
         return super().nbytes() | {"index": self.index.nbytes(), "host": self.store.nbytes()}
+
+    def shared(self):
+        own = {id(tensor): ("index", tensor.nbytes) for tensor in self.index.shared()}
+        return own | super().shared()  # a rotation that the codec counts is the same
 
     def advance(self):
         raise NotImplementedError("steps with an index can't be recorded: the query decides what they read")

@@ -3,6 +3,7 @@
 import torch
 
 EMPTY = -1
+MOST_TOKENS = 2**31 - 1  # positions are int32
 
 
 class Plain:

@@ -144,3 +144,10 @@ class FolderStore(HostStore):
             told = f"the store needs {size:,} bytes in {self.path!r}, and {free:,} are free"
             raise OSError(error.errno or errno.ENOSPC, f"{told}: make room or use another folder") from error
         return torch.frombuffer(mmap.mmap(self.file.fileno(), size), dtype=torch.uint8)
+
+
+def as_store(store):
+    """A store as an object, of "host", a folder's path or an object that is one. Raises ValueError for anything else."""
+    if hasattr(store, "reorder") and not isinstance(store, type):
+        return store
+    return HostStore() if isinstance(store, str) and store == "host" else FolderStore(store)

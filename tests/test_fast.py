@@ -13,8 +13,9 @@ import torch
 from test_kernels import DEVICE, HAS_TRITON, INTERPRET, runs, sorted_by_position
 
 from sketchkv import H2O, LRU, TOVA, AttentionMass, KeyNorm, Random, Sketch, SnapKV, Summary, Window
+from sketchkv.checks import Settings
 from sketchkv.fast.ops import Fused
-from sketchkv.layer import BoundedLayer, Form, Settings
+from sketchkv.layer import BoundedLayer, Form
 from sketchkv.passes import Tokens
 from sketchkv.quantize import quantized
 from sketchkv.slots import Plain

@@ -300,7 +300,11 @@ SETTINGS = [
     ),
     *cases("Summary(spread)", lambda w, given: Summary(spread=given), *flags("spread")),
     *cases("Summary(protects)", lambda w, given: Summary(protects=given), *flags("protects")),
-    *cases("exact_prompts", lambda w, given: recall(w, exact_prompts=given), *flags("exact_prompts")),
+    *cases(
+        "exact_prompts",
+        lambda w, given: recall(w, index=KeyIndex(16, block=16, exact_prompts=given)),
+        *flags("exact_prompts"),
+    ),
     *cases(
         "index",
         lambda w, given: w.cache(index=given),
@@ -311,7 +315,7 @@ SETTINGS = [
     ),
     *cases(
         "store",
-        lambda w, given: recall(w, store=given),
+        lambda w, given: recall(w, index=KeyIndex(16, block=16, store=given)),
         *[
             (each, ValueError, "is no folder: make it first, or write store='host'")
             for each in ("nowhere", 3, None, True, HostStore, b"host", ["host"], "HOST", "README.md")

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from sketchkv import AttentionMass, Sketch, Summary
+from sketchkv.checks import Settings
 from sketchkv.fast import attention as fast_attention
 from sketchkv.fast import coded, codes, eviction, launch, storage
 from sketchkv.fast.attention import attend
 from sketchkv.fast.ops import Fused
-from sketchkv.layer import BoundedLayer, Settings
+from sketchkv.layer import BoundedLayer
 from sketchkv.ops import eager
 from sketchkv.passes import Tokens
 from sketchkv.quantize import matrix, normal_levels, pack, quantized

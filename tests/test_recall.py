@@ -12,8 +12,9 @@ from conftest import build
 
 import sketchkv
 from sketchkv import SketchCache, Summary, Window, generate, score
+from sketchkv.checks import Settings
 from sketchkv.index import ExactKeys, KeyIndex
-from sketchkv.layer import Form, Settings
+from sketchkv.layer import Form
 from sketchkv.oracle import full_cache_logits
 from sketchkv.passes import Tokens
 from sketchkv.quantize import quantized
@@ -33,8 +34,9 @@ def llama():
     return sketchkv.enable(build("llama"))
 
 
-def recall(model, cap=40, top=12, **changes):
-    settings = dict(bits=None, recent_window=16, index=KeyIndex(top=top, block=16)) | changes
+def recall(model, cap=40, top=12, exact_prompts=True, store="host", **changes):
+    index = KeyIndex(top=top, block=16, exact_prompts=exact_prompts, store=store)
+    settings = dict(bits=None, recent_window=16, index=index) | changes
     return SketchCache.recall(model.config, cap, **settings)
 
 
@@ -50,7 +52,7 @@ def normal(*shape, seed=0):
 def filled(codec=Plain, tokens=150, index=None, cap=40, **settings):
     """A layer that a prompt has passed through, and what comes next: (query, key, value, tokens)."""
     settings = Settings(num_sinks=4, recent_window=16, codec=codec, **settings)
-    layer = RecallLayer(cap, settings, index or KeyIndex(top=12, block=16), HostStore())
+    layer = RecallLayer(cap, settings, index or KeyIndex(top=12, block=16))
     query, key, value = (
         normal(2, 4, tokens + 1, 16) * 2,
         normal(2, 2, tokens + 1, 16, seed=1),

@@ -7,7 +7,8 @@ import torch
 from conftest import attended
 
 from sketchkv import H2O, AttentionMass, SketchCache, Window, score
-from sketchkv.layer import BoundedLayer, Settings
+from sketchkv.checks import Settings
+from sketchkv.layer import BoundedLayer
 from sketchkv.slots import Plain, Slots
 from sketchkv.summary import Summary
 

@@ -8,7 +8,8 @@ from conftest import attended
 
 import sketchkv
 from sketchkv import AttentionMass, SketchCache, Window, generate, score
-from sketchkv.layer import BoundedLayer, Form, Settings
+from sketchkv.checks import Settings
+from sketchkv.layer import BoundedLayer, Form
 from sketchkv.loading import EMBEDDED
 from sketchkv.passes import Tokens
 from sketchkv.slots import Plain, Slots

@@ -258,7 +258,7 @@ def codes(keys, projection, items, start, count):
 
 
 def remember(items, mass, positions, sketches, seen, elapsed, decay):
-    """What `policies.Sketch` does at an eviction, in one kernel: the sketches fade by decay^elapsed, take in `mass` (and, in
+    """What `sketch_policy.Sketch` does at an eviction, in one kernel: the sketches fade by decay^elapsed, take in `mass` (and, in
     the second sketch if there is one, exposure), and are asked; returns importance, float32 `[batch, num_kv_heads, used]`.
 
     items, positions: int32, mass: float32 `[batch, num_kv_heads, used]`, views of like strides, contiguous in the slots;

@@ -7,9 +7,10 @@ that computes in a way of its own.
 from sketchkv.fast import attention, coded, codes, eviction, storage
 from sketchkv.layer import BoundedLayer
 from sketchkv.ops import Eager
-from sketchkv.policies import AttentionMass, Policy, Sketch
+from sketchkv.policies import AttentionMass, Policy
 from sketchkv.quantize import Normal, Quantized
 from sketchkv.sketch import CountMinSketch
+from sketchkv.sketch_policy import Sketch
 from sketchkv.slots import Plain
 from sketchkv.summary import Summary
 

@@ -9,14 +9,16 @@ import inspect
 import torch
 
 from sketchkv.budgets import pyramid
-from sketchkv.cache import SketchCache, text_config
+from sketchkv.cache import SketchCache
 from sketchkv.peers import LRU, TOVA, KeyNorm, SnapKV
-from sketchkv.policies import H2O, AttentionMass, Random, Sketch, Window
+from sketchkv.policies import H2O, AttentionMass, Random, Window
+from sketchkv.sketch_policy import Sketch
 from sketchkv.study.extras.kivi import KiviCache
 from sketchkv.study.extras.lending import AdaptiveCache
 from sketchkv.study.extras.ranges import ranges
 from sketchkv.study.extras.sketch_policies import AnySketch, QuerySketch
 from sketchkv.summary import Summary
+from sketchkv.support import text_config
 
 POLICIES = {
     "window": Window,

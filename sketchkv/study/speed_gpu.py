@@ -14,9 +14,10 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from sketchkv import H2O, AttentionMass, Sketch, SketchCache, Summary, Window, enable, generate
+from sketchkv.checks import Settings
 from sketchkv.fast.attention import attend
 from sketchkv.fast.ops import fused
-from sketchkv.layer import BoundedLayer, Form, Settings
+from sketchkv.layer import BoundedLayer, Form
 from sketchkv.ops import eager
 from sketchkv.passes import Tokens
 from sketchkv.quantize import quantized

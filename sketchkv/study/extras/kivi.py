@@ -3,8 +3,8 @@
 import torch
 
 from sketchkv.cache import SketchCache
-from sketchkv.checks import whole
-from sketchkv.layer import BoundedLayer, Settings
+from sketchkv.checks import Settings, whole
+from sketchkv.layer import BoundedLayer
 from sketchkv.ops import Eager
 from sketchkv.policies import Window
 from sketchkv.slots import EMPTY, Plain

@@ -3,8 +3,8 @@
 import torch
 
 from sketchkv.checks import whole
-from sketchkv.policies import Sketch
 from sketchkv.sketch import SimHash
+from sketchkv.sketch_policy import Sketch
 from sketchkv.study.extras.sketches import RACE, AnyCounters, ConservativeSketch, CountSketch
 
 KINDS = {

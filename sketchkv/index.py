@@ -74,7 +74,10 @@ class KeyIndex:
                 f"the index holds (batch, kv_heads, head_dim) = {self.shape}, these keys have {shape}: "
                 "finish one batch before the next, with reset() between them"
             )
-        self._grow(self.seen + count)
+        more = -(-(self.seen + count - self.capacity) // self.growth) * self.growth
+        if more > 0:
+            self.arrays = {name: longer(x, more, self.capacity) for name, x in self.arrays.items()}
+            self.capacity += more
         self.arrays["positions"][:, 0, self.seen : self.seen + count] = positions
         keys = torch.cat([self.pending[:, :, : self.seen - self.coded], keys], 2)
         self.seen += count
@@ -93,16 +96,6 @@ class KeyIndex:
         self.rotation = rotation(head_dim, device)
         self.coder, self.centres = (Normal(bits, device) for bits in (self.bits, CENTRE_BITS))
         self.levels = levels_of_bytes(self.bits, device)
-
-    def _grow(self, needed):
-        blocks = max(0, -(-(needed - self.capacity) // self.growth))
-        if not blocks:
-            return
-        for name, array in self.arrays.items():
-            rows = array.shape[2] * self.growth // self.capacity if self.capacity else self.growth
-            more = array.new_zeros(*array.shape[:2], blocks * rows, *array.shape[3:])
-            self.arrays[name] = torch.cat([array, more], 2)
-        self.capacity += blocks * self.growth
 
     def _code(self, blocks):
         tokens = blocks.shape[2] * self.block
@@ -197,14 +190,7 @@ class KeyIndex:
         start = torch.as_tensor(start, device=positions.device).clamp(min=0)
         outside = positions < (start[..., None] if start.ndim else start)  # padding, at -1, among them
         outside = (outside if end is None else outside | (positions >= end[..., None]))[:, None]
-        if self.pooling == "softmax":
-            estimate = estimate.masked_fill(outside[:, :, None], torch.finfo(estimate.dtype).min)
-            total = estimate.logsumexp(-1, keepdim=True)
-            if resident is not None:
-                total = torch.logaddexp(total, resident.float().unflatten(1, estimate.shape[1:3])[..., None])
-            pooled = (estimate - total).exp_().sum(2)
-        else:
-            pooled = estimate.amax(2) if self.pooling == "max" else estimate.sum(2)
+        pooled = pool(estimate, outside, self.pooling, resident)
         return pooled.masked_fill_(outside, -torch.inf)
 
     def choose(self, query, scaling, start=0, end=None, resident=None):
@@ -237,6 +223,23 @@ class KeyIndex:
 
     def _tensors(self):
         return [self.pending, *self.arrays.values()] if self.shape else []
+
+
+def longer(array, more, capacity):
+    """`array`, whose rows serve `capacity` tokens, with room for so many `more`."""
+    rows = array.shape[2] * more // capacity if capacity else more
+    return torch.cat([array, array.new_zeros(*array.shape[:2], rows, *array.shape[3:])], 2)
+
+
+def pool(estimate, outside, pooling, resident):
+    """What ranks the tokens for all query heads of a KV head; parameters as of `KeyIndex.rank`."""
+    if pooling != "softmax":
+        return estimate.amax(2) if pooling == "max" else estimate.sum(2)
+    estimate = estimate.masked_fill(outside[:, :, None], torch.finfo(estimate.dtype).min)
+    total = estimate.logsumexp(-1, keepdim=True)
+    if resident is not None:
+        total = torch.logaddexp(total, resident.float().unflatten(1, estimate.shape[1:3])[..., None])
+    return (estimate - total).exp_().sum(2)
 
 
 @lru_cache

@@ -105,14 +105,14 @@ class RecallLayer(BoundedLayer):
             block, now = slice(start, start + count), tokens.part(slice(start, start + count))
             new, *coming = (x[:, :, block] for x in turned)
             self._enter(key[:, :, block], *coming, now, alone=total == 1)
-            attend = self._step if total == 1 else self._stream
-            outputs.append(attend(query[:, :, block], new, now, form))
+            given = query[:, :, block], new, now, form
+            outputs.append(self._step(*given) if total == 1 else stream(self, *given))
             if self.seen == codec.settles_after:  # these keys have other codes now
                 codec.settle(slots, now.first + self.num_sinks)
                 self._write(0, {name: slots.arrays[name][:, :, : self.seen] for name in slots.kv})
             start += count
         if total > 1 and self.seen > slots.capacity:
-            self._refill(tokens)
+            refill(self, tokens)
         self.evicted, self.waiting = self.seen - slots.used, False
         return codec.turn_back(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2))
 
@@ -131,22 +131,22 @@ class RecallLayer(BoundedLayer):
             at = self._idle(self._always(tokens.first))[..., :1]
         self.seen += count
         if slots.used == self.seen or alone:
-            self._place((*self._all(), at), coded, tokens.positions[:, None])
+            self.place((*self.all(), at), coded, tokens.positions[:, None])
 
     def _write(self, start, coded):
         self.moved["written"] += self.store.write(start, coded)
 
-    def _read(self, rows, heads, tokens, why):
+    def read(self, rows, heads, tokens, why):
         arrays = self.store.read(rows, heads, tokens)
         self.moved[why] += sum(array.nbytes for array in arrays.values())
         return arrays
 
-    def _all(self):
+    def all(self):
         """Every row and head, to be broadcast with slots."""
         (batch, heads), device = self.slots.shape, self.slots.device
         return torch.arange(batch, device=device)[:, None, None], torch.arange(heads, device=device)[:, None]
 
-    def _place(self, where, coded, positions):
+    def place(self, where, coded, positions):
         """Puts tokens into the slots `where`, a tuple of (row, head, slot)."""
         for name, array in coded.items():
             self.slots.arrays[name][where] = array.to(self.slots.arrays[name].dtype)
@@ -164,28 +164,15 @@ class RecallLayer(BoundedLayer):
         age = ((asked << 32) + at).masked_fill(at == EMPTY, -1)
         return age.masked_fill(needed, torch.iinfo(torch.int64).max).argsort(-1)
 
-    def _refill(self, tokens):
-        """Slots hold sinks and the newest tokens, after a pass that had no room for all of its own."""
-        slots, first = self.slots, torch.as_tensor(tokens.first, device=self.slots.device).view(-1, 1)
-        oldest = self.seen - slots.capacity + self.num_sinks
-        newest = torch.arange(oldest, self.seen, device=slots.device)[None]
-        newest = newest.where(newest >= first + self.num_sinks, EMPTY)
-        sinks = first + torch.arange(self.num_sinks, device=slots.device)
-        token = torch.cat([sinks.expand(len(newest), -1), newest], -1)
-        token = token.where((first >= 0) & (token < self.seen), EMPTY).expand(slots.shape[0], -1)[:, None]
-        slots.used = slots.capacity
-        coded = self._read(*self._all(), token.clamp(min=0).long(), "streamed")
-        self._place((*self._all(), torch.arange(slots.used, device=slots.device)), coded, token)
-
     # Attention
 
     def _step(self, query, turned, tokens, form):
         """Attention of one new token: over slots, once they hold all that the index asks for."""
         slots, (batch, heads), used = self.slots, self.slots.shape, self.slots.used
         needed = self._always(tokens.first)
-        logits = self._logits(turned, slots["keys"], form).masked_fill(~needed[:, :, None, None], -torch.inf)
+        logits = self.logits(turned, slots["keys"], form).masked_fill(~needed[:, :, None, None], -torch.inf)
         end = torch.tensor([[self.seen - self.recent_window]], device=slots.device)
-        chosen = self._choose(query, logits, tokens, form, end)[:, :, 0]
+        chosen = self.choose(query, logits, tokens, form, end)[:, :, 0]
         at, order = slots["positions"].sort(-1)
         place = torch.searchsorted(at, chosen.int()).clamp(max=used - 1)
         asked = chosen >= 0
@@ -199,72 +186,88 @@ class RecallLayer(BoundedLayer):
         if len(row):
             slot = self._idle(needed)[row, head, missing.cumsum(-1)[row, head, which] - 1]
             token = chosen[row, head, which]
-            self._place((row, head, slot), self._read(row, head, token, "fetched"), token)
+            self.place((row, head, slot), self.read(row, head, token, "fetched"), token)
             needed[row, head, slot] = True
         slots["unattended"].copy_(~needed)
         slots["asked"].masked_fill_(needed, self.seen)
         return self.ops.attend(self, turned, tokens, form)
 
-    def _stream(self, query, turned, tokens, form):
-        """Attention of n new tokens over the store, block by block, with a running maximum as in
-        FlashAttention (Dao et al. 2022, arXiv 2205.14135)."""
-        (batch, heads), count, device = self.slots.shape, query.shape[2], query.device
-        number = torch.arange(self.seen - count, self.seen, device=device)[:, None]
-        first = torch.as_tensor(tokens.first, device=device).view(-1, 1, 1, 1)
-        allowed = None if self.exact_prompts else self._allowed(query, turned, tokens, form, number, first)
-        shape, least = (batch, heads, query.shape[1] // heads, count, 1), torch.finfo(torch.float32).min
-        # A learned sink of the model's is one logit more, which gives nothing.
-        most = turned.new_full(shape, least, dtype=torch.float32)
-        if form.sinks is not None:
-            most = form.sink_column(batch, heads, count).view(shape).contiguous()
-        total = torch.full_like(most, float(form.sinks is not None))
-        output = most.new_zeros(*shape[:-1], self.slots.widths[1])
-        for start in range(0, self.seen, READ):
-            token = torch.arange(start, min(start + READ, self.seen), device=device)
-            keys, values = self._vectors(token)
-            visible = (token <= number) & (token >= first)
-            if allowed is not None:
-                visible = visible & allowed[..., start : start + READ]
-            logits = self._logits(turned, keys, form).masked_fill_(~visible[:, :, None], least)
-            higher = torch.maximum(most, logits.amax(-1, keepdim=True))
-            weights, kept = (logits - higher).exp_(), (most - higher).exp_()
-            total = total * kept + weights.sum(-1, keepdim=True)
-            output = output * kept + weights @ values.float()[:, :, None]
-            most = higher
-        return (output / total).flatten(1, 2).to(query.dtype)
-
-    def _allowed(self, query, turned, tokens, form, number, first):
-        """What each of n new tokens would attend to alone: bool `[batch, num_kv_heads, n, tokens seen]`."""
-        device, oldest = query.device, max(0, self.seen - len(number) + 1 - self.recent_window)
-        newest = torch.arange(oldest, self.seen)
-        sinks = first.view(-1, 1, 1) + torch.arange(self.num_sinks, device=device)
-        near = torch.cat([sinks, newest.to(device).expand(len(first), 1, -1)], -1)
-        keys, _ = self._vectors(near.clamp(0, self.seen - 1))
-        recent = (near > number[None] - self.recent_window) & (near >= first[..., 0] + self.num_sinks)
-        recent[..., : self.num_sinks] = True
-        visible = recent & (near <= number[None]) & (near >= 0)
-        logits = self._logits(turned, keys, form).masked_fill_(~visible[:, None, None], -torch.inf)
-        end = number.view(1, -1) + 1 - self.recent_window
-        chosen = self._choose(query, logits, tokens, form, end)
-        marked = torch.zeros(*chosen.shape[:3], self.seen + 1, dtype=torch.bool, device=device)
-        marked.scatter_(-1, chosen.where(chosen >= 0, self.seen), True)
-        token = torch.arange(self.seen, device=device)
-        return marked[..., :-1] | (token > number - self.recent_window) | (token < first + self.num_sinks)
-
-    def _choose(self, query, logits, tokens, form, end):
+    def choose(self, query, logits, tokens, form, end):
         """Tokens that the index ranks highest, `[batch, num_kv_heads, n, top]`, -1 where there are fewer;
         `logits` are those of the tokens that a query attends to anyway."""
         first = tokens.first if isinstance(tokens.first, int) else tokens.first[:, :, 0]
         resident = logits.logsumexp(-1).flatten(1, 2)
         return self.index.choose(query, form.scaling, first + self.num_sinks, end, resident)
 
-    def _vectors(self, token):
+    def vectors(self, token):
         """Keys and values of these tokens, decoded, of all heads."""
-        slots, arrays = self.slots, self._read(*self._all(), token, "streamed")
+        slots, arrays = self.slots, self.read(*self.all(), token, "streamed")
         parts = ({name: arrays[name] for name in slots.parts[kind]} for kind in ("keys", "values"))
         return [slots.codec.decode(kind, each) for kind, each in zip(("keys", "values"), parts, strict=True)]
 
-    def _logits(self, query, keys, form):
+    def logits(self, query, keys, form):
         """Float32 `[batch, num_kv_heads, group, n, tokens]`."""
         query = query.float().unflatten(1, (self.slots.shape[1], -1)) * form.scaling
         return form.capped(query @ keys.float()[:, :, None].transpose(-1, -2))
+
+
+def refill(layer, tokens):
+    """Slots hold sinks and the newest tokens, after a pass that had no room for all of its own."""
+    slots, first = layer.slots, torch.as_tensor(tokens.first, device=layer.slots.device).view(-1, 1)
+    oldest = layer.seen - slots.capacity + layer.num_sinks
+    newest = torch.arange(oldest, layer.seen, device=slots.device)[None]
+    newest = newest.where(newest >= first + layer.num_sinks, EMPTY)
+    sinks = first + torch.arange(layer.num_sinks, device=slots.device)
+    token = torch.cat([sinks.expand(len(newest), -1), newest], -1)
+    token = token.where((first >= 0) & (token < layer.seen), EMPTY).expand(slots.shape[0], -1)[:, None]
+    slots.used = slots.capacity
+    coded = layer.read(*layer.all(), token.clamp(min=0).long(), "streamed")
+    layer.place((*layer.all(), torch.arange(slots.used, device=slots.device)), coded, token)
+
+
+def stream(layer, query, turned, tokens, form):
+    """Attention of n new tokens over the store, block by block, with a running maximum as in
+    FlashAttention (Dao et al. 2022, arXiv 2205.14135)."""
+    (batch, heads), count, device = layer.slots.shape, query.shape[2], query.device
+    number = torch.arange(layer.seen - count, layer.seen, device=device)[:, None]
+    first = torch.as_tensor(tokens.first, device=device).view(-1, 1, 1, 1)
+    allowed = None if layer.exact_prompts else allowed_to(layer, query, turned, tokens, form, number, first)
+    shape, least = (batch, heads, query.shape[1] // heads, count, 1), torch.finfo(torch.float32).min
+    # A learned sink of the model's is one logit more, which gives nothing.
+    most = turned.new_full(shape, least, dtype=torch.float32)
+    if form.sinks is not None:
+        most = form.sink_column(batch, heads, count).view(shape).contiguous()
+    total = torch.full_like(most, float(form.sinks is not None))
+    output = most.new_zeros(*shape[:-1], layer.slots.widths[1])
+    for start in range(0, layer.seen, READ):
+        token = torch.arange(start, min(start + READ, layer.seen), device=device)
+        keys, values = layer.vectors(token)
+        visible = (token <= number) & (token >= first)
+        if allowed is not None:
+            visible = visible & allowed[..., start : start + READ]
+        logits = layer.logits(turned, keys, form).masked_fill_(~visible[:, :, None], least)
+        higher = torch.maximum(most, logits.amax(-1, keepdim=True))
+        weights, kept = (logits - higher).exp_(), (most - higher).exp_()
+        total = total * kept + weights.sum(-1, keepdim=True)
+        output = output * kept + weights @ values.float()[:, :, None]
+        most = higher
+    return (output / total).flatten(1, 2).to(query.dtype)
+
+
+def allowed_to(layer, query, turned, tokens, form, number, first):
+    """What each of n new tokens would attend to alone: bool `[batch, num_kv_heads, n, tokens seen]`."""
+    device, oldest = query.device, max(0, layer.seen - len(number) + 1 - layer.recent_window)
+    newest = torch.arange(oldest, layer.seen)
+    sinks = first.view(-1, 1, 1) + torch.arange(layer.num_sinks, device=device)
+    near = torch.cat([sinks, newest.to(device).expand(len(first), 1, -1)], -1)
+    keys, _ = layer.vectors(near.clamp(0, layer.seen - 1))
+    recent = (near > number[None] - layer.recent_window) & (near >= first[..., 0] + layer.num_sinks)
+    recent[..., : layer.num_sinks] = True
+    visible = recent & (near <= number[None]) & (near >= 0)
+    logits = layer.logits(turned, keys, form).masked_fill_(~visible[:, None, None], -torch.inf)
+    end = number.view(1, -1) + 1 - layer.recent_window
+    chosen = layer.choose(query, logits, tokens, form, end)
+    marked = torch.zeros(*chosen.shape[:3], layer.seen + 1, dtype=torch.bool, device=device)
+    marked.scatter_(-1, chosen.where(chosen >= 0, layer.seen), True)
+    token = torch.arange(layer.seen, device=device)
+    return marked[..., :-1] | (token > number - layer.recent_window) | (token < first + layer.num_sinks)

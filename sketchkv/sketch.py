@@ -181,18 +181,18 @@ class CountMinSketch:
                 )
             large = isinstance(number, float) or abs(number) >= 2**63
             one = torch.as_tensor([number], dtype=torch.float64 if large else None)
-            self._check_weights(one)
-            self._check_room(one)
+            check_weights(self, one)
+            check_room(self, one)
             wide = torch.int64 if not self.number.is_floating_point else self.number
             weights = torch.full((), number, dtype=wide, device=self.table.device)
         else:
-            self._check_weights(weights)
+            check_weights(self, weights)
         weights, start = weights.detach(), 0
         for chunk, count in self._chunks(items, indices):
             part = _expand(weights, (*self.batch_shape, count), "weights")[
                 ..., start : start + chunk.shape[-1]
             ]
-            self._check_room(part)
+            check_room(self, part)
             self.add(chunk, part)
             start += chunk.shape[-1]
 
@@ -301,32 +301,34 @@ class CountMinSketch:
                 raise ValueError(f"indices must be in [0, {self.hash.width}), as hash() returns them")
         return _expand(indices.long(), (*self.batch_shape, self.hash.depth, indices.shape[-1]), "indices")
 
-    def _check_weights(self, weights):
-        if weights.is_floating_point() and not self.number.is_floating_point:
-            raise TypeError(
-                f"{self.table.dtype} counters can't take {weights.dtype} weights: use a float dtype"
-            )
-        if weights.device.type != "cpu" or not weights.numel():
-            return
-        low, high = weights.aminmax()  # NaN, if there is one
-        if not (low >= 0 or self.signed and low > -math.inf) or not high < math.inf:
-            raise ValueError("weights must be finite and not negative, or the estimates mean nothing")
 
-    def _check_room(self, weights):
-        """Raises ValueError where the counters of a CPU could overflow: integers would wrap round, floats become inf."""
-        if self.table.device.type != "cpu" or self.number == torch.float16 or not weights.numel():
+def check_weights(sketch, weights):
+    if weights.is_floating_point() and not sketch.number.is_floating_point:
+        raise TypeError(
+            f"{sketch.table.dtype} counters can't take {weights.dtype} weights: use a float dtype"
+        )
+    if weights.device.type != "cpu" or not weights.numel():
+        return
+    low, high = weights.aminmax()  # NaN, if there is one
+    if not (low >= 0 or sketch.signed and low > -math.inf) or not high < math.inf:
+        raise ValueError("weights must be finite and not negative, or the estimates mean nothing")
+
+
+def check_room(sketch, weights):
+    """Raises ValueError where the counters of a CPU could overflow: integers would wrap round, floats become inf."""
+    if sketch.table.device.type != "cpu" or sketch.number == torch.float16 or not weights.numel():
+        return
+    if sketch.number.is_floating_point:
+        largest = torch.finfo(sketch.number).max
+        if float(weights.abs().max()) < 1e-3 * largest / max(weights.shape[-1], 1):
             return
-        if self.number.is_floating_point:
-            largest = torch.finfo(self.number).max
-            if float(weights.abs().max()) < 1e-3 * largest / max(weights.shape[-1], 1):
-                return
-        else:
-            largest = torch.iinfo(self.number).max
-        held = max(float(self.table.max()), -float(self.table.min()))
-        if held + float(weights.double().abs().sum(-1).max()) > largest:
-            raise ValueError(
-                f"these weights would overflow {self.number} counters: use torch.float64 or torch.int64"
-            )
+    else:
+        largest = torch.iinfo(sketch.number).max
+    held = max(float(sketch.table.max()), -float(sketch.table.min()))
+    if held + float(weights.double().abs().sum(-1).max()) > largest:
+        raise ValueError(
+            f"these weights would overflow {sketch.number} counters: use torch.float64 or torch.int64"
+        )
 
 
 def _expand(tensor, shape, name):

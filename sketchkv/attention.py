@@ -14,6 +14,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sketchkv.cache import SketchCache
+from sketchkv.continued import unwatch, watch
 from sketchkv.layer import Form
 from sketchkv.support import refusal, text_config
 
@@ -165,6 +166,7 @@ def enable(model):
         raise ValueError(
             f"enable() can't bound a {type(top).__name__}: its attention function can't be replaced"
         )
+    watch(top)
     for each in models:
         if _begin not in each._forward_pre_hooks.values():
             each.register_forward_pre_hook(_begin, with_kwargs=True)
@@ -175,6 +177,7 @@ def enable(model):
 def disable(model):
     """Takes `enable` back: hooks removed, the former attention restored; returns the model."""
     models = _models(model)
+    unwatch(models[0])
     for each in models:
         for hooks, ours, marks in (
             (each._forward_pre_hooks, _begin, each._forward_pre_hooks_with_kwargs),

@@ -247,3 +247,18 @@ class Length:
                 f"position {last} lies beyond the {self.max_positions} that the model was made for",
                 stacklevel=2,
             )
+
+
+FACTOR = (
+    6364136223846793005  # of a linear congruential generator modulo 2^64 (Knuth): odd, and spreads low bits
+)
+
+
+def digest(ids, before=0):
+    """A number per row that tells texts apart, int64 `[batch]`: of what `before` is the digest of, followed by `ids`
+    (int64 `[batch, n]`)."""
+    if ids.shape[1] == 1:
+        return before * FACTOR + ids[:, 0]
+    powers = torch.full((ids.shape[1],), FACTOR, dtype=torch.int64, device=ids.device).cumprod(0)
+    own = ids[:, -1] + (ids[:, :-1] * powers[:-1].flip(0)).sum(1)
+    return before * powers[-1] + own

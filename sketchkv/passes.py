@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sketchkv.checks import MASK, Length, checked_inputs, checked_mask
+from sketchkv.checks import MASK, Length, checked_inputs, checked_mask, digest
 from sketchkv.slots import EMPTY
 
 BROKEN = (
@@ -52,6 +52,7 @@ class Passes:
         self.tokens = None  # of the pass under way
         self.owners = []  # whose pass is under way: (id, tokens seen before), the innermost last
         self.first = None  # once a row has padding: position of each row's first real token, -1 before it, int32 [batch]
+        self.digest = 0  # of the ids that have passed, int64 [batch]; None: some were not told
         self.misfit = None  # whether a mask hid stored tokens, bool [] on a device where looking waits
 
     seen = property(lambda self: self.layers[0].seen)
@@ -82,6 +83,7 @@ class Passes:
                 tokens = self._tokens(tokens, tokens, None, None)
             else:
                 self.length.check(self.seen + tokens.positions.shape[1], tokens.positions.shape[1], None)
+                self.digest = None  # a step that is recorded will run again, with other ids
             self.tokens = tokens
         self.owners.append((id(owner), self.seen))
         yield
@@ -105,6 +107,8 @@ class Passes:
                 "bounded: use another cache for this model"
             )
         if not self.owners:
+            told = self.tokens.ids is not None and self.digest is not None
+            self.digest = digest(self.tokens.ids, self.digest) if told else None
             self.tokens = None
             self.after()
 
@@ -159,3 +163,5 @@ class Passes:
         """Row i becomes what row `index[i]` was (beam search)."""
         if self.first is not None:
             self.first = self.first.index_select(0, index.to(self.first.device))
+        if isinstance(self.digest, torch.Tensor):
+            self.digest = self.digest.index_select(0, index.to(self.digest.device))

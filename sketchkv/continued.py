@@ -1,0 +1,56 @@
+"""Whether a prompt goes on with the text that a cache holds.
+
+`model.generate` with a used cache cuts off as many tokens as the cache has seen, whatever they are: a prompt that is longer
+and begins otherwise would be continued from another text without a word.
+"""
+
+import inspect
+
+import torch
+
+from sketchkv.cache import SketchCache
+from sketchkv.checks import digest
+
+NAME = "prepare_inputs_for_generation"
+
+
+class Prepare:
+    """Takes the place of a model's `prepare_inputs_for_generation`, which sees the prompt whole, and looks at it first."""
+
+    def __init__(self, model):
+        self.model = model
+
+    @property
+    def own(self):
+        return getattr(type(self.model), NAME).__get__(self.model)
+
+    @property
+    def __signature__(self):
+        return inspect.signature(self.own)
+
+    def __call__(self, input_ids, *args, **kwargs):
+        cache = kwargs.get("past_key_values")
+        # A pass that broke off is told when the next one begins.
+        if isinstance(cache, SketchCache) and kwargs.get("is_first_iteration") and not cache.is_open:
+            held, seen = cache.passes.digest, cache.seen_tokens
+            whole = input_ids is not None and kwargs.get("inputs_embeds") is None
+            if whole and held is not None and 0 < seen < input_ids.shape[1]:
+                told = digest(input_ids[:, :seen])
+                if told.shape != held.shape or not torch.equal(told, held.to(told.device)):
+                    raise ValueError(
+                        f"the cache holds {seen} tokens of another text than this prompt begins with: "
+                        "call cache.reset() before a new text, or use a new cache"
+                    )
+        return self.own(input_ids, *args, **kwargs)
+
+
+def watch(model):
+    """Puts `Prepare` in its place, once."""
+    if hasattr(model, NAME) and NAME not in vars(model):
+        setattr(model, NAME, Prepare(model))
+
+
+def unwatch(model):
+    """Takes `watch` back."""
+    if isinstance(vars(model).get(NAME), Prepare):
+        delattr(model, NAME)

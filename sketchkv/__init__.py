@@ -7,7 +7,6 @@ from sketchkv.cache import SketchCache
 from sketchkv.policies import H2O, AttentionMass, Policy, Random, Window
 
 if TYPE_CHECKING:
-    from sketchkv.attention import disable, enable
     from sketchkv.budgets import pyramid
     from sketchkv.decode import generate, score
     from sketchkv.loading import load
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
     from sketchkv.sketch import CountMinSketch
     from sketchkv.sketch_policy import Sketch
     from sketchkv.summary import Summary
+    from sketchkv.switch import disable, enable
 
 __all__ = [
     "H2O",
@@ -40,8 +40,8 @@ __all__ = [
 
 # Loaded when asked for: `import sketchkv` takes no longer than the cache needs.
 _LATER = {
-    "disable": "attention",
-    "enable": "attention",
+    "disable": "switch",
+    "enable": "switch",
     "pyramid": "budgets",
     "generate": "decode",
     "score": "decode",

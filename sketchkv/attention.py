@@ -1,4 +1,4 @@
-"""Connects a transformers model with `SketchCache`: `enable(model)`.
+"""How an enabled model attends: what stands between a transformers model and a `SketchCache`.
 
 Nothing of a pass is kept on the model, so passes may run side by side: hooks announce a pass to the cache that it was given,
 the cache marks the keys that it returns, and the attention function that sees the mark asks the layer behind it.
@@ -9,22 +9,17 @@ import sys
 from functools import lru_cache
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sketchkv.cache import SketchCache
-from sketchkv.continued import unwatch, watch
 from sketchkv.layer import Form
-from sketchkv.support import refusal, text_config
+from sketchkv.support import text_config
 
 PREFIX = "sketchkv_"  # before the name of a model's own attention implementation, where it is enabled
 USED = object()  # the mark of keys that a layer has attended to
 
 
-def _attention(
-    module, query, key, value, attention_mask, *, scaling=None, softcap=None, s_aux=None, **kwargs
-):
+def attention(module, query, key, value, attention_mask, *, scaling=None, softcap=None, s_aux=None, **kwargs):
     """The attention function of an enabled model: the bounded one for keys that come from a `SketchCache`, the model's own
     for all others."""
     instead, visit = kwargs.pop("sketchkv_attend", None), getattr(key, "_sketchkv", None)
@@ -102,7 +97,7 @@ def _given(module, args, kwargs):
     return dict(zip(_names(type(module)), args, strict=False)) | kwargs if args else kwargs
 
 
-def _begin(module, args, kwargs):
+def begin(module, args, kwargs):
     """Before the forward pass of a model: announces it to the `SketchCache` that it is given, if it is."""
     if torch.compiler.is_compiling():  # a compiled step announces itself
         return
@@ -133,81 +128,10 @@ def _check_pass(config, cache, given):
         raise ValueError("use_cache=False and a SketchCache exclude each other: leave one of them out")
 
 
-def _end(module, args, kwargs, output):
+def end(module, args, kwargs, output):
     """After a forward pass that went well."""
     if torch.compiler.is_compiling():
         return
     cache = _given(module, args, kwargs).get("past_key_values")
     if isinstance(cache, SketchCache) and cache.passes.owners:
         cache.passes.end(module)
-
-
-def enable(model):
-    """Switches a decoder-only transformers model to attention that knows `SketchCache`; returns the model.
-
-    Afterwards `model(...)` and `model.generate(...)` bound the cache when `past_key_values` is a `SketchCache`, and compute
-    what they did before, with the model's own attention implementation, when it is not. Calling it twice does no harm;
-    `disable` takes it back. A model may be wrapped (PEFT) before or after.
-
-    Raises ValueError for a model that can't be bounded, with the reason, and TypeError for what is no model.
-    """
-    models = _models(model)
-    top = models[0]
-    config = text_config(top.config)
-    reason = refusal(top, config)
-    if reason:
-        raise ValueError(f"enable() can't bound a {type(top).__name__}: {reason}")
-    own = config._attn_implementation.removeprefix(PREFIX)
-    name = PREFIX + own
-    AttentionInterface.register(name, _attention)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[own])
-    _set_attention(top, config, name)
-    if config._attn_implementation != name:
-        raise ValueError(
-            f"enable() can't bound a {type(top).__name__}: its attention function can't be replaced"
-        )
-    watch(top)
-    for each in models:
-        if _begin not in each._forward_pre_hooks.values():
-            each.register_forward_pre_hook(_begin, with_kwargs=True)
-            each.register_forward_hook(_end, with_kwargs=True)
-    return model
-
-
-def disable(model):
-    """Takes `enable` back: hooks removed, the former attention restored; returns the model."""
-    models = _models(model)
-    unwatch(models[0])
-    for each in models:
-        for hooks, ours, marks in (
-            (each._forward_pre_hooks, _begin, each._forward_pre_hooks_with_kwargs),
-            (each._forward_hooks, _end, each._forward_hooks_with_kwargs),
-        ):
-            for key in [key for key, hook in hooks.items() if hook is ours]:
-                del hooks[key]
-                marks.pop(key, None)
-    config = text_config(models[0].config)
-    if config._attn_implementation.startswith(PREFIX):
-        _set_attention(models[0], config, config._attn_implementation.removeprefix(PREFIX))
-    return model
-
-
-def is_enabled(model):
-    """Whether `enable` was called for the model and not taken back."""
-    return text_config(_models(model)[0].config)._attn_implementation.startswith(PREFIX)
-
-
-def _models(model):
-    """The transformers model in `model`, which may be wrapped, and the models inside of it, from the outside in."""
-    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
-    models = [module for module in modules if isinstance(module, PreTrainedModel)]
-    if not models:
-        raise TypeError(
-            f"enable() takes a transformers model, such as AutoModelForCausalLM gives; got {type(model).__name__}"
-        )
-    return models
-
-
-def _set_attention(model, config, name):
-    names = [key for key in model.config.sub_configs if getattr(model.config, key, None) is config]
-    model.set_attn_implementation({names[0]: name} if names else name)

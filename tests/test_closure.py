@@ -105,7 +105,7 @@ def test_imports_run_one_way():
     files = {closure._name(file): file for file in closure.PACKAGE.rglob("*.py")}
     graph = {name: closure.imports(file) for name, file in files.items()}
     core = [name for name in graph if not name.startswith(("sketchkv.study", "sketchkv.fast"))]
-    assert "sketchkv.cache" in core and "sketchkv.attention" in graph["sketchkv"]
+    assert "sketchkv.cache" in core and "sketchkv.switch" in graph["sketchkv"]
     for name in core:
         above = {other for other in graph[name] if other.startswith(("sketchkv.study", "sketchkv.fast"))}
         # Recorded and compiled steps are loaded when they are asked for, and only then.

@@ -13,8 +13,8 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.config import patch
 
-from sketchkv.attention import is_enabled
 from sketchkv.layer import Form
+from sketchkv.switch import is_enabled
 
 # On a CPU weights are packed into the blocks in which small products read them fastest, and Inductor's own products are
 # taken instead of a library's: for one token, twice as fast. On CUDA the tiles of the fused kernels are tuned.

@@ -2,8 +2,8 @@
 
 import torch
 
-from sketchkv.attention import enable
 from sketchkv.study.evaluate import TOKENS
+from sketchkv.switch import enable
 
 
 @torch.no_grad()

@@ -68,7 +68,8 @@ lab: $(READY)  ## open the notebooks in JupyterLab; ARGS="--port 9999" and the l
 test: $(READY)  ## run the tests and every notebook
 	@mkdir -p '$(IPYTHONDIR)'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
+		--nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 
 test-models: $(READY)  ## test every causal class of transformers, into data/benchmarks/models.csv
 	MODELS=all $(BIN)/python -m pytest -q tests/test_models.py

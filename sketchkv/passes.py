@@ -1,6 +1,7 @@
 """Forward passes of a bounded cache: what one brings, and whether the one before it went well."""
 
 import warnings
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -68,11 +69,13 @@ class Passes:
     config: of the decoder.
     """
 
+    after: Any = None  # called when a pass went through every layer, for a cache that does something then
+
     def __init__(self, config):
         self.max_positions = getattr(config, "max_position_embeddings", None)
         # Without rotary embeddings, positions are rows of a table that ends.
         self.positions_end = getattr(config, "rope_parameters", None) is None
-        self.layers = ()
+        self.layers: Sequence[Any] = ()
         self.forget()
 
     def forget(self):
@@ -148,10 +151,8 @@ class Passes:
             )
         if not self.owners:
             self.tokens = None
-            self.after()
-
-    def after(self):
-        """Called when a pass went through every layer: a cache that does something then sets it."""
+            if self.after is not None:
+                self.after()
 
     def _tokens(self, inputs, token_ids, attention_mask, position_ids):
         batch, count = inputs.shape[:2]

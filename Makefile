@@ -77,7 +77,7 @@ test-models: $(READY)  ## test every causal class of transformers, into data/ben
 test-oldest:  ## test the cache with the oldest torch and transformers that pyproject.toml allows, in build/oldest
 	$(PYTHON) -m venv --clear build/oldest
 	build/oldest/bin/python -m pip install --disable-pip-version-check $$($(PYTHON) .ci/oldest) \
-		pytest pytest-timeout hypothesis setuptools
+		pytest pytest-timeout hypothesis 'setuptools>=77'
 	build/oldest/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	build/oldest/bin/python -m pytest --timeout=600 $(CORE_TESTS)
 

@@ -7,6 +7,7 @@ the cache marks the keys that it returns, and the attention function that sees t
 import inspect
 import sys
 from functools import lru_cache
+from typing import Any
 
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -22,7 +23,8 @@ USED = object()  # the mark of keys that a layer has attended to
 def attention(module, query, key, value, attention_mask, *, scaling=None, softcap=None, s_aux=None, **kwargs):
     """The attention function of an enabled model: the bounded one for keys that come from a `SketchCache`, the model's own
     for all others."""
-    instead, visit = kwargs.pop("sketchkv_attend", None), getattr(key, "_sketchkv", None)
+    instead: Any = kwargs.pop("sketchkv_attend", None)
+    visit: Any = getattr(key, "_sketchkv", None)
     if visit is None and instead is None:
         given = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
         given = {name: each for name, each in given.items() if each is not None}
@@ -94,7 +96,7 @@ def _names(kind):
 
 def _given(module, args, kwargs):
     """What a forward pass is given, by name."""
-    return dict(zip(_names(type(module)), args, strict=False)) | kwargs if args else kwargs
+    return dict(zip(_names(module.__class__), args, strict=False)) | kwargs if args else kwargs
 
 
 def begin(module, args, kwargs):

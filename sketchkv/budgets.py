@@ -1,8 +1,6 @@
 """One budget of slots for the whole model, and which layer gets how much of it."""
 
-from numbers import Real
-
-from sketchkv.checks import whole
+from sketchkv.checks import real, whole
 
 
 def pyramid(max_cache_size, layers, steepness=0.5):
@@ -14,7 +12,7 @@ def pyramid(max_cache_size, layers, steepness=0.5):
     that are no whole numbers.
     """
     max_cache_size, layers = whole("max_cache_size", max_cache_size, 1), whole("layers", layers, 1)
-    if isinstance(steepness, bool) or not isinstance(steepness, Real) or not -1 < steepness < 1:
+    if isinstance(steepness, bool) or not real(steepness) or not -1 < steepness < 1:
         raise ValueError(f"steepness must lie between -1 and 1, got {steepness!r}")
     # Sums are rounded, not caps: so that the whole is kept.
     tops = [

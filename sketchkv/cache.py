@@ -1,6 +1,7 @@
 """A transformers cache that never holds more than `max_cache_size` tokens per KV head."""
 
 import copy
+from typing import Any
 
 from transformers.cache_utils import Cache
 
@@ -36,6 +37,8 @@ class SketchCache(Cache):
     Raises ValueError for a value out of range or a cap that leaves no room beside sinks and recent window, TypeError for a
     parameter that does not exist (one that did is named with its new spelling).
     """
+
+    layers: Any
 
     def __init__(
         self,

@@ -5,7 +5,7 @@ import numbers
 import operator
 import os
 import warnings
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -27,10 +27,15 @@ def whole(name, value, least, most=None):
     return number
 
 
+def real(value) -> TypeGuard[float]:
+    """Whether `value` is a real number, of Python or numpy."""
+    return isinstance(value, numbers.Real)
+
+
 def share(name, value, hint=""):
     """`value` as a float in (0, 1]. Raises ValueError that names `name`; `hint` is added to the message."""
     least = torch.finfo(torch.float32).tiny  # what is below is 0 on some devices
-    if _boolean(value) or not isinstance(value, numbers.Real) or not least <= value <= 1:
+    if _boolean(value) or not real(value) or not least <= value <= 1:
         raise ValueError(f"{name} must be a number in (0, 1], not below {least:.1e}; got {value!r}{hint}")
     return float(value)
 
@@ -38,7 +43,7 @@ def share(name, value, hint=""):
 def flag(name, value):
     """`value` as a bool if it is one, of numpy or torch too, else a ValueError that names `name`: a string "false" would
     count as true."""
-    if not _boolean(value) or getattr(value, "ndim", 0):
+    if not _boolean(value) or getattr(value, "ndim", 0) > 0:
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 

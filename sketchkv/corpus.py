@@ -146,7 +146,7 @@ def build_manifest():
     the path, and so is the order in the manifest, so that its first n files are a fair sample.
     """
     trained = set(chain.from_iterable(map(_long_lines, training_texts())))
-    manifest = {"packages": {}, "files": {}}
+    manifest: dict[str, dict] = {"packages": {}, "files": {}}
     for split, packages in HELD_OUT.items():
         queues = [sorted(_candidates(package, trained), key=_path_hash) for package in packages]
         turns = [path for turn in zip_longest(*queues) for path in turn if path]

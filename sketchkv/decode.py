@@ -1,17 +1,18 @@
 """The manual decode loop and streaming scores: what a user, the sweep and the benchmarks run."""
 
-from numbers import Real
+from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig
 from transformers.generation import (
+    LogitsProcessor,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from sketchkv.checks import flag, share, whole
+from sketchkv.checks import flag, real, share, whole
 from sketchkv.support import text_config
 
 
@@ -73,7 +74,7 @@ def generate(
         if isinstance(streamer, type) or not callable(getattr(streamer, method, None)):
             raise TypeError(f"streamer must be a transformers streamer with {method}(), got {streamer!r}")
     mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
-    positions = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+    positions: Any = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
     step = _step(model, cache, mask is not None, graph, compile)
     if streamer is not None:
         streamer.put(input_ids.cpu())
@@ -207,7 +208,7 @@ def _checked(model, input_ids, cache, new_tokens=0, attention_mask=None):
         raise ValueError(
             "the model is on the meta device and has no weights: load it, or move it with model.to_empty()"
         )
-    cache = DynamicCache(config=model.config) if cache is None else cache
+    cache = DynamicCache(config=config) if cache is None else cache
     if not isinstance(cache, Cache):
         kind = cache.__name__ if isinstance(cache, type) else type(cache).__name__
         raise TypeError(
@@ -237,17 +238,15 @@ def _filled(given, config):
 
 def _sampler(temperature, top_k, top_p):
     """A function of (tokens so far, logits) -> next token, drawn from torch's global generator."""
-    if (
-        isinstance(temperature, bool)
-        or not isinstance(temperature, Real)
-        or not 0 < temperature < float("inf")
-    ):
+    if isinstance(temperature, bool) or not real(temperature) or not 0 < temperature < float("inf"):
         raise ValueError(
             f"temperature must be a positive number, got {temperature!r}: do_sample=False is greedy"
         )
     top_p = top_p if top_p is None else share("top_p", top_p)
     top_k = top_k if top_k is None else whole("top_k", top_k, 0)  # 0: all, as in transformers
-    warpers = [TemperatureLogitsWarper(float(temperature))] if temperature != 1.0 else []
+    warpers: list[LogitsProcessor] = (
+        [TemperatureLogitsWarper(float(temperature))] if temperature != 1.0 else []
+    )
     warpers += [TopKLogitsWarper(top_k)] if top_k else []
     warpers += [TopPLogitsWarper(top_p)] if top_p else []
     warp = LogitsProcessorList(warpers)
@@ -267,7 +266,7 @@ def _ends(eos_token_id, pad_token_id, vocabulary, device):
     pad = pad_token_id if pad_token_id is None else whole("pad_token_id", pad_token_id, 0, vocabulary - 1)
     if eos_token_id is None:
         return None, None
-    several = isinstance(eos_token_id, (list, tuple, set)) or getattr(eos_token_id, "ndim", 0)
+    several = isinstance(eos_token_id, (list, tuple, set)) or getattr(eos_token_id, "ndim", 0) > 0
     ends = [
         whole("eos_token_id", each, 0, vocabulary - 1)
         for each in (eos_token_id if several else [eos_token_id])

@@ -8,6 +8,7 @@ the question is known; this one decides after.
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch.nn.functional import embedding_bag
@@ -41,6 +42,10 @@ class KeyIndex:
     exact_prompts: whether a pass of several tokens attends to all before them, or as steps would.
     Raises ValueError for a value that does not exist.
     """
+
+    shape: Any  # (batch, kv_heads, head_dim); None before the first token
+    arrays: dict[str, Any]
+    pending: Any  # keys of the open block
 
     def __init__(
         self, top=256, bits=1, pooling="softmax", block=64, num_sinks=4, store="host", exact_prompts=True
@@ -118,13 +123,13 @@ class KeyIndex:
         blocks = blocks @ matrix(self.rotation, torch.float32)
         finite = blocks.isfinite() & member
         mean = blocks.where(finite, 0).sum(3) / finite.sum(3).clamp(min=1)
-        centre = self.centres.encode(mean.clamp(-LARGEST, LARGEST))
-        keys = (blocks - self.centres.decode(*centre, torch.float32)[..., None, :]).flatten(2, 3)
+        centre, step = self.centres.encode(mean.clamp(-LARGEST, LARGEST))
+        keys = (blocks - self.centres.decode(centre, step, torch.float32)[..., None, :]).flatten(2, 3)
         codes, scale = self.coder.encode(keys)
         levels = self.coder.decode(codes, torch.ones_like(scale), torch.float32)
         factor = keys.square().sum(-1) / (keys * levels).sum(-1).clamp(min=TINY)
         factor = factor.clamp(max=LARGEST).half()
-        return {"signature": codes, "factor": factor, "centre": centre[0], "centre_scale": centre[1]}
+        return {"signature": codes, "factor": factor, "centre": centre, "centre_scale": step}
 
     # Asking
 

@@ -44,7 +44,17 @@ class BoundedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    ops = eager  # how it computes; `sketchkv.fast` sets another
+    ops: Any = eager  # how it computes; `sketchkv.fast` sets another
+    # Of `Settings`.
+    num_sinks: int
+    recent_window: int
+    evict_every: int
+    prefill_chunk: int | None
+    codec: Any
+    # None until the first tokens come.
+    slots: Any
+    home: Any
+    nan: Any
 
     def __init__(self, policy, max_cache_size, settings, summary=None):
         super().__init__()

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -77,7 +78,7 @@ def load(name_or_path="embedded", device="auto", dtype=None):
     _check_config(folder, dtype)
     try:
         tokenizer = _tokenizer(folder, name_or_path)
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
@@ -85,6 +86,7 @@ def load(name_or_path="embedded", device="auto", dtype=None):
             trust_remote_code=False,
             output_loading_info=True,
         )
+        model, info = loaded
     except Exception as error:  # transformers raises whatever its parsers raise
         raise LoadError(f"{_shown(name_or_path)} can't be read from {folder}: {error}") from error
     # transformers only warns about these, and fills them with random numbers.

@@ -1,5 +1,6 @@
 """Forward passes of a bounded cache: what one brings, and whether the one before it went well."""
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -42,17 +43,19 @@ class Passes:
     config: of the decoder.
     """
 
+    after: Any = None  # called when a pass went through every layer, for a cache that does something then
+
     def __init__(self, config):
         self.length = Length(config)
-        self.layers = ()
+        self.layers: Sequence[Any] = ()
         self.forget()
 
     def forget(self):
         """Ready for another text."""
-        self.tokens = None  # of the pass under way
+        self.tokens: Any = None  # of the pass under way
         self.owners = []  # whose pass is under way: (id, tokens seen before), the innermost last
         self.first = None  # once a row has padding: position of each row's first real token, -1 before it, int32 [batch]
-        self.digest = 0  # of the ids that have passed, int64 [batch]; None: some were not told
+        self.digest: Any = 0  # of the ids that have passed, int64 [batch]; None: some were not told
         self.misfit = None  # whether a mask hid stored tokens, bool [] on a device where looking waits
 
     seen = property(lambda self: self.layers[0].seen)
@@ -110,10 +113,8 @@ class Passes:
             told = self.tokens.ids is not None and self.digest is not None
             self.digest = digest(self.tokens.ids, self.digest) if told else None
             self.tokens = None
-            self.after()
-
-    def after(self):
-        """Called when a pass went through every layer: a cache that does something then sets it."""
+            if self.after is not None:
+                self.after()
 
     def _tokens(self, inputs, token_ids, attention_mask, position_ids):
         batch, count = inputs.shape[:2]

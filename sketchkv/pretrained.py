@@ -209,7 +209,7 @@ def _tokenizer(reader):
         # piece, best score first; tokens that the user defined are cut out before, and no merge makes one.
         scores, ranked = get("scores"), []
         pieces = {token: scores[i] for i, token in enumerate(tokens) if types[i] == _NORMAL}
-        for piece in sorted(pieces, key=pieces.get, reverse=True):
+        for piece in sorted(pieces, key=pieces.__getitem__, reverse=True):
             halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
             ranked += [(left, right) for left, right in halves if left in pieces and right in pieces]
         unknown = tokens[get("unknown_token_id")]

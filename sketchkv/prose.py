@@ -47,7 +47,7 @@ def documentation(split):
         )
     pages = _pages(archive)
     ranks = {path: hashlib.sha256(path.as_posix().encode()).digest() for path in pages}
-    for path in sorted(pages, key=ranks.get):
+    for path in sorted(pages, key=ranks.__getitem__):
         if (ranks[path][0] % 5 < 2) == (split == "development"):
             yield path.parent.as_posix(), path.as_posix(), prose(pages[path])
 
@@ -59,8 +59,9 @@ def _pages(archive):
     with tarfile.open(archive) as tar:
         for member in tar:
             _, _, name = member.name.partition("/docs/")  # the first folder is the archive's own
-            if member.isfile() and name.endswith(".txt") and name.split("/")[0] in _SECTIONS:
-                pages[PurePosixPath(name)] = tar.extractfile(member).read().decode("utf-8")
+            is_page = member.isfile() and name.endswith(".txt") and name.split("/")[0] in _SECTIONS
+            if is_page and (page := tar.extractfile(member)):
+                pages[PurePosixPath(name)] = page.read().decode("utf-8")
     return pages
 
 

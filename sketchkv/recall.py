@@ -4,6 +4,7 @@ attention.
 """
 
 import copy
+from typing import Any
 
 import torch
 
@@ -103,8 +104,8 @@ class RecallLayer(BoundedLayer):
             if self.seen < codec.settles_after:
                 count = min(count, codec.settles_after - self.seen)
             block, now = slice(start, start + count), tokens.part(slice(start, start + count))
-            new, *coming = (x[:, :, block] for x in turned)
-            self._enter(key[:, :, block], *coming, now, alone=total == 1)
+            new, coming, values = (x[:, :, block] for x in turned)
+            self._enter(key[:, :, block], coming, values, now, alone=total == 1)
             given = query[:, :, block], new, now, form
             outputs.append(self._step(*given) if total == 1 else stream(self, *given))
             if self.seen == codec.settles_after:  # these keys have other codes now
@@ -141,7 +142,7 @@ class RecallLayer(BoundedLayer):
         self.moved[why] += sum(array.nbytes for array in arrays.values())
         return arrays
 
-    def all(self):
+    def all(self) -> tuple[Any, Any]:
         """Every row and head, to be broadcast with slots."""
         (batch, heads), device = self.slots.shape, self.slots.device
         return torch.arange(batch, device=device)[:, None, None], torch.arange(heads, device=device)[:, None]

@@ -1,12 +1,11 @@
 """The Count-Min Sketch, and the hash functions it stands on."""
 
 import math
-import numbers
 
 import torch
 
 from sketchkv.checks import device as checked_device
-from sketchkv.checks import memory, rows, share, whole
+from sketchkv.checks import memory, real, rows, share, whole
 from sketchkv.checks import seed as checked_seed
 
 PRIME = 2**31 - 1  # a * x + b stays below 2**62, so int64 arithmetic is exact
@@ -175,7 +174,7 @@ class CountMinSketch:
             weights, torch.Tensor
         ):  # filled on the device: copying a number there would stall it
             number = 1 if weights is None else weights
-            if not isinstance(number, numbers.Real):
+            if not real(number):
                 raise TypeError(
                     f"weights must be a tensor or one number, got {number!r}: use torch.tensor(weights)"
                 )

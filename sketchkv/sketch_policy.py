@@ -1,5 +1,7 @@
 """The eviction policy that gives the project its name: attention mass in a Count-Min Sketch."""
 
+from typing import Any
+
 import torch
 
 from sketchkv.checks import seed as checked_seed
@@ -25,6 +27,7 @@ class Sketch(AttentionMass):
     Raises ValueError for a value out of range or an unknown key.
     """
 
+    code: Any  # `SimHash` where key="lsh"
     KEYS = ("lsh", "token", "position")
 
     def __init__(self, width=512, depth=4, key="lsh", decay=0.99, mean=True, lsh_bits=24, seed=0):

@@ -5,6 +5,7 @@ import mmap
 import os
 import shutil
 import tempfile
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ class HostStore:
     takes a copy.
     """
 
-    table = None
+    table: Any = None  # pages of each sequence, int64 [batch, pages]
 
     def open(self, arrays, shape, pinned=False):
         """Room for a batch, empty.

@@ -1,6 +1,7 @@
 """What evicted tokens leave behind: running means in one or a few summary slots, beside the stored tokens."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -27,6 +28,11 @@ class Summary:
     protects: a score is raised by how badly the summary would stand for the token, so that what it says already goes first.
     Raises ValueError for a value out of range.
     """
+
+    # None without spread, or with a single slot.
+    variance: Any
+    code: Any
+    hash: Any
 
     def __init__(self, count=1, spread=False, protects=False):
         self.count = whole("the number of summary slots", count, 1, 2**20)

@@ -54,7 +54,7 @@ def refusal(model, config):
         ),
         (
             "its layers do not call transformers' attention interface once each",
-            not attention or any(_calls(type(module)) != 1 for module in attention),
+            not attention or any(_calls(module.__class__) != 1 for module in attention),
         ),
         (
             "it attends in both directions",

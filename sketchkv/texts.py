@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 
 from sketchkv import corpus, loading, prose
@@ -63,7 +62,8 @@ def documents(dataset, tokenizer, split="test", count=None, length=1024):
         )
 
     body = length - len(bos)
-    rows, names, lengths, short = [], [], [0], {}
+    rows, names, lengths = [], [], [0]
+    short: dict[str, list] = {}
     in_pieces = dataset not in NAMED and _local(dataset).is_file()
     for topic, name, chunks in _read(dataset, split):
         for start, ids in _cut(tokenizer, chunks, body):
@@ -78,7 +78,8 @@ def documents(dataset, tokenizer, split="test", count=None, length=1024):
         if len(rows) == count:
             break
     for pages in short.values():
-        joined, parts = [], []
+        joined: list[int] = []
+        parts: list[str] = []
         for name, ids in pages:
             joined, parts = joined + ids, [*parts, name]
             if len(joined) >= body:
@@ -242,13 +243,16 @@ def _articles(files):
 
     A heading stands between blank rows: formulas and tables with the same look don't.
     """
-    rows = []
+    rows: list[str] = []
     for file in files:
         try:
-            rows += pd.read_parquet(file, columns=["text"])["text"].tolist()
+            from pyarrow import parquet  # of the study's extras: other texts are read without
+
+            rows += parquet.read_table(file, columns=["text"])["text"].to_pylist()
         except Exception as error:  # each parquet reader has its own
             raise CorpusError(f"{file} can't be read as parquet with a column `text`: {error}") from error
-    title, article = "untitled", []
+    title = "untitled"
+    article: list[str] = []
     for before, row, after in zip(["", *rows], rows, [*rows[1:], ""]):
         heading = re.fullmatch(r" = (?!= )(.+)(?<! =) = \n?", row)
         if heading and not before.strip() and not after.strip():

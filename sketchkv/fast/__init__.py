@@ -3,6 +3,8 @@
 Nothing outside imports this folder but `generate(graph=True)` and `generate(compile=True)`.
 """
 
+from typing import Any
+
 from sketchkv.cache import SketchCache
 
 
@@ -17,7 +19,7 @@ def step(model, cache, padded=False, graph=False, compile=False):
         )
     if graph and (padded or not isinstance(cache, SketchCache)):
         raise ValueError("graph=True takes a SketchCache and texts without padding")
-    compiled = None
+    compiled: Any = None
     if compile:
         from sketchkv.fast.compiled import compiled_step
 

@@ -8,6 +8,7 @@ the operation `sketchkv::attend` hands queries, keys and values to the `SketchCa
 import threading
 import types
 import weakref
+from typing import Any
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -18,7 +19,7 @@ from sketchkv.switch import is_enabled
 
 # On a CPU weights are packed into the blocks in which small products read them fastest, and Inductor's own products are
 # taken instead of a library's: for one token, twice as fast. On CUDA the tiles of the fused kernels are tuned.
-OPTIONS = {
+OPTIONS: dict[str, dict] = {
     "cpu": {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"},
     "cuda": {"coordinate_descent_tuning": True},
 }
@@ -109,4 +110,4 @@ def compiled_step(model):
 
 
 # By model, and dropped with it: a step refers to its model weakly.
-_steps = weakref.WeakKeyDictionary()
+_steps: weakref.WeakKeyDictionary[Any, CompiledStep] = weakref.WeakKeyDictionary()

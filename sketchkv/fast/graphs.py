@@ -7,6 +7,8 @@ of its own runs operations whose shapes are the number of slots: its steps are r
 of the `evict_every` phases between two evictions.
 """
 
+from typing import Any
+
 import torch
 
 from sketchkv.fast.launch import usable
@@ -22,6 +24,12 @@ class StepGraphs:
     compiled: the model's `CompiledStep`, to be recorded instead of the model as it is. Raises ValueError for a policy or cache
     that is not `recordable`.
     """
+
+    # Tensors of the device and what they were made for; None until the first step.
+    clock: Any
+    filled: Any
+    expected: Any
+    slots: Any
 
     def __init__(self, model, cache, compiled=None):
         refused = [type(layer.policy).__name__ for layer in cache.layers if not layer.policy.recordable]

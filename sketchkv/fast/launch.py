@@ -10,7 +10,7 @@ try:
 except ImportError:  # the CPU builds of torch come without: importing works, only use is refused
     triton = None
 
-    class tl:
+    class tl:  # type: ignore[no-redef]
         constexpr = float
 
     def jit(function=None, **_):

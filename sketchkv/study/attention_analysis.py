@@ -61,7 +61,7 @@ def persistence(maps, share=0.1, block=64, sinks=4, first=4):
     """
     blocks = maps.shape[-2] // block
     mass = maps[..., : blocks * block, :].unflatten(-2, (blocks, block)).sum(-2)
-    overlaps = {}
+    overlaps: dict[int, list] = {}
     for earlier in range(first, blocks - 1):
         old = mass[..., earlier:, sinks : earlier * block]
         top = old.topk(max(1, round(share * old.shape[-1])), sorted=False).indices

@@ -17,7 +17,7 @@ _SUMMARY = {"summary_slots": 4}
 _INT8, _INT4 = ({"bits": bits, "rounding": "range"} for bits in (8, 4))  # rounding as the peers do it
 
 # Methods with a cap. In half precision where nothing else is said: bytes are counted as of a half-precision cache.
-BOUNDED = {
+BOUNDED: dict[str, dict] = {
     "random": {"method": "random"},
     "streaming": {"method": "streaming"},
     "h2o": {"method": "h2o"},

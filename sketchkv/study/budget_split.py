@@ -44,7 +44,7 @@ def losses(
     document alone. text: revision of the text, among what names a grid point; part: of the held-out text."""
     lm, _ = _model(model, device)
     texts, names, full = _reference(model, dataset, device, part, documents, length)
-    rows = []
+    rows: list[dict] = []
     for ids in texts.split(1 if method["method"] == "adaptive" else BATCH):
         cache = make_cache(lm.config, **method)
         nll = score(lm, ids.to(lm.device), cache, chunk_size=64).mean(1).tolist()

@@ -3,6 +3,7 @@ its imports reach, imports inside functions included. Comments, docstrings and l
 
 import ast
 import hashlib
+import inspect
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +15,9 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 def of_function(function):
     """16 hex digits for the module that defines `function`, and what it imports."""
-    return _fingerprint([_Module(Path(sys.modules[function.__module__].__file__), function.__module__)])
+    return _fingerprint(
+        [_Module(Path(inspect.getfile(sys.modules[function.__module__])), function.__module__)]
+    )
 
 
 def of_notebook(path):

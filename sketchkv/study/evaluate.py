@@ -74,7 +74,8 @@ def evaluate(
     lm, _ = _model(model, device)
     ids, names, batches = _reference(model, dataset, device, split, documents, length)
     held = nbytes(lm.config, length, lm.dtype, **method)
-    rows, half = [], (prompt + length) // 2
+    half = (prompt + length) // 2
+    rows: list[dict] = []
     for part, reference in zip(ids.split(BATCH), batches):
         cache = make_cache(lm.config, length=length, **method)
         part, scores, seconds = part.to(lm.device), [], 0.0
@@ -82,14 +83,15 @@ def evaluate(
         while True:
             _synchronize(lm.device)
             began = time.perf_counter()
-            start, logits = next(chunks, (None, None))
+            chunk = next(chunks, None)
             _synchronize(lm.device)
             seconds += (time.perf_counter() - began) / len(part)
-            if logits is None:
+            if chunk is None:
                 break
+            start, logits = chunk
             stop = start + logits.shape[1]
-            full = (whole[:, start:stop] for whole in reference)
-            scores.append(_compare(*full, logits.float().log_softmax(-1), part[:, start + 1 : stop + 1]))
+            full = tuple(whole[:, start:stop] for whole in reference)
+            scores.append(_compare(full, logits.float().log_softmax(-1), part[:, start + 1 : stop + 1]))
         nll, nll_full, kl, top1 = (torch.cat(each, 1) for each in zip(*scores))
         stored = sum(cache.stored_tokens()) / len(cache.layers)
         for i in range(len(part)):
@@ -112,11 +114,11 @@ def evaluate(
     return rows
 
 
-def _compare(full, probabilities, first, found, targets):
+def _compare(reference, found, targets):
     """Of the full cache's log-probabilities, probabilities and first choices, those found (`[batch, n, vocabulary]`) and the
     tokens that followed: nll and the full cache's nll, for as many tokens as there are, KL divergence from the full cache
     and whether both have the same first choice, `[batch, n]`."""
-    following = targets[..., None]
+    (full, probabilities, first), following = reference, targets[..., None]
     nll = [-p[:, : targets.shape[1]].gather(-1, following).squeeze(-1) for p in (found, full)]
     kl = torch.linalg.vecdot(probabilities, full - found)
     return *nll, kl, (found.argmax(-1) == first).float()

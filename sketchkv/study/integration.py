@@ -1,5 +1,7 @@
 """Watching a cache while it works: how full it is, what it keeps, what it holds in bytes."""
 
+from typing import Any
+
 import pandas as pd
 import torch
 from transformers import DynamicCache
@@ -30,7 +32,8 @@ def fill(model, input_ids, caches, every=8):
 def held_bytes(cache):
     """Bytes a cache holds, by kind: as `SketchCache.nbytes`, with keys and values alone for transformers' full cache."""
     if isinstance(cache, DynamicCache):
-        kv = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        layers: list[Any] = cache.layers
+        kv = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
         return {"kv": kv, "sketch": 0, "policy": 0, "total": kv}
     return cache.nbytes()
 

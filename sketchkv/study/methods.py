@@ -67,7 +67,7 @@ def make_cache(config, method, length=None, **options):
         del options["key"]
     elif kind is Sketch and {"kind", "counters"} & options.keys():
         kind = AnySketch
-    own = inspect.signature(kind.__init__).parameters
+    own = inspect.signature(kind).parameters
     policy = kind(**{name: options.pop(name) for name in list(options) if name in own})
     return SketchCache(config, policy=policy, **options)
 

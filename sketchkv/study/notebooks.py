@@ -55,7 +55,7 @@ def makes(path, kind):
 
 
 def _assigned(source):
-    found = {}
+    found: dict[str, object] = {}
     for node in tree(source).body:
         if isinstance(node, ast.Assign):
             try:

@@ -166,11 +166,8 @@ def recall(
     ids, starts, answers, names, full = scored_instances(
         task, depth, instances, length, model, dataset, device, split, seed
     )
-    held, whole, rows = (
-        nbytes(lm.config, length, lm.dtype, **method)["total"],
-        full_nbytes(lm.config, length),
-        [],
-    )
+    held, whole = nbytes(lm.config, length, lm.dtype, **method)["total"], full_nbytes(lm.config, length)
+    rows: list[dict] = []
     for part, counts in zip(ids.split(BATCH), _split(answers)):
         cache = make_cache(lm.config, length=length, **method)
         for exact, loglik in answer(lm, part, counts, cache):
@@ -218,7 +215,7 @@ def needles(
     ids, starts, answers, _, full = scored_instances(
         "needle", depth, instances, length, model, dataset, device, split, seed
     )
-    rows = []
+    rows: list[dict] = []
     for part, counts in zip(ids.split(BATCH), _split(answers)):
         cache = make_cache(lm.config, length=length, **method)
         found = answer(lm, part, counts, cache)

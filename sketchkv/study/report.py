@@ -44,7 +44,8 @@ class Results:
         self.tables = {
             p.stem: sources.read_json(p.with_suffix(".json")) for p in self.paths.results.glob("*.csv")
         }
-        self.facts, owners = {}, {}
+        self.facts: dict[str, object] = {}
+        owners: dict[str, str] = {}
         for path in sorted(self.paths.results.glob("facts_*.json")):
             stored = sources.read_json(path)
             for name, value in stored["facts"].items():
@@ -72,7 +73,9 @@ class Results:
 class Renderer:
     """The functions that the template calls, for Markdown; `link` leads from the report to the results' root."""
 
-    most_rows, most_columns = 12, None  # of a table; the rest of it is in its file
+    # Of a table; the rest of it is in its file.
+    most_rows = 12
+    most_columns: int | None = None
 
     def __init__(self, found, link):
         self.found, self.link = found, link
@@ -344,7 +347,8 @@ def _plain(inline):
 def _page(markdown):
     """One HTML file from Markdown: contents list, styles and script inside."""
     parser, tokens = _parse(markdown)
-    title, sections = "Report", []  # of the contents list: (link, [links of subsections])
+    title = "Report"
+    sections: list[tuple] = []  # of the contents list: (link, [links of subsections])
     for heading, inline in zip(tokens, tokens[1:]):
         if heading.type != "heading_open":
             continue

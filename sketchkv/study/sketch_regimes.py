@@ -94,11 +94,8 @@ def come_back(
     lm, tokenizer = _model(model, device)
     texts = read_documents(dataset, tokenizer, split, documents, length // 3)
     first = texts.input_ids
-    ids, held, rows = (
-        torch.cat([first, first.roll(-1, 0), first], 1),
-        nbytes(lm.config, length, lm.dtype, **method),
-        [],
-    )
+    ids, held = torch.cat([first, first.roll(-1, 0), first], 1), nbytes(lm.config, length, lm.dtype, **method)
+    rows: list[dict] = []
     scored = slice(2 * first.shape[1], None)  # from the second token of the return on: each from those before
     for part in ids.to(lm.device).split(BATCH):
         cache = make_cache(lm.config, length=length, **method)

@@ -144,8 +144,8 @@ def hash_points(widths, draws, seed, ids_per_stream=4096, device="cpu"):
         hash_functions = CarterWegmanHash(width, draws, seed, device)
         for name, values in ids.items():
             index = hash_functions(torch.from_numpy(values).to(device))
-            counts = torch.zeros(draws, width, dtype=torch.int64, device=device)
-            counts = counts.scatter_add_(1, index, counts.new_ones(()).expand_as(index)).cpu().numpy()
+            zeros = torch.zeros(draws, width, dtype=torch.int64, device=device)
+            counts = zeros.scatter_add_(1, index, zeros.new_ones(()).expand_as(index)).cpu().numpy()
             n, mean = len(values), len(values) / width
             chi_square = ((counts - mean) ** 2 / mean).sum(1)
             frames.append(

@@ -8,6 +8,7 @@ import importlib
 import math
 import warnings
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -111,7 +112,7 @@ def compiled_rows(
     )
     full = _prefill(plain, ids, DynamicCache(config=plain.config))
     beside, first = f"{name}, DynamicCache beside compiled steps", f"{name}, SketchCache, compiled"
-    runs = {beside: lambda: _cycle(plain, ids, full)}
+    runs: dict[str, Callable] = {beside: lambda: _cycle(plain, ids, full)}
     runs |= {f"{name}, {which}, compiled": (lambda c=c: cycle(c)) for which, c in caches.items()}
     in_turn(table, runs, per=CYCLE, repetitions=repetitions, warmup=warmup, seconds=seconds)
     for which in ("window", "H2O", "all tokens"):
@@ -216,8 +217,8 @@ def scoring_rows(table, models, name, count=1024, cap=256, repetitions=20, warmu
         cache, logits = SketchCache(model.config, cap), []
         for token in ids[:, :-1].split(1, 1):
             logits.append(model(token, past_key_values=cache).logits)
-        logits = torch.cat(logits, 1).float().transpose(1, 2)
-        found["stepwise"] = torch.nn.functional.cross_entropy(logits, ids[:, 1:], reduction="none"), cache
+        predicted = torch.cat(logits, 1).float().transpose(1, 2)
+        found["stepwise"] = torch.nn.functional.cross_entropy(predicted, ids[:, 1:], reduction="none"), cache
         model(ids[:, -1:], past_key_values=cache)  # `score` passes the last token through as well
 
     name = f"{name}, {count} tokens"
@@ -280,9 +281,9 @@ def peak_bytes(run):
     """The most bytes that tensors made in `run()` hold at one time, on the CPU."""
     with torch.profiler.profile(profile_memory=True) as profile:
         run()
-    changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = np.cumsum([e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())])
-    return int(changes.max(initial=0))
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = np.cumsum([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    return int(held.max(initial=0))
 
 
 def operations(run, top=12):
@@ -357,8 +358,8 @@ def counting_rows(
     errs less (bounter updates conservatively), ours is given the width that makes it err no more."""
     items = np.random.default_rng(0).zipf(1.2, count) % 50_000
     stream, plain = torch.from_numpy(items), items.tolist()
-    true = Counter(plain)
-    true = np.array([true[item] for item in plain])
+    counts = Counter(plain)
+    true = np.array([counts[item] for item in plain])
     name = f"{count} items"
 
     def ours(width):

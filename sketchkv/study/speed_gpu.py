@@ -6,6 +6,8 @@ cost. Inputs rotate and exceed the L2 cache.
 
 import math
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -150,7 +152,8 @@ def recorded_layer_rows(table, batch=64, cap=1024, seconds=20):
 
 def _model(dtype=DTYPE, **changes):
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(**changes)).to(DEVICE, dtype).eval().requires_grad_(False)
+    model: Any = GPT2LMHeadModel(GPT2Config(**changes))
+    model = model.to(DEVICE, dtype).eval().requires_grad_(False)
     model.generation_config.eos_token_id = None
     return model
 
@@ -168,7 +171,7 @@ def _bounded(model, ids, new, policy=None, cap=256, compile=False):
 def _compare(table, runs, new, repetitions, seconds):
     """Whole texts in turn, each beside its prompt alone; rows "decoding" are what the new - 1 further steps cost. Ratios are
     to each run with a sketch."""
-    both = {}
+    both: dict[str, Callable] = {}
     for row, run in runs.items():
         both |= {row: run, f"prompt alone, {row}": lambda run=run: run(1)}
     in_turn(table, both, repetitions=repetitions, warmup=1, quantity="time of a text", seconds=seconds)
@@ -308,7 +311,7 @@ def layer_pieces(table, cap=1024, repetitions=20):
 
 def block_pieces(table, repetitions=20):
     """A decoder layer less its attention: norms, projections, feed-forward. "/ 2" is one of two GPUs' share."""
-    llama = dict(head_dim=128, num_key_value_heads=8, intermediate_size=14336)
+    llama: dict[str, Any] = dict(head_dim=128, num_key_value_heads=8, intermediate_size=14336)
     configs = {
         "GPT-2 small": GPT2Config(),
         "Llama-3.1-8B": LlamaConfig(hidden_size=4096, num_attention_heads=32, **llama),
@@ -317,7 +320,7 @@ def block_pieces(table, repetitions=20):
         ),
     }
     for name, config in configs.items():
-        kind = GPT2Block if isinstance(config, GPT2Config) else LlamaDecoderLayer
+        kind: Any = GPT2Block if isinstance(config, GPT2Config) else LlamaDecoderLayer
         config._attn_implementation = "sdpa"
         with torch.device(DEVICE):
             first = kind(config, layer_idx=0).to(DTYPE).eval().requires_grad_(False)

@@ -82,7 +82,8 @@ def in_turn(
     table, candidates, per=1, repetitions=30, warmup=3, quantity="time per step, called", seconds=math.inf
 ):
     """Times the functions of `candidates` {row: run} alternately, at most for `seconds`; `per`: steps that one run holds."""
-    samples, begin = {row: [] for row in candidates}, time.monotonic()
+    samples: dict[str, list] = {row: [] for row in candidates}
+    begin = time.monotonic()
     for repetition in range(warmup + repetitions):
         if repetition > warmup and time.monotonic() - begin > seconds:
             break

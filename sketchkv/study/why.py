@@ -358,7 +358,8 @@ def heads(
         "oracle": [Oracle(layer) for layer in future_mass(maps, slots, EVERY)],
     }
     looks = {key: x.tolist() for key, x in spread(maps, skip=slots + EVERY).items()}
-    full, known, found = score(lm, ids).mean(1).tolist(), states(lm, ids), {"errors": [], "alone": []}
+    full, known = score(lm, ids).mean(1).tolist(), states(lm, ids)
+    found: dict[str, list] = {"errors": [], "alone": []}
     found["looks"] = [
         {"document": name, "layer": layer, "head": head, **{key: looks[key][layer][i][head] for key in LOOKS}}
         for i, name in enumerate(names)
@@ -369,8 +370,9 @@ def heads(
     for policy, chosen in policies.items():
         cache = make_cache(lm.config, chosen, max_cache_size=slots)
         logits, visible = decode_and_watch(lm, ids, cache, chunk_size=EVERY)
-        for layer, (own, seen) in enumerate(zip(known, visible)):
-            part = {key: x[..., slots + EVERY :] for key, x in tail_error(*own, seen).items()}
+        for layer, ((query, key, value), seen) in enumerate(zip(known, visible)):
+            errors = tail_error(query, key, value, seen)
+            part = {name: x[..., slots + EVERY :] for name, x in errors.items()}
             size = part["norm"].square().sum(-1).sqrt()
             relative = {key: (part[key].square().sum(-1).sqrt() / size).tolist() for key in ERRORS}
             over = [(part[key] - part[f"bound_{key}"]) / part["norm"] for key in ("dropped", "folded")]

@@ -66,6 +66,8 @@ class KiviSlots:
         """Brings the axis along which numbers share a range to the end, or back."""
         return group.transpose(-1, -2) if name == "keys" else group
 
+    packed: int  # groups
+    newest: int  # tokens not packed yet
     used = property(lambda self: self.packed * GROUP + self.newest)
     capacity = property(lambda self: self.packed * GROUP + self.residual + GROUP)
     room = property(lambda self: self.capacity - self.used)

@@ -1,5 +1,7 @@
 """One budget of slots for the whole model: layers lend each other slots by what they lose while decoding."""
 
+from typing import Any
+
 import torch
 
 from sketchkv.cache import SketchCache
@@ -71,6 +73,7 @@ class AdaptiveCache(SketchCache):
     """
 
     recordable = False  # it decides on the host
+    layers: list[Any]  # `LentLayer`s
 
     def __init__(self, config, max_cache_size, *, margin=1.2, least=0.5, memory=0.5, policy=None, **settings):
         if margin < 1 or not 0 < least <= 1 or not 0 <= memory < 1:
@@ -90,7 +93,7 @@ class AdaptiveCache(SketchCache):
             config, max_cache_size, policy=AttentionMass() if policy is None else policy, **settings
         )
         self.margin = margin
-        self.block = self.layers[0].evict_every
+        self.block = self.max_chunk_size = self.layers[0].evict_every
         self.first = [layer.max_cache_size for layer in self.layers]
         protected = self.layers[0].num_sinks + self.layers[0].recent_window
         self.least = [max(int(least * cap), protected + 1, self.block) for cap in self.first]
@@ -120,10 +123,6 @@ class AdaptiveCache(SketchCache):
         if self.promised:
             caps[self.promised[0]] += self.block
         return caps
-
-    @property
-    def max_chunk_size(self):
-        return self.block
 
     def reset(self):
         super().reset()

@@ -1,5 +1,7 @@
 """Policies on other sketches than a Count-Min Sketch of float32 counters, and one that counts queries."""
 
+from typing import Any
+
 import torch
 
 from sketchkv.checks import whole
@@ -86,6 +88,7 @@ class QuerySketch(AnySketch):
 
     uses_attention = False
     BITS = 8
+    code: Any  # None for RACE, which hashes vectors itself
 
     def __init__(
         self, width=512, depth=4, decay=0.99, lsh_bits=None, seed=0, kind="count_min", counters="float32"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sketchkv.sketch import CountMinSketch
-from sketchkv.study import aims, bench, speed, timing
+from sketchkv.study import aims, bench, counting, speed, timing
 
 
 def rows(*found):
@@ -68,7 +68,7 @@ def test_the_floor_counts_weights_and_stored_tokens_once(gpt2):
 def test_the_reference_counts_as_the_sketch_does():
     sketch, items = CountMinSketch(32, 3), torch.arange(200) ** 2 % 61
     sketch.update(items)
-    assert speed.python_count_min(items.tolist(), sketch.hash) == sketch.query(items).tolist()
+    assert counting.python_count_min(items.tolist(), sketch.hash) == sketch.query(items).tolist()
 
 
 def test_every_group_of_rows_runs(gpt2):
@@ -82,7 +82,7 @@ def test_every_group_of_rows_runs(gpt2):
         speed.length_rows(table, models[1], "m", [64, 128], cap=40, repetitions=2)
         speed.prefill_rows(table, models, "m", count=120, chunk=60, cap=40, repetitions=1)
         speed.scoring_rows(table, models, "m", count=80, cap=40, repetitions=1)
-    speed.counting_rows(table, count=2000, repetitions=1, reference=1)
+    counting.counting_rows(table, count=2000, repetitions=1, reference=1)
     frame = table.frame().set_index("row")
     assert frame.loc["m, peak bytes at 128 / at 64 tokens", "median"] == pytest.approx(1, rel=0.05)
     assert frame.loc["m, 80 tokens, kept positions that are the same", "median"] == 1
@@ -93,7 +93,7 @@ def test_every_group_of_rows_runs(gpt2):
 def test_counting_and_scoring_are_far_from_slow(gpt2):
     """A tenth of what is aimed at: noise of a busy machine is less than that, a loop in Python more."""
     table = timing.Table(quiet=True)
-    speed.counting_rows(table, count=50_000, repetitions=3, reference=1)
+    counting.counting_rows(table, count=50_000, repetitions=3, reference=1)
     with torch.no_grad():
         speed.scoring_rows(table, speed.pair(gpt2), "m", count=200, cap=60, repetitions=2)
     frame = table.frame().set_index("row")["median"]

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from sketchkv import AttentionMass, Random, SketchCache, Window, score
 from sketchkv.oracle import decode_and_watch, full_cache_logits
-from sketchkv.study import stats, why
+from sketchkv.study import stats, tail, why
 from sketchkv.study.attention_analysis import Oracle, attention_maps
 
 CAP, EVERY = 32, why.EVERY
@@ -34,7 +34,7 @@ def within(found, tolerance=1e-4):
 @settings(max_examples=50, deadline=None)
 def test_no_error_exceeds_its_bound(seed, sharp, keep):
     query, key, value, visible = problem(seed, sharp, keep=keep)
-    found = why.tail_error(query, key, value, visible)
+    found = tail.tail_error(query, key, value, visible)
     assert within(found) and (found["bound_folded"] <= found["bound_dropped"] + 1e-6).all()
 
 
@@ -50,7 +50,7 @@ def test_the_range_of_logits_bounds_their_spread(seed, sharp):
 
 def test_errors_are_those_of_the_attention_that_they_describe():
     query, key, value, visible = (x.double() if x.is_floating_point() else x for x in problem(3))
-    found = why.tail_error(query, key, value, visible)
+    found = tail.tail_error(query, key, value, visible)
     keys, values, seen = (x.repeat_interleave(2, 1) for x in (key, value, visible))
     causal = torch.ones_like(seen[0, 0]).tril()
     for head, t in ((0, 39), (1, 20), (3, 7)):
@@ -67,7 +67,7 @@ def test_errors_are_those_of_the_attention_that_they_describe():
 
 def test_folding_equal_keys_is_exact_and_dropping_is_not():
     query, key, value, visible = problem(0)
-    found = why.tail_error(query, key[:, :, :1].expand_as(key), value, visible)
+    found = tail.tail_error(query, key[:, :, :1].expand_as(key), value, visible)
     assert (
         found["folded"].max() < 1e-5 and found["bound_folded"].max() < 1e-2 and found["dropped"].max() > 0.1
     )
@@ -75,13 +75,13 @@ def test_folding_equal_keys_is_exact_and_dropping_is_not():
 
 def test_equal_values_have_no_error_but_bounds_of_zero_stay_bounds():
     query, key, value, visible = problem(1, sharp=3.0)
-    found = why.tail_error(query, key, value[:, :, :1].expand_as(value), visible)
+    found = tail.tail_error(query, key, value[:, :, :1].expand_as(value), visible)
     assert within(found) and max(found[key].max() for key in ("dropped", "folded", "weighed")) < 1e-4
 
 
 def test_nothing_lost_is_no_error():
     query, key, value, visible = problem(2)
-    found = why.tail_error(query, key, value, torch.ones_like(visible).tril())
+    found = tail.tail_error(query, key, value, torch.ones_like(visible).tril())
     assert found["norm"].min() > 0 and all(found[key].abs().max() < 1e-5 for key in found if key != "norm")
 
 
@@ -91,7 +91,7 @@ def test_nothing_lost_is_no_error():
 def test_states_are_those_of_the_attention(model, ids):
     """Maps from the recorded queries and keys are the model's own."""
     maps = attention_maps(model, ids)
-    for own, (query, key, value) in zip(maps, why.states(model, ids)):
+    for own, (query, key, value) in zip(maps, tail.states(model, ids)):
         assert value.shape == key.shape
         keys = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
         logits = (query @ keys.transpose(-1, -2)) * query.shape[-1] ** -0.5
@@ -157,12 +157,12 @@ def test_watched_in_chunks_is_watched_token_by_token(model, ids):
 def test_what_is_bounded_alone(gpt2, ids):
     cache = SketchCache(gpt2.config, CAP, policy=AttentionMass())
     logits, visible = decode_and_watch(gpt2, ids, cache, chunk_size=EVERY)
-    found = {(layer, head): nll for layer, head, nll in why.alone(gpt2, ids, visible)}
+    found = {(layer, head): nll for layer, head, nll in tail.alone(gpt2, ids, visible)}
     assert len(found) == 1 + 2 * 5
     torch.testing.assert_close(found[-1, -1], why._nll(logits, ids), atol=1e-3, rtol=1e-3)
     causal = [torch.ones_like(seen).tril() for seen in visible]
     full = score(gpt2, ids).mean(1)
-    assert all(torch.allclose(nll, full, atol=1e-3) for *_, nll in why.alone(gpt2, ids, causal))
+    assert all(torch.allclose(nll, full, atol=1e-3) for *_, nll in tail.alone(gpt2, ids, causal))
     assert not torch.allclose(found[0, 1], full, atol=1e-3)
 
 
@@ -191,5 +191,5 @@ def test_ratio_interval():
 
 def test_kinds_of_heads():
     assert [
-        why.head_kind(*x, 64) for x in ((0.6, 0.2, 3), (0.1, 0.7, 3), (0.2, 0.3, 20), (0.0, 0.1, 300))
-    ] == list(why.KINDS)
+        tail.head_kind(*x, 64) for x in ((0.6, 0.2, 3), (0.1, 0.7, 3), (0.2, 0.3, 20), (0.0, 0.1, 300))
+    ] == list(tail.KINDS)

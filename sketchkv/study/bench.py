@@ -18,7 +18,7 @@ import transformers
 
 from sketchkv import loading
 from sketchkv.fast.launch import triton
-from sketchkv.study import results, speed, speed_gpu
+from sketchkv.study import counting, results, speed, speed_gpu
 from sketchkv.study.timing import Table, copy_bandwidth, limited, matmul_rate
 
 
@@ -118,7 +118,7 @@ def cpu_groups(table, size="bench"):
                 "embedded", speed.scoring_rows, count=seen // 2 if smoke else seen, seconds=350, **few
             ),
         ),
-        "counting": (120, lambda: speed.counting_rows(table, 20_000 if smoke else 1_000_000, **few)),
+        "counting": (120, lambda: counting.counting_rows(table, 20_000 if smoke else 1_000_000, **few)),
     }
     slow = ("gpt2-1", "gpt2-8", *compiled)
     left_out = {"smoke": slow, "study": (*slow, "loop", "scoring")}.get(size, ())

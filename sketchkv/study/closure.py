@@ -3,7 +3,6 @@ its imports reach, imports inside functions included. Comments, docstrings and l
 
 import ast
 import hashlib
-import inspect
 import sys
 from functools import lru_cache
 from pathlib import Path
@@ -15,9 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 
 def of_function(function):
     """16 hex digits for the module that defines `function`, and what it imports."""
-    return _fingerprint(
-        [_Module(Path(inspect.getfile(sys.modules[function.__module__])), function.__module__)]
-    )
+    return _fingerprint([_Module(Path(str(sys.modules[function.__module__].__file__)), function.__module__)])
 
 
 def of_notebook(path):

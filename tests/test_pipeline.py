@@ -510,12 +510,12 @@ def test_prose_follows_the_results(finished, tmp_path):
     for path, text in zip(written, after):
         sources.atomic_write(path, text)
     assert report.problems(*written) == []
-    assert 'href="#one"' in after[1] and "data:image/svg+xml;charset=utf-8,<svg " in after[1]
+    assert 'href="#one"' in after[1] and 'src="../figures/error.svg"' in after[1]
     (tmp_path / "figures" / "error.svg").unlink()
     written[1].write_text(after[1] + '<img src="https://example.org/x.png"> {{ fact }}')
-    assert len(report.problems(*written)) == 4
+    assert len(report.problems(*written)) == 5
     written[1].write_text(after[1] + " " * report.LARGEST)
-    assert len(report.problems(*written)) == 2
+    assert len(report.problems(*written)) == 3
 
 
 def test_pdf_has_everything_and_is_the_same_every_time(finished, tmp_path):

@@ -26,7 +26,7 @@ WARNING = (
     "**Warning: this is a smoke run.** It shows that everything runs. Its numbers come from a few documents and say nothing "
     "about the methods; those of the study are made by `make reproduce`."
 )
-LARGEST = 15_000_000  # bytes of report.html, all in one file
+LARGEST = 3_000_000  # bytes of report.html, whose pictures lie beside it
 
 
 class ReportError(RuntimeError):
@@ -152,18 +152,18 @@ class Renderer:
 
 
 class HtmlRenderer(Renderer):
-    """The same functions for HTML: pictures inside the file, tables that sort."""
+    """The same functions for HTML, with tables that sort."""
 
-    def __init__(self, found):
-        super().__init__(found, "")
+    def __init__(self, found, link):
+        super().__init__(found, link)
         self.inline = MarkdownIt("commonmark", {"html": False}).renderInline
 
     def figure(self, name):
         sidecar = self._sidecar("figure", name)
-        data = _data_uri((self.found.paths.figures / f"{name}.svg").read_text(encoding="utf-8"))
         # One line: a blank one would end the block of HTML.
         return (
-            f'<figure id="figure-{name}"><img alt="{html.escape(self.finding(name))}" src="{data}">'
+            f'<figure id="figure-{name}"><img alt="{html.escape(self.finding(name))}" '
+            f'src="{self.link}/figures/{name}.svg">'
             f"<figcaption>{self.inline(f'**{name}.** ' + sidecar['caption'])}"
             f'<p class="source">{self.inline(self._source(sidecar))}</p></figcaption></figure>\n'
         )
@@ -216,14 +216,6 @@ class TypstRenderer(Renderer):
         return f"```{{=typst}}\n#results({size}pt, [{pdf.inline(legend)}], {cells})\n```\n"
 
 
-def _data_uri(svg):
-    """An SVG as the `src` of an `<img>`, a quarter smaller than in base64."""
-    text = re.sub(r"\n\s*", " ", svg[svg.index("<svg") :])
-    for mark, code in (("%", "%25"), ("#", "%23"), ('"', "%22"), ("&", "%26")):
-        text = text.replace(mark, code)
-    return f"data:image/svg+xml;charset=utf-8,{text}"
-
-
 def _shown(value):
     """A cell of a table as text."""
     if not isinstance(value, float):
@@ -270,7 +262,7 @@ def compose(source, report_folder, template=TEMPLATE):
     try:
         written = [
             environment.from_string(text).render(**context, **renderer.functions())
-            for renderer in (Renderer(found, link), HtmlRenderer(found), TypstRenderer(found, link))
+            for renderer in (Renderer(found, link), HtmlRenderer(found, link), TypstRenderer(found, link))
         ]
     except jinja2.UndefinedError as error:
         if absent := re.search(r"no attribute '(\w+)'", str(error)):  # the template reads `facts.NAME`
@@ -305,15 +297,16 @@ def problems(markdown_path, html_path):
     """What is unresolved in a rendered report, as a list of sentences: empty when all is well."""
     markdown, page = (Path(p).read_text(encoding="utf-8") for p in (markdown_path, html_path))
     visible = re.sub(r"<style>.*?</style>|<script>.*?</script>", "", page, flags=re.DOTALL)
-    visible = re.sub(r"data:image[^\"]*", "data:", visible)
     found = [
         f"unrendered {mark!r}"
         for mark in ("{{", "}}", "{%", "{#", "TODO")
         if mark in markdown or mark in visible
     ]
-    outside = re.findall(r'(?:src|<link [^>]*href)="(?!data:)[^"]*"', visible)
-    found += [f"{reference} is not inside the file" for reference in outside]
-    images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", markdown)
+    outside = re.findall(r'(?:src|<link [^>]*href)="https?:[^"]*"', visible)
+    found += [f"{reference} would be fetched from elsewhere" for reference in outside]
+    images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", markdown) + re.findall(
+        r'src="(?!https?:)([^"]+)"', visible
+    )
     found += [
         f"no picture at {image}" for image in images if not (Path(markdown_path).parent / image).exists()
     ]

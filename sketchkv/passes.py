@@ -70,8 +70,7 @@ class Passes:
         owner: whose pass it is; another may begin inside of it, and brings nothing new.
         Raises ValueError for a mask that can't be, RuntimeError after a pass that broke off.
         """
-        self._enter(owner)
-        if not self.owners:
+        if self._opens(owner):
             self.tokens = None
             checked_inputs(inputs, inputs is token_ids, self.seen)
             self.tokens = self._tokens(inputs, token_ids, attention_mask, position_ids)
@@ -80,26 +79,27 @@ class Passes:
     @contextmanager
     def announced(self, tokens, owner):
         """A pass of `owner` that brings `tokens`, ready-made `Tokens` or new token ids `[batch, n]`."""
-        self._enter(owner)
-        if not self.owners:
-            if not isinstance(tokens, Tokens):
-                tokens = self._tokens(tokens, tokens, None, None)
-            else:
-                self.length.check(self.seen + tokens.positions.shape[1], tokens.positions.shape[1], None)
-                self.digest = None  # a step that is recorded will run again, with other ids
-            self.tokens = tokens
-        self.owners.append((id(owner), self.seen))
+        if not isinstance(tokens, Tokens):
+            self.begin(tokens, tokens, owner=owner)
+        else:
+            if self._opens(owner):
+                count = tokens.positions.shape[1]
+                self.length.check(self.seen + count, count, None)
+                # A step that is recorded will run again, with other ids.
+                self.tokens, self.digest = tokens, None
+            self.owners.append((id(owner), self.seen))
         yield
         self.end(owner)
 
-    def _enter(self, owner):
+    def _opens(self, owner):
+        """Whether a pass begins, not one within another's. Raises RuntimeError after one that broke off in the middle."""
         start = self.seen
-        if any(layer.seen != start or layer.waiting for layer in self.layers) or any(
-            s != start for _, s in self.owners
-        ):
+        torn = any(layer.seen != start or layer.waiting for layer in self.layers)
+        if torn or any(before != start for _, before in self.owners):
             raise RuntimeError(BROKEN)
         if id(owner) in [name for name, _ in self.owners]:
             self.owners = []  # the pass before broke off, but no layer had taken anything: nothing is lost
+        return not self.owners
 
     def end(self, owner=None):
         """The pass is through. Raises RuntimeError if a layer was left out: its attention would have been wrong."""

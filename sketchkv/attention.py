@@ -109,25 +109,29 @@ def begin(module, args, kwargs):
         return
     owners = [name for name, _ in cache.passes.owners]
     if not owners or id(module) in owners:  # not within another's pass: none is under way, or one broke off
-        _check_pass(text_config(module.config), cache, given)
+        if given.get("use_cache") is False:
+            raise ValueError("use_cache=False and a SketchCache exclude each other: leave one of them out")
+        _check_model(module.config, cache)
     ids = given.get("input_ids")
     inputs = given.get("inputs_embeds") if ids is None else ids
     if inputs is not None:  # without either, the model says so itself
         cache.passes.begin(inputs, ids, given.get("attention_mask"), given.get("position_ids"), module)
 
 
-def _check_pass(config, cache, given):
-    if not config._attn_implementation.startswith(PREFIX):
+def _check_model(config, cache):
+    if cache.passes.model is not config:  # looked at once: reading a configuration is slow
+        text = text_config(config)
+        if len(cache.layers) != text.num_hidden_layers:
+            raise ValueError(
+                f"the cache has {len(cache.layers)} layers, the model {text.num_hidden_layers}: "
+                "SketchCache(model.config, ...)"
+            )
+        cache.passes.model, cache.passes.text = config, text
+    own = cache.passes.text._attn_implementation
+    if not own.startswith(PREFIX):
         raise RuntimeError(
-            f"the model's attention was set to {config._attn_implementation!r} after enable(): "
-            "call sketchkv.enable(model) again"
+            f"the model's attention was set to {own!r} after enable(): call sketchkv.enable(model) again"
         )
-    if len(cache.layers) != config.num_hidden_layers:
-        raise ValueError(
-            f"the cache has {len(cache.layers)} layers, the model {config.num_hidden_layers}: SketchCache(model.config, ...)"
-        )
-    if given.get("use_cache") is False:
-        raise ValueError("use_cache=False and a SketchCache exclude each other: leave one of them out")
 
 
 def end(module, args, kwargs, output):

@@ -5,6 +5,7 @@ and begins otherwise would be continued from another text without a word.
 """
 
 import inspect
+from typing import Any
 
 import torch
 
@@ -32,7 +33,8 @@ class Prepare:
         cache = kwargs.get("past_key_values")
         # A pass that broke off is told when the next one begins.
         if isinstance(cache, SketchCache) and kwargs.get("is_first_iteration") and not cache.is_open:
-            held, seen = cache.passes.digest, cache.seen_tokens
+            held: Any = cache.passes.digest()
+            seen = cache.seen_tokens
             whole = input_ids is not None and kwargs.get("inputs_embeds") is None
             if whole and held is not None and 0 < seen < input_ids.shape[1]:
                 told = digest(input_ids[:, :seen])

@@ -15,6 +15,9 @@ BROKEN = (
 )
 
 
+FOLD = 64  # passes whose ids are held until the digest takes them in
+
+
 class Tokens(NamedTuple):
     """What one forward pass brings, worked out once for all layers."""
 
@@ -47,6 +50,8 @@ class Passes:
 
     def __init__(self, config):
         self.length = Length(config)
+        self.model: Any = None  # configuration of the model that was announced last, and of its decoder
+        self.text: Any = None
         self.layers: Sequence[Any] = ()
         self.forget()
 
@@ -55,7 +60,8 @@ class Passes:
         self.tokens: Any = None  # of the pass under way
         self.owners = []  # whose pass is under way: (id, tokens seen before), the innermost last
         self.first = None  # once a row has padding: position of each row's first real token, -1 before it, int32 [batch]
-        self.digest: Any = 0  # of the ids that have passed, int64 [batch]; None: some were not told
+        self.told: Any = []  # ids of passes that the digest does not know yet; None: some were not told
+        self._digest: Any = 0
         self.misfit = None  # whether a mask hid stored tokens, bool [] on a device where looking waits
 
     seen = property(lambda self: self.layers[0].seen)
@@ -86,7 +92,7 @@ class Passes:
                 count = tokens.positions.shape[1]
                 self.length.check(self.seen + count, count, None)
                 # A step that is recorded will run again, with other ids.
-                self.tokens, self.digest = tokens, None
+                self.tokens, self.told = tokens, None
             self.owners.append((id(owner), self.seen))
         yield
         self.end(owner)
@@ -110,8 +116,12 @@ class Passes:
                 "bounded: use another cache for this model"
             )
         if not self.owners:
-            told = self.tokens.ids is not None and self.digest is not None
-            self.digest = digest(self.tokens.ids, self.digest) if told else None
+            if self.tokens.ids is None:
+                self.told = None
+            elif self.told is not None:
+                self.told.append(self.tokens.ids)
+                if len(self.told) == FOLD:
+                    self.digest()
             self.tokens = None
             if self.after is not None:
                 self.after()
@@ -155,6 +165,12 @@ class Passes:
         self.first = known
         return positions.expand(batch, count).masked_fill(~mask[:, -count:], EMPTY)
 
+    def digest(self):
+        """Of the ids that have passed (`sketchkv.checks.digest`), int64 `[batch]`, or 0; None if some were not told."""
+        if self.told:
+            self._digest, self.told = digest(torch.cat(self.told, 1), self._digest), []
+        return None if self.told is None else self._digest
+
     def check(self):
         """Raises ValueError if a mask hid stored tokens."""
         if self.misfit is not None and self.misfit:
@@ -164,5 +180,6 @@ class Passes:
         """Row i becomes what row `index[i]` was (beam search)."""
         if self.first is not None:
             self.first = self.first.index_select(0, index.to(self.first.device))
-        if isinstance(self.digest, torch.Tensor):
-            self.digest = self.digest.index_select(0, index.to(self.digest.device))
+        held = self.digest()
+        if isinstance(held, torch.Tensor):
+            self._digest = held.index_select(0, index.to(held.device))

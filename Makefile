@@ -32,6 +32,7 @@ help:  ## show this list
 	@echo "knobs, with their defaults:"
 	@echo "  MODEL=embedded     embedded, smollm2, gemma3, a hub name such as gpt2, or a local folder"
 	@echo "  DATASET=embedded   embedded, django-docs, wikitext-2-raw-v1, or a text file or folder"
+	@echo "                     (any other study than the default is written to build/MODEL-DATASET)"
 	@echo "  DEVICE=auto        auto, cpu or cuda"
 	@echo "  PROFILE=study      study, or smoke (a few minutes, written to build/smoke)"
 	@echo "  VENV=.venv  PYTHON=python3.11"
@@ -65,7 +66,7 @@ lab: $(READY)  ## open the notebooks in JupyterLab; ARGS="--port 9999" and the l
 	@mkdir -p '$(IPYTHONDIR)'
 	$(BIN)/python -m jupyterlab --notebook-dir=notebooks $(ARGS)
 
-test: $(READY)  ## run the tests and every notebook
+test: lint  ## check style and types, then run the tests and every notebook
 	@mkdir -p '$(IPYTHONDIR)'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
@@ -85,9 +86,9 @@ test-oldest:  ## test the cache with the oldest torch and transformers that pypr
 CORE_TESTS = $(shell grep -LE 'sketchkv\.(study|texts|corpus|training)|pandas|scipy|nbformat|gridpoints' tests/test_*.py)
 
 lint: $(READY)  ## check style and types: ruff, mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 
 bench: $(READY)  ## measure speed on the device at hand, into data/benchmarks
 	$(BIN)/python -m sketchkv.study.bench

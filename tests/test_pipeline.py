@@ -274,6 +274,36 @@ run.finish()"""
     assert ignored.returncode in (0, 128)  # 128: this is no checkout
 
 
+def test_a_study_of_another_text_leaves_the_committed_one_alone(tmp_path):
+    text = tmp_path / "my text.txt"
+    text.write_text("Of another study. " * 50)
+    cell = "import pandas as pd\nrun.table('t', pd.DataFrame({'n': [1]}), {'n': 'number'})\nrun.finish()"
+    write_notebook(tmp_path, "01_tiny", START.format(name="01_tiny") + cell)
+    sources.atomic_write(tmp_path / "data/results/t.csv", "the study's")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert run.main(["--dataset", str(text)], root=tmp_path) == 0
+    after = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert {p.relative_to(tmp_path).parts[0] for p in set(after) - set(before)} == {"build"}
+    assert {p: after[p] for p in before} == before
+    home = record.home("embedded", str(text), "study", tmp_path)
+    assert record.load_table("t", home).n.tolist() == [1]
+    assert sources.read_json(home / "data/results/t.json")["command"].startswith("make reproduce DATASET=")
+
+
+def test_every_study_but_the_default_has_a_folder_of_its_own(tmp_path):
+    assert record.home("embedded", "embedded", "study") == ROOT
+    models, texts = (
+        ("embedded", "gpt2", "a/b@0123", "/models/gpt2", "..", "/" + "m" * 300),
+        ("embedded", "/t.txt"),
+    )
+    homes = [record.home(m, t, "study", tmp_path) for m in models for t in texts][1:]
+    assert homes[1] == tmp_path / "build" / "gpt2-embedded" and len(set(homes)) == len(homes)
+    assert {home.parent for home in homes} == {tmp_path / "build"}
+    assert {record.home(m, t, "smoke", tmp_path) for m in models for t in texts} == {tmp_path / "build/smoke"}
+    for home in homes:
+        home.mkdir(parents=True)
+
+
 def test_a_mistyped_parameter_in_a_first_cell_run_by_hand_is_told(monkeypatch):
     path = run.notebook_named("02", ROOT)
     (first,) = (c.source for c in notebooks.cells(path) if "parameters" in c.metadata.get("tags", []))

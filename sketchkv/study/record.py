@@ -36,9 +36,19 @@ MAKE_DEFAULTS = {"model": "embedded", "dataset": "embedded", "device": "auto", "
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 
 
+def home(model, dataset, profile, root=ROOT):
+    """The root that a run of these knobs writes under: only the study of the embedded model and text replaces the committed
+    results. Neither two documents nor another model must replace what was found."""
+    if profile == "smoke":
+        return Path(root) / SMOKE.relative_to(ROOT)
+    if (model, dataset) == (MAKE_DEFAULTS["model"], MAKE_DEFAULTS["dataset"]):
+        return Path(root)
+    names = (re.sub(r"[^\w.]+", "-", str(portable(name))).strip("-.")[-80:] for name in (model, dataset))
+    return Path(root) / "build" / "-".join(names)
+
+
 class Paths:
-    """The result folders under one root: the repository, `build/smoke`, or `build/interactive` for a notebook
-    opened by hand."""
+    """The result folders under one root (`home`), or under `build/interactive` for a notebook opened by hand."""
 
     def __init__(self, root):
         self.root = Path(root)

@@ -282,7 +282,7 @@ def own_parameters(assignments):
             raise RunError(
                 f"{name} is no parameter of a notebook's own: set it by --{name}"
                 if name in KNOBS
-                else "where results go follows from the profile; copy the repository to write elsewhere"
+                else "where results go follows from the profile, the model and the dataset; copy the repository to write elsewhere"
             )
         with contextlib.suppress(ValueError):
             value = json.loads(value)
@@ -322,10 +322,7 @@ def main(arguments=None, root=sources.ROOT):
             if parameters[knob] not in ("embedded", *sources.DATASETS, *sources.HUB_MODELS):
                 path = Path(parameters[knob]).expanduser()
                 parameters[knob] = str(path.resolve()) if path.exists() else parameters[knob]
-        # Two documents must not replace what was found on many.
-        output = (
-            Path(root) / record.SMOKE.relative_to(sources.ROOT) if args.profile == "smoke" else Path(root)
-        )
+        output = record.home(parameters["model"], parameters["dataset"], args.profile, root)
         parameters |= {"output": str(output), **own_parameters(args.own)}
         notebooks = notebook_files.find(root)
         if not notebooks:
@@ -335,9 +332,9 @@ def main(arguments=None, root=sources.ROOT):
         elif args.figure is not None:
             notebooks = [notebook_of_figure(args.figure, root)]
         reproduce(notebooks, parameters, output, args.force)
-        if args.profile == "smoke":
+        if output != Path(root):
             print(
-                f"smoke: tables, figures and report are in {output}; those of the study are what they were",
+                f"tables, figures and report of this run are in {output}; the committed ones are what they were",
                 flush=True,
             )
     except sources.KnobError as error:

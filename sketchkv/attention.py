@@ -17,6 +17,7 @@ from sketchkv.layer import Form
 from sketchkv.support import text_config
 
 PREFIX = "sketchkv_"  # before the name of a model's own attention implementation, where it is enabled
+HARMLESS = {"position_ids", "use_cache"}  # arguments that change no attention
 USED = object()  # the mark of keys that a layer has attended to
 
 
@@ -29,7 +30,7 @@ def attention(module, query, key, value, attention_mask, *, scaling=None, softca
         given = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
         given = {name: each for name, each in given.items() if each is not None}
         return _own(module)(module, query, key, value, attention_mask, **given, **kwargs)
-    unknown = [name for name, given in kwargs.items() if _matters(name, given)]
+    unknown = [name for name, given in kwargs.items() if name not in HARMLESS and _matters(given)]
     if unknown:
         hint = ": call model.eval()" if unknown == ["dropout"] else ""
         raise ValueError(
@@ -81,12 +82,10 @@ def _own(module):
     raise ValueError(f"{type(module).__name__} has no eager attention function of its own")
 
 
-def _matters(name, given):
+def _matters(given):
     """Whether an argument of an attention function may change what is seen or how logits are formed: flags and sizes, such
     as the window that the layer knows, do not."""
-    return name != "position_ids" and (
-        isinstance(given, torch.Tensor) or (isinstance(given, float) and given != 0)
-    )
+    return isinstance(given, torch.Tensor) or (isinstance(given, float) and given != 0)
 
 
 @lru_cache

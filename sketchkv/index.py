@@ -74,11 +74,7 @@ class KeyIndex:
         shape, count = (*keys.shape[:2], keys.shape[3]), keys.shape[2]
         if self.seen == 0 and self.shape != shape:
             self._allocate(keys, shape)
-        if self.shape != shape:
-            raise ValueError(
-                f"the index holds (batch, kv_heads, head_dim) = {self.shape}, these keys have {shape}: "
-                "finish one batch before the next, with reset() between them"
-            )
+        _same(self.shape, shape)
         more = -(-(self.seen + count - self.capacity) // self.growth) * self.growth
         if more > 0:
             self.arrays = {name: longer(x, more, self.capacity) for name, x in self.arrays.items()}
@@ -141,9 +137,9 @@ class KeyIndex:
         """
         query = query.float().unflatten(1, (self.shape[1], -1))
         group, flat = query.shape[2:4], query.flatten(2, 3)
-        held = flat @ self.pending[:, :, : self.seen - self.coded].float().transpose(-1, -2)
-        parts = [self.estimate(flat), held] if self.coded else [held]
-        return torch.cat(parts, -1).unflatten(2, group)
+        found = flat @ self.pending[:, :, : self.seen - self.coded].float().transpose(-1, -2)
+        found = torch.cat([self.estimate(flat), found], -1) if self.coded else found
+        return found.unflatten(2, group)
 
     def estimate(self, query):
         """The same for the tokens of full blocks, `[batch, kv_heads, m, coded]`.
@@ -166,7 +162,7 @@ class KeyIndex:
         """
         signature, count = self.used("signature"), query.shape[2]
         sums = query.unflatten(-1, (8 // self.bits, -1)).transpose(-1, -2) @ self.levels.T
-        sums = sums.permute(0, 1, 3, 4, 2).reshape(-1, count)  # [batch * kv_heads * bytes * 256, m]
+        sums = sums.permute(0, 1, 3, 4, 2).reshape(-1, count)  # rows: batch, kv_heads, bytes, 256
         first = torch.arange(0, len(sums), 256, dtype=torch.int32, device=sums.device)
         places = signature.int() + first.view(*signature.shape[:2], 1, -1)
         found = embedding_bag(places.flatten(0, 2), sums, mode="sum")
@@ -210,7 +206,7 @@ class KeyIndex:
     # Upkeep
 
     def nbytes(self):
-        """Bytes held, room for tokens to come and the keys of the open block included."""
+        """Bytes held, room for tokens to come and the open block's keys included."""
         return sum(tensor.nbytes for tensor in self._tensors())
 
     def shared(self):
@@ -228,6 +224,14 @@ class KeyIndex:
 
     def _tensors(self):
         return [self.pending, *self.arrays.values()] if self.shape else []
+
+
+def _same(held, shape):
+    if held != shape:
+        raise ValueError(
+            f"the index holds (batch, kv_heads, head_dim) = {held}, these keys have {shape}: "
+            "finish one batch before the next, with reset() between them"
+        )
 
 
 def longer(array, more, capacity):

@@ -1,12 +1,17 @@
-"""Which code a result follows from, and which way imports run."""
+"""Which code a result follows from, which way imports run, and how large the core is."""
 
+import ast
+import inspect
 import shutil
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from types import SimpleNamespace
 
 import nbformat
 import pytest
 
+from sketchkv import SketchCache
 from sketchkv.study import closure, notebooks, sources, tail
 
 
@@ -116,3 +121,32 @@ def test_imports_run_one_way():
         name: {n for n in graph[name] if n.startswith("sketchkv.study.")} for name in graph if "study" in name
     }
     assert len(list(TopologicalSorter(study).static_order())) >= len(study)  # raises CycleError
+
+
+# What a reader must know of the bounded cache.
+READING = ("attention", "cache", "passes", "layer", "ops", "slots", "policies")
+
+
+def test_the_core_is_small():
+    lines = {
+        file: len(file.read_text(encoding="utf-8").splitlines()) for file in closure.PACKAGE.rglob("*.py")
+    }
+    assert sum(lines[closure.PACKAGE / f"{name}.py"] for name in READING) <= 1200
+    assert max(lines.values()) <= 400
+    for file in lines:
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            assert not isinstance(node, ast.ClassDef) or node.end_lineno - node.lineno < 200, (
+                file,
+                node.name,
+            )
+    parameters = inspect.signature(SketchCache).parameters.values()
+    assert sum(each.kind is not inspect.Parameter.VAR_KEYWORD for each in parameters) <= 12
+
+
+def test_importing_loads_little():
+    code = "import sketchkv, sys; print(*(m for m in sys.modules))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert sum(name.split(".")[0] == "sketchkv" for name in loaded) <= 10
+    assert not {"pandas", "scipy", "dask", "matplotlib", "sketchkv.fast"} & set(loaded)

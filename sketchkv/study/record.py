@@ -126,9 +126,8 @@ class Run:
     def __init__(self, notebook, params, root):
         self.notebook, self.params, self.paths = notebook, params, Paths(root)
         self.seed, self.profile = params["seed"], params["profile"]
-        self.device = params["device"]
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        found = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = found if params["device"] == "auto" else params["device"]
         self.model_revision = sources.model_revision(params["model"])
         self.data_revision = sources.data_revision(params["dataset"])
         self.commit, self.dirty = sources.commit()
@@ -309,12 +308,8 @@ class Run:
         return path
 
     def _relative(self, path):
-        path = Path(path)
-        return (
-            path.relative_to(self.paths.root).as_posix()
-            if path.is_relative_to(self.paths.root)
-            else str(path)
-        )
+        path, root = Path(path), self.paths.root
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
     def _check(self, name, sidecar):
         if not _NAME.fullmatch(name):

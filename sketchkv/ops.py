@@ -42,7 +42,7 @@ class Eager:
         keys, values = slots["keys"], slots["values"]
         if count == 1:
             return self._weigh(layer, query, keys, values, tokens, form)
-        flash = _needs_no_scores(layer, tokens, form)
+        flash = needs_no_scores(layer, tokens, form)
         if flash and count == slots.used:
             layer.policy.query(slots, query)
             return _flash(query, keys, values, form.scaling)
@@ -139,7 +139,7 @@ class Eager:
 eager = Eager()
 
 
-def _needs_no_scores(layer, tokens, form):
+def needs_no_scores(layer, tokens, form):
     """Whether the output is all that is asked for, and all heads and rows see the same slots."""
     asked = layer.policy.uses_attention or layer.summary or form.softcap is not None or form.sinks is not None
     return not (asked or tokens.padded or layer.is_sliding or (layer.selective and layer.evicted))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import build
 from test_fast import FEATURES, POLICIES, decode, some, state
-from test_kernels import DEVICE, HAS_TRITON, INTERPRET, assert_near, poisoned, runs  # noqa: F401
+from test_kernels import DEVICE, HAS_TRITON, INTERPRET, assert_near, poisoned, runs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sketchkv
@@ -22,6 +22,7 @@ from sketchkv.fast.ops import Fused
 from sketchkv.passes import Tokens
 
 TOTAL, CHUNK, WIDTH = 47, 17, 16  # of the first text, and what comes between two evictions
+unwritten = pytest.mark.usefixtures(poisoned.__name__)  # memory that no kernel has written is NaN
 
 
 @pytest.mark.timeout(1200)
@@ -59,7 +60,7 @@ def agree(policy, feature, ops_, most):
     run = dict(settles=8, prefill_chunk=CHUNK) | settings
     with (
         mock.patch.dict(ops.SCORES, {DEVICE: 2**40}),
-        mock.patch.object(ops, "_needs_no_scores", lambda *_: False),
+        mock.patch.object(ops, "needs_no_scores", lambda *_: False),
     ):
         expected, eager = decode(POLICIES[policy], steps, None, **run)
     with mock.patch.dict(ops.SCORES, {DEVICE: most}):
@@ -155,10 +156,11 @@ def reference(query, keys, values, scaling, softcap, hidden, beside, weights):
 
 
 @runs
+@unwritten
 @pytest.mark.parametrize("kind", ["plain", "capped", "hidden", "beside", "all"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_kernels_equal_float64(poisoned, size, dtype, kind):
+def test_kernels_equal_float64(size, dtype, kind):
     if INTERPRET and dtype == torch.bfloat16:
         pytest.skip(
             "the interpreter multiplies matrices of bfloat16 by their bits; float16 and GPUs check this"
@@ -190,7 +192,8 @@ def test_kernels_equal_float64(poisoned, size, dtype, kind):
 
 
 @runs
-def test_kernels_attend_evenly_where_all_is_hidden(poisoned):
+@unwritten
+def test_kernels_attend_evenly_where_all_is_hidden():
     query, keys, values = torch.randn(3, 1, 1, 20, 16, device=DEVICE)
     hidden = torch.ones(1, 1, 20, dtype=torch.uint8, device=DEVICE)
     output, normaliser = prompt.attend(query, keys, values, 1.0, hidden=hidden)

@@ -8,7 +8,7 @@ import torch
 
 from sketchkv.fast import attention, coded, codes, eviction, prompt, storage
 from sketchkv.layer import BoundedLayer
-from sketchkv.ops import Eager
+from sketchkv.ops import Eager, needs_no_scores
 from sketchkv.policies import AttentionMass, Policy, Sketch
 from sketchkv.quantize import Normal, Quantized
 from sketchkv.sketch import CountMinSketch
@@ -49,7 +49,8 @@ class Fused(Eager):
     def attend(self, layer, query, tokens, form):
         slots, policy = layer.slots, layer.policy
         if query.shape[2] > 1:
-            many = self._attend_many if _adds_up(layer) else super().attend
+            alone = query.shape[2] == slots.used and needs_no_scores(layer, tokens, form)
+            many = self._attend_many if _adds_up(layer) and not alone else super().attend
             return many(layer, query, tokens, form)
         plain = _is_plain(layer)
         if not (plain or _is_coded(layer)):

@@ -9,9 +9,6 @@ from sketchkv.checks import memory
 from sketchkv.ops import eager
 from sketchkv.slots import Slots
 
-# Queries of one attention product: bounds the score matrix while a large cache fills.
-MAX_BLOCK = 256
-
 
 class Form(NamedTuple):
     """How a model forms logits of queries and keys.
@@ -169,7 +166,7 @@ class BoundedLayer(CacheLayerMixin):
         while start < total:
             if self.prefill_chunk and total > self.evict_every:
                 self._widen(total - start)
-            count = min(self.slots.room, total - start, MAX_BLOCK)
+            count = min(self.slots.room, total - start)
             if self.seen < codec.settles_after:
                 count = min(count, codec.settles_after - self.seen)
             now, parts = tokens, (query, key, value)

@@ -5,9 +5,13 @@ same in fewer launches, and is tested against this.
 """
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from sketchkv.slots import EMPTY
 
+# Scores that are in memory at once while many tokens come, of all heads and sequences: what a CPU's cache holds, and on a GPU
+# what is small beside the model. One query's scores always are.
+SCORES = {"cpu": 2**20, "cuda": 2**26}
 # Evictions between two looks for NaN on CUDA, where looking makes the host wait for the device.
 CHECK_EVERY = 16
 
@@ -34,12 +38,37 @@ class Eager:
         form: how logits are formed (`sketchkv.layer.Form`).
         Returns `[batch, num_heads, n, width of values]`, in the dtype of the query.
         """
+        slots, count = layer.slots, query.shape[2]
+        keys, values = slots["keys"], slots["values"]
+        if count == 1:
+            return self._weigh(layer, query, keys, values, tokens, form)
+        flash = needs_no_scores(layer, tokens, form)
+        if flash and count == slots.used:
+            layer.policy.query(slots, query)
+            return _flash(query, keys, values, form.scaling)
+        # Blocks of queries, each of which finds the slots as they were when its tokens came: no query sees what lies beyond.
+        most, outputs = max(1, SCORES[query.device.type] // (query.shape[:2].numel() * slots.used)), []
+        before = slots.used - count
+        for start in range(0, count, most):
+            part = slice(start, min(start + most, count))
+            slots.used = before + part.stop
+            block = query[:, :, part], keys[:, :, : slots.used], values[:, :, : slots.used]
+            if flash:
+                layer.policy.query(slots, block[0])
+                seen = torch.ones(part.stop - start, slots.used, dtype=torch.bool, device=query.device)
+                outputs.append(_flash(*block, form.scaling, seen.tril_(before + start)))
+            else:
+                outputs.append(self._weigh(layer, *block, tokens.part(part), form))
+        return torch.cat(outputs, 2)
+
+    def _weigh(self, layer, query, keys, values, tokens, form):
+        """Attention of one block, by a matrix of all scores."""
         slots, summary = layer.slots, layer.summary
         (batch, kv_heads), count, used = slots.shape, query.shape[2], slots.used
         layer.policy.query(slots, query)
         # The query heads of a group share the slots of their KV head: no key or value is repeated (grouped-query attention).
         grouped = query.reshape(batch * kv_heads, -1, query.shape[-1])
-        logits = form.capped(_products(grouped, slots["keys"].flatten(0, 1), form.scaling))
+        logits = form.capped(_products(grouped, keys.flatten(0, 1), form.scaling))
         layer.hide(logits.view(batch, kv_heads, -1, count, used), tokens)
         if summary:
             logits = torch.cat([logits, form.capped(summary.logits(grouped, form.scaling))], -1)
@@ -47,8 +76,7 @@ class Eager:
             logits = torch.cat([logits, form.sink_column(batch, kv_heads, count)], -1)
         attention = logits.softmax(-1)
         received = attention[..., :used] if attention.shape[-1] > used else attention
-        values = slots["values"].flatten(0, 1)
-        output = torch.bmm(received.to(values.dtype), values)
+        output = torch.bmm(received.to(values.dtype), values.flatten(0, 1))
         if summary:
             behind = attention[..., used : used + summary.count]
             output = (output + summary.output(behind)).to(query.dtype)
@@ -109,6 +137,21 @@ class Eager:
 
 
 eager = Eager()
+
+
+def needs_no_scores(layer, tokens, form):
+    """Whether the output is all that is asked for, and all heads and rows see the same slots."""
+    asked = layer.policy.uses_attention or layer.summary or form.softcap is not None or form.sinks is not None
+    return not (asked or tokens.padded or layer.is_sliding or (layer.selective and layer.evicted))
+
+
+def _flash(query, keys, values, scaling, mask=None):
+    """Attention by torch's kernels, which hold no scores; without a mask, queries and keys are of the same tokens."""
+    if query.is_cuda:  # there the kernels that take a mask or float32 want a key for each query head
+        keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (keys, values))
+    return scaled_dot_product_attention(
+        query, keys, values, mask, is_causal=mask is None, scale=scaling, enable_gqa=not query.is_cuda
+    )
 
 
 def _products(query, keys, scaling):

@@ -103,11 +103,17 @@ class AttentionMass(Policy):
         count, mass = attention.shape[2], slots["mass"]
         if count == 1:
             torch.add(attention[:, :, 0], mass, alpha=self.decay, out=mass)
-        elif self.decay == 1:
-            mass += attention.sum(2)
         else:
-            weights = self.decay ** torch.arange(count - 1, -1, -1, dtype=torch.float32, device=mass.device)
-            mass.mul_(self.decay**count).add_(weights @ attention)
+            self.receive(slots, self.weights(count, mass.device) @ attention, count)
+
+    def weights(self, count, device):
+        """How much the attention of each of `count` new queries counts, float32 `[count]`: what `observe` adds up of a slot's
+        column, and kernels that hold no score do."""
+        return self.decay ** torch.arange(count - 1, -1, -1, dtype=torch.float32, device=device)
+
+    def receive(self, slots, sums, count):
+        """Adds what `count` new queries gave to each slot, weighted: float32 `[batch, num_kv_heads, used]`."""
+        slots["mass"].mul_(self.decay**count).add_(sums)
 
     def score(self, slots, seen):
         score = (

@@ -2,8 +2,11 @@
 
 import torch
 
-from sketchkv.layer import MAX_BLOCK, BoundedLayer
+from sketchkv.layer import BoundedLayer
 from sketchkv.policies import Window
+
+# New tokens of one attention product: as many slots are held beyond the window while a text passes.
+MAX_BLOCK = 256
 
 
 class WindowLayer(BoundedLayer):

@@ -4,9 +4,11 @@ Each method falls back on the eager rule where a kernel does not serve: several 
 that computes in a way of its own.
 """
 
-from sketchkv.fast import attention, coded, codes, eviction, storage
+import torch
+
+from sketchkv.fast import attention, coded, codes, eviction, prompt, storage
 from sketchkv.layer import BoundedLayer
-from sketchkv.ops import Eager
+from sketchkv.ops import Eager, needs_no_scores
 from sketchkv.policies import AttentionMass, Policy
 from sketchkv.quantize import Normal, Quantized
 from sketchkv.sketch import CountMinSketch
@@ -47,8 +49,12 @@ class Fused(Eager):
 
     def attend(self, layer, query, tokens, form):
         slots, policy = layer.slots, layer.policy
+        if query.shape[2] > 1:
+            alone = query.shape[2] == slots.used and needs_no_scores(layer, tokens, form)
+            many = self._attend_many if _adds_up(layer) and not alone else super().attend
+            return many(layer, query, tokens, form)
         plain = _is_plain(layer)
-        if query.shape[2] > 1 or not (plain or _is_coded(layer)):
+        if not (plain or _is_coded(layer)):
             return super().attend(layer, query, tokens, form)
         if form.softcap is not None or form.sinks is not None:
             turned = slots.codec.turn(query, query, query)[0]
@@ -74,6 +80,34 @@ class Fused(Eager):
             real = (tokens.positions >= 0)[:, None, :, None] if tokens.padded else None
             policy.observe(slots, received if real is None else received * real)
         return output[:, :, None]
+
+    def _attend_many(self, layer, query, tokens, form):
+        """Attention of many new tokens: the output in one launch, in another what slots receive, no score in memory."""
+        slots, policy, summary = layer.slots, layer.policy, layer.summary
+        (batch, kv_heads), (heads, count) = slots.shape, query.shape[1:3]
+        away, beside = None, []
+        if tokens.padded or layer.selective:
+            away = slots["positions"] < 0
+            away = (away | slots["unattended"] if layer.selective else away).to(torch.uint8)
+        if summary:
+            grouped = query.reshape(batch * kv_heads, -1, query.shape[-1])
+            beside.append(form.capped(summary.logits(grouped, form.scaling)))
+        if form.sinks is not None:
+            beside.append(form.sink_column(batch, kv_heads, count))
+        others = torch.cat(beside, -1).logsumexp(-1).view(batch, heads, count) if beside else None
+        keys, values = slots["keys"], slots["values"]
+        alike = form.scaling, form.softcap, away
+        output, normaliser = prompt.attend(query, keys, values, *alike, others)
+        if summary:
+            total = normaliser.view(batch * kv_heads, -1, 1) / attention.LOG2E
+            behind = summary.output((beside[0] - total).exp()).view(output.shape)
+            output = (output + behind).to(query.dtype)
+        if policy.uses_attention:
+            weights = policy.weights(count, query.device)[None]
+            if tokens.padded:
+                weights = weights * (tokens.positions >= 0)
+            policy.receive(slots, prompt.receive(query, keys, normaliser, weights, *alike), count)
+        return output
 
     def _stretch(self, slots, name):
         """The slots that a kernel may look at: the occupied ones, or all where the device knows which are."""
@@ -115,6 +149,17 @@ def grows(layer, padded=False):
     watches = policy.uses_attention and policy.observe is not AttentionMass.observe
     return not (padded or watches or policy.query is not Policy.query) and (
         _is_plain(layer) or _is_coded(layer)
+    )
+
+
+def _adds_up(layer):
+    """Whether all that the layer's policy asks of many queries is a sum over them, of slots that all see in the order in which
+    they came."""
+    policy = type(layer.policy)
+    return (
+        (not policy.uses_attention or policy.observe is AttentionMass.observe)
+        and policy.query is Policy.query
+        and type(layer).hide is BoundedLayer.hide
     )
 
 

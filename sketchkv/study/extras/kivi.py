@@ -122,6 +122,9 @@ class Packing(Eager):
     def evict(self, layer, tokens):
         layer.slots.fold()
 
+    def attend(self, layer, query, tokens, form):  # never many tokens: they end where the newest are packed
+        return self._weigh(layer, query, layer.slots["keys"], layer.slots["values"], tokens, form)
+
 
 class KiviLayer(BoundedLayer):
     """A layer that packs and evicts nothing."""

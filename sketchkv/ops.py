@@ -25,7 +25,7 @@ class Eager:
 
     def append(self, layer, keys, values, tokens):
         """Stores new tokens in the layer's slots; returns the slots as a slice."""
-        return layer.slots.append(keys, values, tokens.positions)
+        return layer.slots.append(keys, values, tokens.positions, tokens.first)
 
     def attend(self, layer, query, tokens, form):
         """Attention of the newest tokens over all slots and the summary, and what the policy observes of it.
@@ -39,7 +39,16 @@ class Eager:
         layer.policy.query(slots, query)
         # The query heads of a group share the slots of their KV head: no key or value is repeated (grouped-query attention).
         grouped = query.reshape(batch * kv_heads, -1, query.shape[-1])
-        logits = form.capped(_products(grouped, slots["keys"].flatten(0, 1), form.scaling))
+        logits = _products(grouped, slots["keys"].flatten(0, 1), form.scaling)
+        near = slots.codec.near(slots, tokens.positions)
+        if near:
+            more = _products(grouped, near.keys.flatten(0, 1), form.scaling).view(
+                batch, kv_heads, -1, *near.seen.shape[2:]
+            )
+            at = near.at[:, :, None, None].expand_as(more)
+            more = more.masked_fill(~near.seen[:, :, None], 0)
+            logits.view(*more.shape[:-1], used).scatter_add_(-1, at, more)
+        logits = form.capped(logits)
         layer.hide(logits.view(batch, kv_heads, -1, count, used), tokens)
         if summary:
             logits = torch.cat([logits, form.capped(summary.logits(grouped, form.scaling))], -1)
@@ -49,6 +58,11 @@ class Eager:
         received = attention[..., :used] if attention.shape[-1] > used else attention
         values = slots["values"].flatten(0, 1)
         output = torch.bmm(received.to(values.dtype), values)
+        if near:
+            share = (
+                received.view(*more.shape[:-1], used).gather(-1, at).masked_fill(~near.seen[:, :, None], 0)
+            )
+            output += torch.bmm(share.flatten(2, 3).flatten(0, 1).to(values.dtype), near.values.flatten(0, 1))
         if summary:
             behind = attention[..., used : used + summary.count]
             output = (output + summary.output(behind)).to(query.dtype)

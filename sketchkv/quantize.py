@@ -73,6 +73,10 @@ class Quantized(Plain):
             )
         return Half() if bits == 16 else Normal(bits, self.device)
 
+    def all_coders(self):
+        """What codes keys, values and what their codes lack."""
+        return [*self.coders.values(), *(self.ring.coders.values() if self.ring else ())]
+
     def arrays(self, name, shape, width):
         self.coders[name] = self.make_coder(name, width)
         if self.rotates:

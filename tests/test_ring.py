@@ -157,12 +157,12 @@ def test_a_token_sees_the_same_however_the_text_arrives(newest, sinks, cuts, fir
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("finer, error", [(16, 2e-3), (4, 0.05)])
+@pytest.mark.parametrize("finer, error", [(16, 2e-3), (4, 0.025)])
 def test_a_centre_changes_nothing_of_what_is_held_exactly(dtype, finer, error):
     """Keys lie far from zero; at token 32 all have new codes."""
     generator = torch.Generator().manual_seed(0)
     keys = torch.randn(1, 2, 60, 64, generator=generator) + 4 * torch.randn(1, 2, 1, 64, generator=generator)
-    slots = Slots((1, 2), 60, (64, 64), quantized(4, newest=8, sinks=3, finer=finer)(dtype, "cpu"))
+    slots = Slots((1, 2), 60, (64, 64), quantized(5, newest=8, sinks=3, finer=finer)(dtype, "cpu"))
     positions = torch.arange(60, dtype=torch.int32)[None]
     for start, stop in ((0, 30), (30, 31), (31, 32), (32, 33), (33, 60)):
         part = keys[:, :, start:stop].to(dtype)
@@ -175,7 +175,7 @@ def test_a_centre_changes_nothing_of_what_is_held_exactly(dtype, finer, error):
         off = (held - now).float().square().mean(-1).sqrt().amax((0, 1))
         rounding = {torch.float32: 0, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
         fine = torch.tensor([p < 3 or p >= stop - 8 for p in range(stop)])
-        assert off[fine].mean() < error + rounding and off[~fine].mean() > 0.06
+        assert off[fine].mean() < error + rounding and off[~fine].mean() > 0.04
 
 
 def test_a_codec_of_float16_numbers_is_not_changed_by_reading():

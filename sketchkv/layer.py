@@ -169,7 +169,7 @@ class BoundedLayer(CacheLayerMixin):
             count = min(self.slots.room, total - start)
             if self.seen < codec.settles_after:
                 count = min(count, codec.settles_after - self.seen)
-            now, parts = tokens, (query, key, value)
+            now, parts = tokens, [query, key, value]
             if count < total:
                 block = slice(start, start + count)
                 now, parts = tokens.part(block), [x[:, :, block] for x in parts]

@@ -29,7 +29,7 @@ class Eager:
 
     def append(self, layer, keys, values, tokens):
         """Stores new tokens in the layer's slots; returns the slots as a slice."""
-        return layer.slots.append(keys, values, tokens.positions)
+        return layer.slots.append(keys, values, tokens.positions, tokens.first)
 
     def attend(self, layer, query, tokens, form):
         """Attention of the newest tokens over all slots and the summary, and what the policy observes of it.
@@ -40,9 +40,10 @@ class Eager:
         """
         slots, count = layer.slots, query.shape[2]
         keys, values = slots["keys"], slots["values"]
+        near = slots.codec.near(slots, tokens.positions)
         if count == 1:
-            return self._weigh(layer, query, keys, values, tokens, form)
-        flash = needs_no_scores(layer, tokens, form)
+            return self._weigh(layer, query, keys, values, tokens, form, near)
+        flash = near is None and needs_no_scores(layer, tokens, form)
         if flash and count == slots.used:
             layer.policy.query(slots, query)
             return _flash(query, keys, values, form.scaling)
@@ -58,17 +59,21 @@ class Eager:
                 seen = torch.ones(part.stop - start, slots.used, dtype=torch.bool, device=query.device)
                 outputs.append(_flash(*block, form.scaling, seen.tril_(before + start)))
             else:
-                outputs.append(self._weigh(layer, *block, tokens.part(part), form))
+                fine = near and near.part(part, slots.used)
+                outputs.append(self._weigh(layer, *block, tokens.part(part), form, fine))
         return torch.cat(outputs, 2)
 
-    def _weigh(self, layer, query, keys, values, tokens, form):
+    def _weigh(self, layer, query, keys, values, tokens, form, near=None):
         """Attention of one block, by a matrix of all scores."""
         slots, summary = layer.slots, layer.summary
         (batch, kv_heads), count, used = slots.shape, query.shape[2], slots.used
         layer.policy.query(slots, query)
         # The query heads of a group share the slots of their KV head: no key or value is repeated (grouped-query attention).
         grouped = query.reshape(batch * kv_heads, -1, query.shape[-1])
-        logits = form.capped(_products(grouped, keys.flatten(0, 1), form.scaling))
+        logits = products(grouped, keys.flatten(0, 1), form.scaling)
+        if near:
+            near.add_logits(logits.view(batch, kv_heads, -1, count, used), grouped, form.scaling)
+        logits = form.capped(logits)
         layer.hide(logits.view(batch, kv_heads, -1, count, used), tokens)
         if summary:
             logits = torch.cat([logits, form.capped(summary.logits(grouped, form.scaling))], -1)
@@ -77,6 +82,8 @@ class Eager:
         attention = logits.softmax(-1)
         received = attention[..., :used] if attention.shape[-1] > used else attention
         output = torch.bmm(received.to(values.dtype), values.flatten(0, 1))
+        if near:
+            output += near.output(received.view(batch, kv_heads, -1, count, used))
         if summary:
             behind = attention[..., used : used + summary.count]
             output = (output + summary.output(behind)).to(query.dtype)
@@ -154,7 +161,7 @@ def _flash(query, keys, values, scaling, mask=None):
     )
 
 
-def _products(query, keys, scaling):
+def products(query, keys, scaling):
     """Scaled logits, float32 `[rows, m, n]`. Half precision is multiplied so that no logit overflows on the way."""
     keys = keys.transpose(1, 2)
     if query.dtype == torch.float32:

@@ -6,22 +6,27 @@ Every token has a scale of its own, since that is all that a cache that evicts c
 
 import math
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 
 from sketchkv.checks import whole
+from sketchkv.ring import Ring
 from sketchkv.slots import Plain
 
 BITS = (16, 8, 6, 5, 4, 3, 2)
 TINY = 2.0**-24  # the smallest positive float16
 # Tokens after which keys are centred: early enough for most of a text, late enough for a mean.
 CENTRE_AFTER = 32
+MOST_NEAR = 2**20  # tokens
 
 
-def quantized(bits):
+def quantized(bits, newest=0, sinks=0, finer=4):
     """The codec that holds keys and values in so many bits: a function of (dtype, device).
 
     bits: one of `BITS`, or a pair of them for keys and values.
+    newest: of so many tokens, and of the first `sinks`, what rounding took is held as well (`sketchkv.ring`); 0: of none.
+    finer: in so many bits, one of `BITS`.
     Raises ValueError for another number.
     """
     pair = bits if isinstance(bits, (tuple, list)) else (bits, bits)
@@ -31,7 +36,11 @@ def quantized(bits):
         pair = ()
     if len(pair) != 2 or not set(pair) <= set(BITS):
         raise ValueError(f"bits must be one of {BITS}, or a pair of them for keys and values; got {bits!r}")
-    return partial(Quantized, pair)
+    if not whole("newest", newest, 0, MOST_NEAR):
+        return partial(Quantized, pair)
+    if finer not in BITS:
+        raise ValueError(f"finer must be one of {BITS}, got {finer!r}")
+    return partial(Quantized, pair, near=(newest, whole("sinks", sinks, 0, MOST_NEAR), finer))
 
 
 class Quantized(Plain):
@@ -41,24 +50,34 @@ class Quantized(Plain):
 
     bits: of keys and values, a pair.
     dtype, device: of the model's keys and values.
+    near: (newest, sinks, bits) of tokens that are held more finely, or None.
     """
 
-    def __init__(self, bits, dtype, device):
+    def __init__(self, bits, dtype, device, near=None):
         super().__init__(dtype, device)
+        self.ring = Ring(*near[:2]) if near else None
+        self.finer = near[2] if near else None
         self.bits = dict(zip(("keys", "values"), bits, strict=True))
-        self.coders, self.rotations, self.centre = {}, {}, None
+        self.coders, self.rotations = {}, {}
+        self.centre: Any = None
         self.settles_after = CENTRE_AFTER if self.rotates else 0
 
     rotates = property(lambda self: min(self.bits.values()) < 16)
 
     def make_coder(self, name, width):
         """What codes "keys" or "values" of so many channels."""
-        bits = self.bits[name]
+        return self._coder(self.bits[name], width)
+
+    def _coder(self, bits, width):
         if bits < 16 and width % 8:
             raise ValueError(
                 f"vectors of {width} channels can't be packed in {bits} bits: head_dim must be a multiple of 8"
             )
         return Half() if bits == 16 else Normal(bits, self.device)
+
+    def all_coders(self):
+        """What codes keys, values and what their codes lack."""
+        return [*self.coders.values(), *(self.ring.coders.values() if self.ring else ())]
 
     def arrays(self, name, shape, width):
         self.coders[name] = self.make_coder(name, width)
@@ -66,6 +85,8 @@ class Quantized(Plain):
             self.rotations[name] = rotation(width, self.device)
             if name == "keys" and self.centre is None:  # wider slots for a prompt share it
                 self.centre = torch.zeros(*shape[:2], 1, width, dtype=torch.float16, device=self.device)
+        if self.ring:
+            self.ring.allocate(name, shape[:2], width, self._coder(self.finer, width), self.device)
         codes, scales = self.coders[name].encode(torch.zeros(1, 1, 1, width, device=self.device))
         stored = (name, codes), (f"{name}_scale", scales)
         return {part: like.new_zeros(*shape, like.shape[-1]) for part, like in stored}
@@ -76,7 +97,18 @@ class Quantized(Plain):
 
     def decode(self, name, arrays):
         vectors = self.coders[name].decode(arrays[name], arrays[f"{name}_scale"], self.dtype)
-        return vectors.add_(self.centre) if self.centre is not None and name == "keys" else vectors
+        # Not in place: float16 numbers are decoded to a view of the slots.
+        return (
+            (vectors + self.centre).to(self.dtype) if self.centre is not None and name == "keys" else vectors
+        )
+
+    def keep(self, coded, positions, first):
+        if self.ring:
+            rests = {name: vectors - self.decode(name, arrays) for name, (vectors, arrays) in coded.items()}
+            self.ring.keep(rests, positions, first)
+
+    def near(self, slots, positions):
+        return self.ring.near(slots, positions) if self.ring else None
 
     def turn(self, query, key, value):
         if not self.rotations:
@@ -90,13 +122,17 @@ class Quantized(Plain):
     def settle(self, slots, first):
         """Codes all stored keys anew, as distances from the mean of the finite ones from position `first` on."""
         keys = slots["keys"]
+        if self.ring:
+            keys = self.ring.added(slots, keys)
         member = (slots["positions"] >= first)[..., None] & keys.isfinite().all(-1, keepdim=True)
         total = keys.where(member, 0).sum(2, keepdim=True)
         self.centre.copy_(total / member.sum(2, keepdim=True).clamp(min=1))
-        slots.write("keys", keys, 0)
+        arrays = slots.write("keys", keys, 0)
+        if self.ring:
+            self.ring.renew(slots, keys - self.decode("keys", arrays))
 
     def tensors(self):
-        return [] if self.centre is None else [self.centre]
+        return ([] if self.centre is None else [self.centre]) + (self.ring.tensors() if self.ring else [])
 
     def shared(self):
         return list(self.rotations.values())

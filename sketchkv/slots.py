@@ -29,6 +29,13 @@ class Plain:
         """Vectors, of what `encode` gave."""
         return arrays[name]
 
+    def keep(self, coded, positions, first):
+        """Called when new tokens were stored: {"keys", "values": (vectors, what `encode` gave)}; other parameters as of
+        `Slots.append`."""
+
+    def near(self, slots, positions):
+        """What attention of the queries at `positions` adds to what it reads of the slots: `sketchkv.ring.Near`, or None."""
+
     def turn(self, query, key, value):
         """Vectors as they are stored and multiplied: no product of a query and a key changes."""
         return query, key, value
@@ -104,23 +111,27 @@ class Slots:
             return pick(self.arrays[name])
         return self.codec.decode(name, {part: pick(self.arrays[part]) for part in self.parts[name]})
 
-    def append(self, keys, values, positions):
+    def append(self, keys, values, positions, first=0):
         """Stores n new tokens; returns their slots as a slice.
 
         keys, values: `[batch, num_kv_heads, n, width]`.
         positions: int32 `[batch, n]`, or `[1, n]` if all rows have the same.
+        first: position of each row's first real token, int32 `[batch, 1, 1]`, or 0 for all.
         """
         start, count = self.used, keys.shape[2]
-        for name, vectors in (("keys", keys), ("values", values)):
-            self.write(name, vectors, start)
+        pairs = ("keys", keys), ("values", values)
+        coded = {name: (vectors, self.write(name, vectors, start)) for name, vectors in pairs}
+        self.codec.keep(coded, positions, first)
         self.positions.narrow(2, start, count).copy_(positions[:, None])
         self.used = start + count
         return slice(start, self.used)
 
     def write(self, name, vectors, start):
-        """Stores keys or values in the slots from `start` on."""
-        for part, coded in self.codec.encode(name, vectors).items():
+        """Stores keys or values in the slots from `start` on; returns what the codec made of them."""
+        arrays = self.codec.encode(name, vectors)
+        for part, coded in arrays.items():
             self.arrays[part].narrow(2, start, coded.shape[2]).copy_(coded)
+        return arrays
 
     def evict(self, evicted):
         """Frees the slots `evicted` (`[batch, num_kv_heads, n]`, distinct indices below `used`).
@@ -145,12 +156,13 @@ class Slots:
                 array[:, :, kept : self.used] = EMPTY if name == "positions" else 0
         self.used = self.kept = kept
 
-    def replace(self, index, keys, values, positions):
+    def replace(self, index, keys, values, positions, first=0):
         """A new token takes the slot `index` (`[batch, num_kv_heads, 1]`) of each head; other parameters as of `append`."""
-        coded = {"positions": positions[:, None].expand_as(index)}
-        for name, vectors in (("keys", keys), ("values", values)):
-            coded |= self.codec.encode(name, vectors)
-        for name, new in coded.items():
+        pairs = ("keys", keys), ("values", values)
+        coded = {name: (vectors, self.codec.encode(name, vectors)) for name, vectors in pairs}
+        self.codec.keep(coded, positions, first)
+        arrays = coded["keys"][1] | coded["values"][1] | {"positions": positions[:, None].expand_as(index)}
+        for name, new in arrays.items():
             array = self.arrays[name]
             array.scatter_(
                 2, index[..., None].expand_as(new) if array.ndim == 4 else index, new.to(array.dtype)

@@ -30,7 +30,7 @@ class WindowLayer(BoundedLayer):
         query, key, value = codec.turn(query, key, value)
         if total == 1 and not self.slots.room:  # the oldest leaves the window as the new one comes
             oldest = self.home.positions.argmin(-1, keepdim=True)
-            self.home.replace(oldest, key, value, tokens.positions)
+            self.home.replace(oldest, key, value, tokens.positions, tokens.first)
             self.seen, self.evicted, self.waiting = self.seen + 1, self.evicted + self.capped, False
             return codec.turn_back(self.ops.attend(self, query, tokens, form))
         start = 0

@@ -67,6 +67,10 @@ FEATURES = {
     "other bits": dict(codec=quantized((3, 8)), group=1),
     "keys alone": dict(codec=quantized((6, 16))),
     "compact": dict(codec=quantized((5, 4)), summary=Summary()),
+    "ring": dict(codec=quantized((5, 4), newest=4, sinks=2)),
+    "other rings": dict(codec=quantized((3, 8), newest=11, finer=3), group=1, summary=Summary()),
+    "ring in 16 bits": dict(codec=quantized((5, 4), newest=2, sinks=1, finer=16)),
+    "padding, ring": dict(padded=True, codec=quantized((5, 4), newest=4, sinks=2), summary=Summary()),
     "padding": dict(padded=True),
     "padding, compact": dict(padded=True, codec=quantized((5, 4)), summary=Summary()),
     "windows": dict(window=True),
@@ -140,6 +144,10 @@ def state(layer):
         index = layer.slots["positions"].argsort(dim=-1, stable=True)
         vectors = layer.slots.take(name, index)
         found[name] = vectors.masked_fill((found["positions"] < 0)[..., None], 0)
+    if getattr(layer.slots.codec, "ring", None):
+        for name, kind in (("keys", "near keys"), ("values", "near values")):
+            found[kind] = layer.slots.codec.ring.read(name, torch.float32)
+        found["span"] = layer.slots.codec.ring.span
     for index, tensor in enumerate(layer.policy.tensors()):
         found[f"policy {index}"] = tensor
     for index, tensor in enumerate(layer.summary.tensors() if layer.summary else []):
@@ -194,7 +202,11 @@ def test_fused_operations_equal_the_eager_rule(policy, feature):
 @runs
 @pytest.mark.parametrize(
     "policy, feature",
-    some([name for name in POLICIES if POLICIES[name].recordable], ["plain", "compact", "attend_topk"], 3),
+    some(
+        [name for name in POLICIES if POLICIES[name].recordable],
+        ["plain", "compact", "attend_topk", "ring"],
+        3,
+    ),
 )
 def test_a_clock_on_the_device_changes_nothing(policy, feature):
     agree(policy, feature, clocked=True)

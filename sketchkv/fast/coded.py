@@ -8,7 +8,7 @@ gives them and are turned here; the output is turned back.
 import torch
 
 from sketchkv.fast.attention import LOG2E, MASKED, _combine, _hide, _receive, scratchpad
-from sketchkv.fast.codes import bits_of, levels_of, stored
+from sketchkv.fast.codes import bits_of, levels_of, rests_of, ring_row, stored
 from sketchkv.fast.launch import jit, tl, triton
 
 
@@ -24,6 +24,13 @@ def _attend(
     value_scales,
     value_levels,
     positions,
+    rest_keys,
+    rest_key_scales,
+    rest_key_levels,
+    rest_values,
+    rest_value_scales,
+    rest_value_levels,
+    span,
     filled,
     means,
     value_means,
@@ -44,6 +51,9 @@ def _attend(
     scale,
     factor,
     decay,
+    NEWEST: tl.constexpr,
+    SINKS: tl.constexpr,
+    REST_BITS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     DIM: tl.constexpr,
@@ -90,6 +100,13 @@ def _attend(
             top = tl.maximum(top, first)
             total = tl.exp2(first - top)
             sums = total[:, None] * tl.load(value_means + row * DIM + column)[None, :]
+    if NEWEST:
+        rest_keys += row * (NEWEST + SINKS) * (DIM * REST_BITS // 8)
+        rest_values += row * (NEWEST + SINKS) * (DIM * REST_BITS // 8)
+        rest_key_scales += row * (NEWEST + SINKS)
+        rest_value_scales += row * (NEWEST + SINKS)
+        text_begin = tl.load(span + row // kv_heads * 2)
+        text_end = tl.load(span + row // kv_heads * 2 + 1)
     start = split * per_split
     end = tl.minimum(start + per_split, used)
     for begin in range(start, end, BLOCK):
@@ -98,6 +115,16 @@ def _attend(
         key = levels_of(keys, key_levels, slot, held, column, DIM, KEY_BITS).to(q.dtype)
         key_scale = tl.load(key_scales + slot, mask=held, other=0.0).to(tl.float32) * scale
         logits = tl.dot(q, tl.trans(key), input_precision="ieee") * key_scale[None, :] + shift[:, None]
+        if NEWEST:  # a tile with none of these tokens only looks at its positions
+            at = tl.load(positions + slot, mask=held, other=-1)
+            near, near_held = ring_row(at, text_begin, text_end, NEWEST, SINKS)
+            some = tl.max(near_held.to(tl.int32), 0) > 0
+            if some:
+                rest = levels_of(rest_keys, rest_key_levels, near, near_held, column, DIM, REST_BITS).to(
+                    q.dtype
+                )
+                rest_scale = tl.load(rest_key_scales + near, mask=near_held, other=0.0).to(tl.float32) * scale
+                logits += tl.dot(q, tl.trans(rest), input_precision="ieee") * rest_scale[None, :]
         logits = _hide(logits, positions, slot[None, :], 1, end, MASK)
         waiting = (group[:, None] < GROUP) & held[None, :]
         tl.store(scratch + group[:, None] * scratch_stride + slot[None, :], logits, mask=waiting)
@@ -107,6 +134,12 @@ def _attend(
         value = levels_of(values, value_levels, slot, held, column, DIM, VALUE_BITS).to(q.dtype)
         weight = new * tl.load(value_scales + slot, mask=held, other=0.0).to(tl.float32)[None, :]
         sums = tl.dot(weight.to(q.dtype), value, sums * old[:, None], input_precision="ieee")
+        if NEWEST:
+            if some:
+                rest = levels_of(rest_values, rest_value_levels, near, near_held, column, DIM, REST_BITS)
+                rest_scale = tl.load(rest_value_scales + near, mask=near_held, other=0.0).to(tl.float32)
+                weight = (new * rest_scale[None, :]).to(q.dtype)
+                sums = tl.dot(weight, rest.to(q.dtype), sums, input_precision="ieee")
         top = higher
     if SPLITS == 1:
         back = tl.load(turn + column[None, :] * DIM + column[:, None]).to(q.dtype)
@@ -153,7 +186,7 @@ def attend(
     means = [received] * 3 if summary is None else [summary.keys, summary.values, summary.counts]
     groups = max(16, triton.next_power_of_2(group))
     shared = dict(GROUP=group, GROUPS=groups, SPLITS=splits, ADD=add, FINISH=128, GROWS=filled is not None)
-    rotation = slots.codec.rotations["keys"]
+    rotation, (rests, sizes) = slots.codec.rotations["keys"], rests_of(slots)
     _attend[(rows, splits)](
         query,
         rotation,
@@ -161,6 +194,7 @@ def attend(
         slots.codec.centre,
         *stored(slots, "values"),
         slots.positions,
+        *rests,
         counter,
         *means,
         received,
@@ -175,6 +209,7 @@ def attend(
         scaling * LOG2E,
         dim**-0.5,
         decay,
+        **sizes,
         DIM=dim,
         **bits_of(slots),
         BLOCK=block,

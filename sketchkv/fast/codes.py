@@ -49,7 +49,7 @@ def _store_plane(codes, code, target, DIM: tl.constexpr, BITS: tl.constexpr, PAR
 def _encode(
     x, levels, bounds, codes, scales, target, DIM: tl.constexpr, BITS: tl.constexpr, LEAST: tl.constexpr
 ):
-    """Stores a vector x [DIM], float32, in the slot `target`."""
+    """Stores a vector x [DIM], float32, in the slot `target`; returns what its code lacks."""
     LEVELS: tl.constexpr = 1 << BITS
     norm = tl.sqrt(tl.sum(x * x, 0) / DIM)
     relative = x / tl.maximum(norm, LEAST)
@@ -57,8 +57,8 @@ def _encode(
     bound = tl.load(bounds + index, mask=index < LEVELS - 1, other=float("inf"))
     code = tl.sum((relative[:, None] > bound[None, :]).to(tl.int32), 1)
     level = tl.load(levels + code)
-    scale = tl.sum(x * level, 0) / tl.sum(level * level, 0)
-    tl.store(scales + target, scale.to(tl.float16))
+    scale = (tl.sum(x * level, 0) / tl.sum(level * level, 0)).to(tl.float16)
+    tl.store(scales + target, scale)
     if BITS & 8:
         _store_plane(codes, code, target, DIM, BITS, 8)
     if BITS & 4:
@@ -67,6 +67,15 @@ def _encode(
         _store_plane(codes, code, target, DIM, BITS, 2)
     if BITS & 1:
         _store_plane(codes, code, target, DIM, BITS, 1)
+    return x - level * scale.to(tl.float32)
+
+
+@jit
+def ring_row(position, first, end, NEWEST: tl.constexpr, SINKS: tl.constexpr):
+    """The row of `sketchkv.ring.Ring` where the tokens at `position` are, and whether they have one."""
+    sink = position < first + SINKS
+    held = (position >= 0) & (position < end) & (sink | (position >= end - NEWEST))
+    return tl.where(sink, position - first, SINKS + position % NEWEST), held
 
 
 @jit(do_not_specialize=["slot"])
@@ -86,6 +95,16 @@ def _append(
     value_levels,
     value_bounds,
     positions,
+    rest_keys,
+    rest_key_scales,
+    rest_key_levels,
+    rest_key_bounds,
+    rest_values,
+    rest_value_scales,
+    rest_value_levels,
+    rest_value_bounds,
+    span,
+    first,
     k_batch,
     k_head,
     v_batch,
@@ -95,6 +114,10 @@ def _append(
     kv_heads,
     capacity,
     factor,
+    NEWEST: tl.constexpr,
+    SINKS: tl.constexpr,
+    REST_BITS: tl.constexpr,
+    PADDED: tl.constexpr,
     DIM: tl.constexpr,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -112,22 +135,55 @@ def _append(
     new = tl.load(key + batch * k_batch + head * k_head + column)
     x = tl.sum(new.to(tl.float32)[:, None] * rotation, 0).to(new.dtype).to(tl.float32)
     x -= tl.load(centre + row * DIM + column).to(tl.float32)
-    _encode(x, key_levels, key_bounds, keys, key_scales, target, DIM, KEY_BITS, LEAST)
+    rest_key = _encode(x, key_levels, key_bounds, keys, key_scales, target, DIM, KEY_BITS, LEAST)
     new = tl.load(value + batch * v_batch + head * v_head + column)
     x = tl.sum(new.to(tl.float32)[:, None] * rotation, 0).to(new.dtype).to(tl.float32)
-    _encode(x, value_levels, value_bounds, values, value_scales, target, DIM, VALUE_BITS, LEAST)
-    tl.store(positions + target, tl.load(position + batch * p_batch))
+    rest_value = _encode(x, value_levels, value_bounds, values, value_scales, target, DIM, VALUE_BITS, LEAST)
+    at = tl.load(position + batch * p_batch)
+    tl.store(positions + target, at)
+    if NEWEST:
+        begins = 0
+        if PADDED:
+            begins = tl.load(first + batch)
+        near, held = ring_row(at, begins, at + 1, NEWEST, SINKS)
+        near = row * (NEWEST + SINKS) + tl.where(held, near, 0)  # padding comes before all that is held
+        _encode(
+            rest_key,
+            rest_key_levels,
+            rest_key_bounds,
+            rest_keys,
+            rest_key_scales,
+            near,
+            DIM,
+            REST_BITS,
+            LEAST,
+        )
+        _encode(
+            rest_value,
+            rest_value_levels,
+            rest_value_bounds,
+            rest_values,
+            rest_value_scales,
+            near,
+            DIM,
+            REST_BITS,
+            LEAST,
+        )
+        tl.store(span + 2 * batch, begins)
+        tl.store(span + 2 * batch + 1, at + 1)
 
 
-def append(key, value, position, slots, filled=None):
+def append(key, value, position, slots, filled=None, first=0):
     """Codes and stores one new token in the next slot of all heads, in one launch; Python's count of the slots is left as it
     is.
 
     key, value: `[batch, num_kv_heads, 1, width]`, not turned; position: int32 `[batch or 1, 1]`.
     slots: `sketchkv.slots.Slots` with a codec that is `served`.
     filled: int32 `[1]`, how many slots are occupied, where the device counts; None: `slots.used`.
+    first: position of each row's first real token, int32 `[batch, 1, 1]`, or 0 for all.
     """
     (batch, kv_heads), dim = slots.shape, slots.widths[0]
+    rests, sizes = rests_of(slots, "bounds")
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     _append[(batch * kv_heads,)](
         key,
@@ -139,6 +195,8 @@ def append(key, value, position, slots, filled=None):
         slots.codec.centre,
         *stored(slots, "values", "bounds"),
         slots.positions,
+        *rests,
+        first if isinstance(first, torch.Tensor) else position,
         *key.stride()[:2],
         *value.stride()[:2],
         position.stride(0) if position.shape[0] > 1 else 0,
@@ -146,6 +204,8 @@ def append(key, value, position, slots, filled=None):
         kv_heads,
         slots.capacity,
         dim**-0.5,
+        **sizes,
+        PADDED=isinstance(first, torch.Tensor),
         DIM=dim,
         **bits_of(slots),
         LEAST=TINY,
@@ -163,6 +223,20 @@ def stored(slots, name, *tables):
         coder.levels,
         *(getattr(coder, each) for each in tables),
     )
+
+
+def rests_of(slots, *tables):
+    """What `stored` gives, of the ring's keys and values, and its span; NEWEST, SINKS, REST_BITS. Without a ring, any tensors
+    and a NEWEST of 0."""
+    ring = slots.codec.ring
+    if ring is None:
+        unused = [slots.positions] * (2 * (3 + len(tables)) + 1)
+        return unused, {"NEWEST": 0, "SINKS": 0, "REST_BITS": 0}
+    found = []
+    for name in ("keys", "values"):
+        coder = ring.coders[name]
+        found += [*ring.parts[name], coder.levels, *(getattr(coder, each) for each in tables)]
+    return [*found, ring.span], {"NEWEST": ring.newest, "SINKS": ring.sinks, "REST_BITS": slots.codec.finer}
 
 
 def bits_of(slots):

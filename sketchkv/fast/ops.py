@@ -39,8 +39,10 @@ class Fused(Eager):
         slots = layer.slots
         if keys.shape[2] > 1 or not (type(slots.codec) is Plain or _is_coded(layer)):
             return super().append(layer, keys, values, tokens)
-        append = storage.append if type(slots.codec) is Plain else codes.append
-        append(keys, values, tokens.positions, slots, self.filled)
+        if type(slots.codec) is Plain:
+            storage.append(keys, values, tokens.positions, slots, self.filled)
+        else:
+            codes.append(keys, values, tokens.positions, slots, self.filled, tokens.first)
         return self._stored(slots)
 
     def _stored(self, slots):
@@ -160,6 +162,7 @@ def _adds_up(layer):
         (not policy.uses_attention or policy.observe is AttentionMass.observe)
         and policy.query is Policy.query
         and type(layer).hide is BoundedLayer.hide
+        and getattr(layer.slots.codec, "ring", None) is None
     )
 
 
@@ -175,7 +178,7 @@ def _is_coded(layer):
     codec, summary, (width, other) = layer.slots.codec, layer.summary, layer.slots.widths
     return (
         type(codec) is Quantized
-        and all(type(coder) is Normal for coder in codec.coders.values())
+        and all(type(coder) is Normal for coder in codec.all_coders())
         and width == other
         and width >= 16
         and not width & width - 1

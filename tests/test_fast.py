@@ -163,7 +163,11 @@ def both(policy, feature, clocked=False, fused=None):
     got, layer = decode(POLICIES[policy], steps, fused or Fused(), clocked=clocked, **settings)
     assert eager.evicted == layer.evicted > 0 and eager.seen == layer.seen
     tolerance = 2e-5 if expected.dtype == torch.float32 else 1e-2
-    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+    # What padding attends to is nobody's business.
+    real = torch.cat([each.positions for *_, each in steps], -1)[:, None, :, None] >= 0
+    torch.testing.assert_close(
+        *(x.masked_fill(~real, 0) for x in (got, expected)), atol=tolerance, rtol=tolerance
+    )
     one, other = state(eager), state(layer)
     assert torch.equal(one["positions"], other["positions"])
     for name in one:

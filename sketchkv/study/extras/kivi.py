@@ -86,7 +86,7 @@ class KiviSlots:
         old = self._turn(name, unpack(codes, ranges, self.bits, self.dtype)).flatten(2, 3)
         return torch.cat([old, self.arrays[name][:, :, : self.newest].to(self.dtype)], 2)
 
-    def append(self, keys, values, positions):
+    def append(self, keys, values, positions, first=0):
         new = slice(self.newest, self.newest + keys.shape[2])
         self.arrays["keys"][:, :, new] = keys
         self.arrays["values"][:, :, new] = values

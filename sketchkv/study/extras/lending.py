@@ -93,7 +93,7 @@ class AdaptiveCache(SketchCache):
             config, max_cache_size, policy=AttentionMass() if policy is None else policy, **settings
         )
         self.margin = margin
-        self.block = self.max_chunk_size = self.layers[0].evict_every
+        self.block = self.layers[0].evict_every
         self.first = [layer.max_cache_size for layer in self.layers]
         protected = self.layers[0].num_sinks + self.layers[0].recent_window
         self.least = [max(int(least * cap), protected + 1, self.block) for cap in self.first]
@@ -123,6 +123,10 @@ class AdaptiveCache(SketchCache):
         if self.promised:
             caps[self.promised[0]] += self.block
         return caps
+
+    @property
+    def max_chunk_size(self):
+        return self.block
 
     def reset(self):
         super().reset()

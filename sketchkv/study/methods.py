@@ -12,6 +12,7 @@ from sketchkv.budgets import pyramid
 from sketchkv.cache import SketchCache, text_config
 from sketchkv.peers import LRU, TOVA, KeyNorm, SnapKV
 from sketchkv.policies import H2O, AttentionMass, Random, Sketch, Window
+from sketchkv.study.extras.device_store import DeviceStore
 from sketchkv.study.extras.expected import ExpectedAttention
 from sketchkv.study.extras.kivi import KiviCache
 from sketchkv.study.extras.lending import AdaptiveCache
@@ -84,7 +85,17 @@ def _top(config, max_cache_size, **options):
     return max_cache_size - layer.num_sinks - layer.recent_window
 
 
-def _spelled(config, *, summary_slots=0, spread=False, protects=False, rounding=None, steepness=0, recent_share=0, **options):
+def _spelled(
+    config,
+    *,
+    summary_slots=0,
+    spread=False,
+    protects=False,
+    rounding=None,
+    recent_share=0,
+    steepness=0,
+    **options,
+):
     """The study's options, which JSON can hold, as objects.
 
     summary_slots: slots that remember what was evicted, by hash of the key.
@@ -92,12 +103,15 @@ def _spelled(config, *, summary_slots=0, spread=False, protects=False, rounding=
     protects: whether a token that a summary would swallow stays longer.
     rounding: "range" for minimum and step of a group, as the peers round.
     recent_share: share of the cap that belongs to the newest tokens: 0.5 makes "h2o" the published H2O.
+    store: "device" is a `DeviceStore`.
     steepness: caps of the layers fall by it (`pyramid`) around `max_cache_size`.
     """
     if summary_slots:
         options["summary"] = Summary(summary_slots, spread, protects)
     if rounding:
         options["codec"] = ranges(options.pop("bits"))
+    if options.get("store") == "device":
+        options["store"] = DeviceStore()
     if recent_share:
         options["recent_window"] = int(options["max_cache_size"] * recent_share)
     if steepness:

@@ -69,7 +69,8 @@ def _asked(what, name, number):
 
 
 def instances(task, tokenizer, fillers, depth, form="plain", seed=0):
-    """Token ids `[instances, length]`, of which the last `answer` (int) are the answer, the same number in each.
+    """(ids, answer, tail): token ids `[instances, length]`, whose last `answer` tokens are the answer in each row, and whose
+    last `tail` tokens are question and answer in the row where they are longest.
 
     Sentences begin where a token of the filler begins with a line break or follows the end of a sentence. The facts of an
     instance are the same at every depth. A question stands after the text, its answer begun in words; in the form "chat" text
@@ -86,7 +87,7 @@ def instances(task, tokenizer, fillers, depth, form="plain", seed=0):
     encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     ends = {i for i, token in enumerate(tokens) if token and token.endswith((".", ".Ċ", "Ċ"))}
-    rows, lengths = [], set()
+    rows, lengths, tails = [], set(), []
     for index, filler in enumerate(fillers.tolist()):
         facts, question, begun, answer = TASKS[task](random.Random(f"{seed} {task} {index}"), depth)
         head, tail = _frame(tokenizer, question, begun, form, filler[0])
@@ -105,9 +106,12 @@ def instances(task, tokenizer, fillers, depth, form="plain", seed=0):
         for place, fact in sorted(places, key=lambda pair: -pair[0]):
             body[place:place] = fact
         rows.append(head + body + tail + answer)
+        tails.append(len(tail) + len(answer))
     if len(lengths) > 1:
-        raise ValueError(f"answers of {sorted(lengths)} tokens: the tokenizer must cut numbers digit by digit")
-    return torch.tensor(rows), lengths.pop()
+        raise ValueError(
+            f"answers of {sorted(lengths)} tokens: the tokenizer must cut numbers digit by digit"
+        )
+    return torch.tensor(rows), lengths.pop(), max(tails)
 
 
 def _frame(tokenizer, question, begun, form, first):

@@ -13,6 +13,8 @@ from sketchkv.cache import SketchCache
 from sketchkv.peers import LRU, TOVA, KeyNorm, SnapKV
 from sketchkv.policies import H2O, AttentionMass, Random, Window
 from sketchkv.sketch_policy import Sketch
+from sketchkv.study.extras.device_store import DeviceStore
+from sketchkv.study.extras.expected import ExpectedAttention
 from sketchkv.study.extras.kivi import KiviCache
 from sketchkv.study.extras.lending import AdaptiveCache
 from sketchkv.study.extras.ranges import ranges
@@ -30,9 +32,10 @@ POLICIES = {
     "decayed": AttentionMass,
     "tova": TOVA,
     "snapkv": SnapKV,
+    "expected": ExpectedAttention,
     "sketch": Sketch,
 }
-CACHES = ("full", "kivi", "compact", "adaptive")
+CACHES = ("full", "kivi", "compact", "recall", "adaptive")
 
 
 def make_cache(config, method, length=None, **options):
@@ -40,7 +43,8 @@ def make_cache(config, method, length=None, **options):
 
     method: a name in `POLICIES` or `CACHES`, or a policy (or a list, one per layer). "window" has no sinks, "streaming" is
         the same with them; "full" keeps every token of the text, in `bits` if given; "kivi" does so in 8, 4 or 2 bits
-        (`KiviCache`); "compact" is `SketchCache.compact`; "adaptive" layers lend each other slots (`AdaptiveCache`).
+        (`KiviCache`); "compact" is `SketchCache.compact`; "recall" is `SketchCache.recall`, whose `top`, if not given, is all
+        slots that sinks and recent window leave; "adaptive" layers lend each other slots (`AdaptiveCache`).
     length: tokens of the text, which "full" and "kivi" need.
     options: parameters of the policy and of the cache, and those that `_spelled` knows.
 
@@ -49,6 +53,8 @@ def make_cache(config, method, length=None, **options):
     options = _spelled(config, **options)
     if method == "compact":
         return SketchCache.compact(config, **options)
+    if method == "recall":
+        return SketchCache.recall(config, **{"top": _top(config, **options)} | options)
     if method == "full":
         return SketchCache(config, length, policy=Window(), **options)
     if method == "kivi":
@@ -68,23 +74,48 @@ def make_cache(config, method, length=None, **options):
     elif kind is Sketch and {"kind", "counters"} & options.keys():
         kind = AnySketch
     own = inspect.signature(kind).parameters
+    if "config" in own:
+        options["config"] = config
     policy = kind(**{name: options.pop(name) for name in list(options) if name in own})
     return SketchCache(config, policy=policy, **options)
 
 
-def _spelled(config, *, summary_slots=0, spread=False, protects=False, rounding=None, steepness=0, **options):
+def _top(config, max_cache_size, **options):
+    """How many tokens `SketchCache.recall` may choose with so many slots."""
+    roomy = SketchCache.recall(config, 2**30, top=1, **options)
+    layer = next(layer for layer in roomy.layers if hasattr(layer, "index"))
+    return max_cache_size - layer.num_sinks - layer.recent_window
+
+
+def _spelled(
+    config,
+    *,
+    summary_slots=0,
+    spread=False,
+    protects=False,
+    rounding=None,
+    recent_share=0,
+    steepness=0,
+    **options,
+):
     """The study's options, which JSON can hold, as objects.
 
     summary_slots: slots that remember what was evicted, by hash of the key.
     spread: whether the spread of the merged keys raises their logit.
     protects: whether a token that a summary would swallow stays longer.
     rounding: "range" for minimum and step of a group, as the peers round.
+    recent_share: share of the cap that belongs to the newest tokens: 0.5 makes "h2o" the published H2O.
+    store: "device" is a `DeviceStore`.
     steepness: caps of the layers fall by it (`pyramid`) around `max_cache_size`.
     """
     if summary_slots:
         options["summary"] = Summary(summary_slots, spread, protects)
     if rounding:
         options["codec"] = ranges(options.pop("bits"))
+    if options.get("store") == "device":
+        options["store"] = DeviceStore()
+    if recent_share:
+        options["recent_window"] = int(options["max_cache_size"] * recent_share)
     if steepness:
         layers = text_config(config).num_hidden_layers
         options["max_cache_size"] = pyramid(options["max_cache_size"], layers, steepness)
@@ -92,14 +123,17 @@ def _spelled(config, *, summary_slots=0, spread=False, protects=False, rounding=
 
 
 def nbytes(config, length=None, dtype=torch.float32, **method):
-    """Bytes that a method holds for one sequence, by kind (`SketchCache.nbytes`); its tensors are allocated, no model runs."""
+    """Bytes that a method holds for one sequence, by kind (`SketchCache.nbytes`); its tensors are allocated, no model runs.
+    An index, which grows, is one of `length` tokens."""
     cache = make_cache(config, length=length, **method)
     text = getattr(config, "config", config).get_text_config(decoder=True)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    empty = torch.zeros(1, heads, 0, head_dim, dtype=dtype)
+    keys = torch.zeros(1, heads, length or 0, head_dim, dtype=dtype)
     for layer in cache.layers:
-        layer.lazy_initialization(empty, empty)
+        layer.lazy_initialization(keys[:, :, :0], keys[:, :, :0])
+        if hasattr(layer, "index") and length:  # an index grows with the text
+            layer.index.add(keys, torch.arange(length, dtype=torch.int32)[None])
     return cache.nbytes()
 
 
@@ -111,14 +145,17 @@ def full_nbytes(config, length, dtype=torch.float16):
     return 2 * text.num_hidden_layers * heads * head_dim * length * dtype.itemsize
 
 
-def fit(config, budget, dtype=torch.float32, multiple=1, **method):
+def fit(config, budget, dtype=torch.float32, multiple=1, length=None, **method):
     """The largest `max_cache_size` (a multiple of `multiple`) at which the method holds at most `budget` bytes in all.
 
-    Bytes grow linearly with the cap, so two caps tell. Raises ValueError if not even the smallest possible cap fits.
+    Bytes grow linearly with the cap, so two caps tell. length: tokens of the text, of which an index holds all. Raises
+    ValueError if not even the smallest possible cap fits.
     """
     least = method.get("num_sinks", 4) + method.get("recent_window", 16) + 1
+    if method["method"] == "recall":
+        least += 1 - _top(config, least, **{k: v for k, v in method.items() if k != "method"})
     small, large = (
-        nbytes(config, dtype=dtype, **method, max_cache_size=cap)["total"] for cap in (least, least + 64)
+        nbytes(config, length, dtype, **method, max_cache_size=cap)["total"] for cap in (least, least + 64)
     )
     cap = least + (budget - small) * 64 // (large - small)
     cap -= cap % multiple

@@ -36,7 +36,7 @@ def build(name, text):
     names: dict = {"__name__": __name__}
     exec(text, names)
     if not (isinstance(names.get(name), type) and issubclass(names[name], Policy)):
-        raise KnobError(f"the cell defines no sketchkv Policy of the name {name}")
+        raise KnobError(f"the cell defines no sketchkv Policy named {name}")
     return names[name]
 
 

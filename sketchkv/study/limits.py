@@ -14,6 +14,10 @@ def whole(name, value, least, most):
 
 def several(name, values, least, most, longest):
     """`values`, a list of 1 to `longest` different whole numbers from `least` to `most`; KnobError for any other."""
-    if not isinstance(values, (list, tuple)) or not 1 <= len(values) <= longest or len(set(values)) < len(values):
+    if (
+        not isinstance(values, (list, tuple))
+        or not 1 <= len(values) <= longest
+        or len(set(values)) < len(values)
+    ):
         raise KnobError(f"{name} must be a list of 1 to {longest} different whole numbers; got {values!r}")
     return [whole(f"each of {name}", value, least, most) for value in values]

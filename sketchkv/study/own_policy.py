@@ -18,7 +18,9 @@ def source(policy):
     methods = [value for value in vars(policy).values() if hasattr(value, "__code__")]
     text = "".join(linecache.getlines(methods[0].__code__.co_filename)) if methods else ""
     if not text:
-        raise KnobError(f"{policy.__name__} has no method of its own, or its cell can't be found: run the cell again")
+        raise KnobError(
+            f"{policy.__name__} has no method of its own, or its cell can't be found: run the cell again"
+        )
     text = ast.unparse(ast.parse(text))
     try:
         build(policy.__name__, text)

@@ -41,9 +41,7 @@ def test_a_query_of_a_window_layer_sees_no_token_too_many(window, cap, chunk):
 def test_a_query_of_a_layer_with_an_index_sees_what_it_asked_for():
     model = tiny()
     ids = torch.randint(97, (1, 100), generator=torch.Generator().manual_seed(1))
-    cache = SketchCache(
-        model.config, 48, recent_window=32, num_sinks=2, index=small_index()
-    )
+    cache = SketchCache(model.config, 48, recent_window=32, num_sinks=2, index=small_index())
     logits, visible = decode_and_watch(model, ids, cache)
     assert all((layer[:, :, -1].sum(-1) == 2 + 32 + 8).all() for layer in visible)
     torch.testing.assert_close(logits, full_cache_logits(model, ids, visible), atol=1e-3, rtol=1e-3)

@@ -1,0 +1,434 @@
+"""The explorer's views. What a view shows is plain data that JSON can hold, drawn by a function without a widget; the
+site draws views 1 and 3 from the same data."""
+
+import html
+import math
+import re
+from functools import lru_cache, partial
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from transformers import LlamaConfig
+
+from sketchkv import enable, load
+from sketchkv.cache import SketchCache
+from sketchkv.decode import generate
+from sketchkv.index import KeyIndex
+from sketchkv.oracle import decode_and_watch
+from sketchkv.policies import Window
+from sketchkv.sketch import CountMinSketch
+from sketchkv.study import figures, sources
+from sketchkv.study.baselines import BOUNDED, LABELS
+from sketchkv.study.evaluate import evaluate
+from sketchkv.study.methods import full_nbytes, make_cache, nbytes
+from sketchkv.texts import documents
+
+CACHES = ["compact", "decayed", "sketch", "streaming", "recall"]
+STATES = {
+    "protected": "sink or recent: never evicted",
+    "kept": "kept",
+    "recalled": "brought back by the index",
+    "evicted": "not seen",
+    "coming": "yet to come",
+}
+STRUCK = {"evicted": "#9a3b3b", "coming": "#9aa5b1"}
+NAMED = ("compact", "kivi2", "sketch", "streaming")  # of the hero figure, at their points
+LISTEN = 64  # tokens of two probes, from which bytes of any cap follow
+
+
+def cache_named(name, config, cap):
+    """A cache of `CACHES` with `cap` slots; "recall" attends to sinks, the newest 16 and as many as then fit."""
+    if name == "recall":
+        index = KeyIndex(top=cap - 4 - 16, block=16, exact_prompts=False)
+        return SketchCache(config, cap, bits=(5, 4), index=index)
+    return make_cache(config, max_cache_size=cap, **BOUNDED[name])
+
+
+# 1: what it forgets
+
+
+@lru_cache(maxsize=4)
+def subject(model="embedded", dataset="embedded", length=192):
+    """(model, tokenizer, ids `[1, length]`): the first held-out document."""
+    lm, tokenizer = load(model, "cpu")
+    return enable(lm), tokenizer, documents(dataset, tokenizer, "test", 1, length).input_ids
+
+
+@lru_cache(maxsize=32)
+def watched(name, cap, model="embedded", dataset="embedded", length=192):
+    """`watch` of a cache of `CACHES`: for grids, and for sliders that come back."""
+    lm, tokenizer, ids = subject(model, dataset, length)
+    return watch(lm, tokenizer, ids, cache_named(name, lm.config, cap))
+
+
+def watch(model, tokenizer, ids, cache):
+    """What each query of a text `[1, tokens]` could see: {"tokens", "flips", "scores", ...}.
+
+    flips: of each layer, KV head and token the steps at which it came into sight and went out of it, in turn.
+    scores: of each layer, KV head and token its importance at the last eviction that saw it, None for a protected one.
+    """
+    total, scores = ids.shape[1], {}
+    for number, layer in enumerate(cache.layers):
+        layer.on_evict = partial(_note, scores, number, layer, total)
+    _, visible = decode_and_watch(model, ids, cache)
+    flips, importance = [], []
+    for number, seen in enumerate(layer[0].cpu().numpy() for layer in visible):
+        changed = np.diff(seen, axis=1, prepend=False)  # [head, query, token]
+        flips.append([[np.flatnonzero(each).tolist() for each in head.T] for head in changed])
+        last = scores.get(number, torch.full((len(seen), total), torch.inf))
+        importance.append([[_rounded(x) for x in head] for head in last.tolist()])
+    layer = next((each for each in cache.layers if not each.is_sliding), cache.layers[0])
+    return {
+        "tokens": [tokenizer.decode([token]) for token in ids[0].tolist()],
+        "flips": flips,
+        "scores": importance,
+        "sinks": layer.num_sinks,
+        "recent": layer.recent_window,
+        "recalls": cache.index is not None,
+        "share": cache.nbytes()["total"] / full_nbytes(model.config, total),
+    }
+
+
+def _note(scores, number, layer, total, now, evicted):
+    held = layer.slots["positions"][0].long().cpu()
+    known = scores.setdefault(number, torch.full((len(held), total), torch.inf))
+    known.scatter_(1, held, now[0].cpu())
+
+
+def _rounded(x):
+    return float(f"{x:.3g}") if math.isfinite(x) else None
+
+
+def states(record, step, layer, head):
+    """What each token is (`STATES`) to the query at `step`, for one layer and KV head."""
+    found = []
+    for token, flips in enumerate(record["flips"][layer][head]):
+        seen = sum(flip <= step for flip in flips) % 2
+        guarded = token < record["sinks"] or token > step - record["recent"]
+        kind = (
+            ("protected" if guarded else "recalled" if record["recalls"] else "kept") if seen else "evicted"
+        )
+        found.append("coming" if token > step else kind)
+    return found
+
+
+def forgets(record, step, layer, head):
+    """View 1, HTML: the text as coloured tokens, with a title that says how much of it is gone."""
+    found, spans = described(record, step, layer, head)
+    legend = "".join(
+        f'<span class="{kind}">{words}</span>' for kind, words in STATES.items() if kind in found
+    )
+    return page(
+        forgotten(record, found), f'<p class="text">{_marked(spans)}</p><p class="legend">{legend}</p>'
+    )
+
+
+def described(record, step, layer, head):
+    """What each token is, and (text, class, words on hover) of each."""
+    found, spans = states(record, step, layer, head), []
+    for token, (text, kind) in enumerate(zip(record["tokens"], found)):
+        score, flips = record["scores"][layer][head][token], record["flips"][layer][head][token]
+        told = [f"token {token}: {STATES[kind]}"]
+        told += [] if score is None else [f"score {score:g} at its last eviction"]
+        told += [f"out of sight from step {flips[1]}"] if len(flips) > 1 else []
+        spans.append((text, "now" if token == step else kind, "; ".join(told)))
+    return found, spans
+
+
+def pictured(record, step, layer, head, columns=88):
+    """View 1, a figure, for readers without a kernel."""
+    (found, spans), row, column = described(record, step, layer, head), 0, 0
+    colours = dict(re.findall(r"\.(\w+) \{[^}]*background: (#\w+)", _style())) | {"coming": "none"}
+    placed = []
+    for text, kind, _ in spans:
+        for part in re.findall(r"[^\n]+|\n", text):
+            if part == "\n" or column + len(part) > columns:
+                row, column = row + 1, 0
+            if part != "\n":
+                placed.append(
+                    (
+                        row,
+                        column,
+                        part,
+                        colours[kind],
+                        "white" if kind == "now" else STRUCK.get(kind, "black"),
+                    )
+                )
+                column += len(part)
+    fig, axis = plt.subplots(figsize=(0.1 * columns, 0.22 * (row + 3)))
+    axis.set(xlim=(0, columns), ylim=(row + 1, -0.5))
+    axis.set_axis_off()
+    for row, column, part, colour, ink in placed:
+        axis.add_patch(plt.Rectangle((column, row - 0.45), len(part), 0.9, color=colour, linewidth=0))
+        for place, letter in enumerate(part):  # one by one: the viewer's font may be wider
+            axis.text(
+                column + place + 0.5,
+                row,
+                letter,
+                family="monospace",
+                fontsize=9,
+                color=ink,
+                ha="center",
+                va="center",
+            )
+    axis.set_title(forgotten(record, found), loc="left")
+    return fig
+
+
+def forgotten(record, found):
+    """The finding of view 1 as a sentence."""
+    past = len(found) - found.count("coming")
+    if record["recalls"]:
+        far = past - found.count("protected")
+        return (
+            f"Nothing is forgotten: of {far} tokens far back, this query asked for {found.count('recalled')}"
+        )
+    return f"{found.count('evicted')} of {past} tokens are forgotten, and no later query can ask for them"
+
+
+def _marked(spans):
+    return "".join(
+        f'<span class="{kind}" title="{html.escape(told)}">{html.escape(text).replace(chr(10), "↵" + chr(10))}</span>'
+        for text, kind, told in spans
+    )
+
+
+def page(title, body):
+    return f'<style>{_style()}</style><div class="explore"><h3>{html.escape(title)}</h3>{body}</div>'
+
+
+def _style():
+    return (sources.ROOT / "report" / "explore.css").read_text(encoding="utf-8")
+
+
+# 2: two caches, one prompt
+
+
+def continuations(model, tokenizer, ids, caches, count=60):
+    """What each of `caches` {name: cache} makes of a prompt `[1, tokens]`, greedily: {name: {"tokens", "bytes"}}."""
+    made = {}
+    for name, cache in caches.items():
+        new = generate(model, ids, cache, count)[0, ids.shape[1] :]
+        made[name] = {
+            "tokens": [tokenizer.decode([token]) for token in new.tolist()],
+            "bytes": cache.nbytes()["total"],
+        }
+    return made
+
+
+def compared(made):
+    """View 2, HTML: two continuations side by side, their first difference marked."""
+    (first, one), (second, other) = made.items()
+    pairs = list(zip(one["tokens"], other["tokens"]))
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    fewer = f"{second} holds {other['bytes'] / one['bytes']:.0%} of the bytes of {first}"
+    ends = f"and parts after {same} tokens" if same < len(pairs) else f"and writes the same {same} tokens"
+    columns = []
+    for name, each in made.items():
+        kinds = ("kept", "differs", "after")
+        spans = [
+            (text, kinds[(i >= same) + (i > same)], f"new token {i}") for i, text in enumerate(each["tokens"])
+        ]
+        columns.append(
+            f'<div><b>{name}</b>, {each["bytes"]:,} bytes<p class="text">{_marked(spans)}</p></div>'
+        )
+    return page(f"{fewer} {ends}", f'<div class="pair">{"".join(columns)}</div>')
+
+
+# 3: loss against bytes
+
+
+def points(front):
+    """Methods at their bytes, from the table `baseline_front`: list of {"method", "label", "share", "growth"}, growth of
+    perplexity in percent."""
+    rows = front.sort_values(["method", "share"])
+    return [
+        {"method": m, "label": LABELS[m], "share": share, "growth": float(np.expm1(loss)) * 100}
+        for m, share, loss in zip(rows.method, rows.share, rows.loss)
+    ]
+
+
+def best_at(rows, share):
+    """The point with the least growth among those that hold at most `share`, None if there is none."""
+    return min((row for row in rows if row["share"] <= share), key=lambda row: row["growth"], default=None)
+
+
+def measure(config, name, cap, documents=2, length=1024, **settings):
+    """The point of a setting, computed: as `points`, with "n" documents. settings: of `evaluate`, the model of `config`
+    among them."""
+    method = {"bits": 16} | BOUNDED[name] | {"max_cache_size": cap}
+    rows = evaluate(method, documents=documents, length=length, **settings)
+    loss = np.mean([row["nll"] - row["nll_full"] for row in rows])
+    share = rows[0]["bytes_total"] / full_nbytes(config, length)
+    label = f"yours: {LABELS[name]}, {cap} slots (n = {len(rows)})"
+    return {
+        "method": name,
+        "label": label,
+        "share": share,
+        "growth": float(np.expm1(loss)) * 100,
+        "n": len(rows),
+    }
+
+
+def hero(rows, own=None):
+    """View 3, a figure: growth of perplexity against bytes, all methods grey, five named, `own` in red."""
+    fig, axis = plt.subplots(figsize=(8, 5))
+    for method, part in pd.DataFrame(rows).groupby("method"):
+        named = method in NAMED
+        style = figures.method_style(method) if named else {"color": "0.78", "marker": "o"}
+        axis.plot(part.share, part.growth.clip(lower=0.1), **style, zorder=2 + named, linewidth=1 + named)
+        if named:
+            last = part.iloc[-1]
+            words = {"textcoords": "offset points", "color": style["color"], "va": "center"}
+            axis.annotate(last.label, (last.share, max(last.growth, 0.1)), (9, 0), **words)
+    if own:
+        axis.plot(own["share"], max(own["growth"], 0.1), "*", color="#b2182b", markersize=18, zorder=5)
+        axis.annotate(
+            own["label"], (own["share"], max(own["growth"], 0.1)), (10, -14), textcoords="offset points"
+        )
+    axis.set(xscale="log", yscale="log", xlabel="bytes held, share of a full cache in half precision")
+    axis.set_ylabel("perplexity, percent more than full")
+    axis.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "1"])
+    axis.set_yticks([0.1, 1, 10, 100], ["0.1 or less", "1", "10", "100"])
+    axis.minorticks_off()
+    best = best_at(rows, 1 / 8)
+    axis.set_title(
+        f"At an eighth of the bytes, {best['label']} loses least: {best['growth']:.1f} %", loc="left"
+    )
+    return fig
+
+
+# 4: the sketch under the lamp
+
+
+def counted(items, width, depth, seed=0):
+    """A Count-Min Sketch of items `[n]`, each counted once per occurrence: {"table", "truth", "estimate", "bound",
+    "collided"}, collided the share of distinct items that share a counter in every row."""
+    sketch = CountMinSketch(width, depth, seed=seed, dtype=torch.int64)
+    sketch.update(items)
+    distinct, truth = items.unique(return_counts=True)
+    estimate = sketch.query(distinct)
+    return {
+        "table": sketch.table.tolist(),
+        "truth": truth.tolist(),
+        "estimate": estimate.tolist(),
+        "bound": math.e / width * len(items),
+        "collided": (estimate > truth).double().mean().item(),
+    }
+
+
+class _Listen(Window):
+    def query(self, slots, query):
+        self.asked = query
+
+
+@torch.no_grad()
+def signs(model, ids, layer=0, head=0, bits=1):
+    """Products of the last query of a text `[1, tokens]` with the keys before it, for one layer and KV head:
+    {"truth", "estimate"}, of the tokens whose block of 64 is full."""
+    cache = SketchCache(model.config, ids.shape[1], policy=_Listen())
+    model(ids, past_key_values=cache)
+    held = cache.layers[layer]
+    group = held.policy.asked.shape[1] // held.slots.shape[1]
+    keys, query = held.slots["keys"][:, head : head + 1], held.policy.asked[:, head * group, None, -1:]
+    index = KeyIndex(bits=bits)
+    index.add(keys, torch.arange(ids.shape[1])[None])
+    full = slice(0, index.coded)
+    exact = (query.float() @ keys.float().transpose(-1, -2)).flatten()[full]
+    return {"truth": exact.tolist(), "estimate": index.scores(query).flatten()[full].tolist()}
+
+
+def lamp(counts, products):
+    """View 4, a figure: the counters, their error beside the bound, and the sign index beside the truth."""
+    fig, (table, error, index) = plt.subplots(1, 3, figsize=(13, 4.4))
+    table.imshow(counts["table"], aspect="auto", interpolation="nearest")
+    table.set(xlabel="counter", ylabel="row", yticks=range(len(counts["table"])))
+    table.set_title(f"{counts['collided']:.0%} of the items share\na counter in every row", loc="left")
+    table.grid(False)
+    truth, over = np.array(counts["truth"]), np.array(counts["estimate"]) - counts["truth"]
+    error.plot(truth, over, "o", color=figures.PALETTE[0], alpha=0.5)
+    error.axhline(counts["bound"], color="#b2182b", label="e / width")
+    error.set(xlabel="true count", ylabel="estimate less truth", xscale="log")
+    error.legend()
+    error.set_title(f"{(over > counts['bound']).mean():.1%} of the errors\nexceed the bound", loc="left")
+    index.plot(products["truth"], products["estimate"], "o", color=figures.PALETTE[2], alpha=0.5)
+    ends = [min(products["truth"]), max(products["truth"])]
+    index.plot(ends, ends, color="0.5", linewidth=1)
+    index.set(xlabel="q · k", ylabel="estimate from signs")
+    likeness = np.corrcoef(products["truth"], products["estimate"])[0, 1]
+    index.set_title(f"Signs of the keys tell q · k:\ncorrelation {likeness:.2f}", loc="left")
+    return fig
+
+
+# 5: bytes for your model
+
+
+def held(layers, kv_heads, head_dim, length, batch=1, cap=0):
+    """Bytes of keys and values for a model of this shape, in half precision: {"full", "compact", "sketch", "recall",
+    "host"}, the last the store of recall outside fast memory.
+
+    cap: slots per KV head, 0 for a quarter of the length; recall has 512 whatever the length. Measured on one layer at two
+    sizes: bytes grow linearly with slots and tokens.
+    """
+    shape = dict(
+        num_attention_heads=kv_heads, num_key_value_heads=kv_heads, head_dim=head_dim, num_hidden_layers=1
+    )
+    config = LlamaConfig(hidden_size=kv_heads * head_dim, vocab_size=8, intermediate_size=8, **shape)
+    times, cap = layers * batch, cap or length // 4
+
+    def line(size, at):
+        small, large = size(LISTEN), size(2 * LISTEN)
+        return small + (large - small) * (at - LISTEN) / LISTEN
+
+    def bounded(method, **more):
+        return line(
+            lambda n: nbytes(config, dtype=torch.half, method=method, max_cache_size=n, **more)["total"], cap
+        )
+
+    empty, recall = torch.zeros(1, kv_heads, 0, head_dim, dtype=torch.half), SketchCache.recall(config)
+    recall.layers[0].lazy_initialization(empty, empty)
+
+    def indexed(tokens):
+        index = KeyIndex()
+        index.growth = LISTEN  # no room ahead: it is not held for long
+        index.add(torch.zeros(1, kv_heads, tokens, head_dim, dtype=torch.half), torch.arange(tokens)[None])
+        return index.nbytes()
+
+    return {
+        "full": times * full_nbytes(config, length),
+        "compact": int(times * bounded("compact")),
+        "sketch": int(times * bounded("sketch", bits=16)),
+        "recall": int(times * (recall.nbytes()["total"] + line(indexed, length))),
+        "host": times * recall.layers[0].store.record * kv_heads * length,
+    }
+
+
+def bars(sizes):
+    """View 5, a figure: bytes as bars with numbers."""
+    fig, axis = plt.subplots(figsize=(8, 3.4))
+    names = {
+        "full": "full cache",
+        "compact": "compact",
+        "sketch": "sketch 512x4",
+        "recall": "recall, fast memory",
+    }
+    names |= {"host": "recall, store in host memory"}
+    colours = [
+        figures.FULL_CACHE["color"],
+        *(figures.method_style(n)["color"] for n in ("compact", "sketch")),
+        "#ffd166",
+        "0.8",
+    ]
+    drawn = axis.barh(list(names.values()), [sizes[n] / 2**30 for n in names], color=colours)
+    axis.bar_label(
+        drawn, [f"{sizes[n] / 2**30:,.2f} GiB, {sizes[n] / sizes['full']:.0%}" for n in names], padding=4
+    )
+    axis.invert_yaxis()
+    axis.margins(x=0.3)
+    axis.set(xlabel="GiB")
+    axis.set_title(
+        f"Compact holds {sizes['compact'] / sizes['full']:.0%} of the full cache's bytes", loc="left"
+    )
+    return fig

@@ -67,9 +67,15 @@ def build(folder=sources.ROOT / "build" / "site", watched=None):
 def front(page):
     """The report as front page: its own page with the site's bar, each notebook that it names a link."""
     style = re.search(r"/\* bar \*/.*?/\* \*/", (REPORT / "site.css").read_text(encoding="utf-8"), re.S)[0]
-    page = re.sub(r"(<body[^>]*>)", lambda found: f"<style>{style}</style>{found[0]}{_bar('')}", page, count=1)
-    page = re.sub(r"<code>(notebooks/\w+)\.ipynb</code>", r'<a href="\1.html"><code>\1.ipynb</code></a>', page)
-    return re.sub(r'href="\.\./([^"]*?)(\.ipynb)?"', lambda m: f'href="{m[1]}{".html" if m[2] else ""}"', page)
+    page = re.sub(
+        r"(<body[^>]*>)", lambda found: f"<style>{style}</style>{found[0]}{_bar('')}", page, count=1
+    )
+    page = re.sub(
+        r"<code>(notebooks/\w+)\.ipynb</code>", r'<a href="\1.html"><code>\1.ipynb</code></a>', page
+    )
+    return re.sub(
+        r'href="\.\./([^"]*?)(\.ipynb)?"', lambda m: f'href="{m[1]}{".html" if m[2] else ""}"', page
+    )
 
 
 def _bar(up):
@@ -95,7 +101,9 @@ def _counts(models):
 
 def _watched():
     points = sources.ROOT / "build" / "site-points"
-    found = store.compute("explore", explore.watched, WATCHED, folder=points, revision=sources.model_revision("embedded"))
+    found = store.compute(
+        "explore", explore.watched, WATCHED, folder=points, revision=sources.model_revision("embedded")
+    )
     return [{"cache": asked["name"], "cap": asked["cap"], **each} for asked, each in zip(WATCHED, found)]
 
 
@@ -109,8 +117,12 @@ def _notebooks(folder):
         executed = sources.ROOT / "build" / "executed" / path.name
         there = executed.exists()
         book = nbformat.read(executed if there else path, as_version=4)
-        made = "" if there else '<p class="note">Not executed here: its figures are those of the committed results.</p>'
-        body, _ = exporter.from_notebook_node(_shown(book, there))
+        made = (
+            ""
+            if there
+            else '<p class="note">Not executed here: its figures are those of the committed results.</p>'
+        )
+        body, _ = exporter.from_notebook_node(_shown(book))
         body = re.sub(r'href="(\w+)\.ipynb"', r'href="\1.html"', body)
         title = re.search(r"^# (.*)", book.cells[0].source)[1]
         _page(folder, f"notebooks/{path.stem}.html", title, made + body)
@@ -118,15 +130,23 @@ def _notebooks(folder):
     _page(folder, "notebooks/index.html", "Notebooks", f"<h1>Notebooks</h1><ul>{''.join(listed)}</ul>")
 
 
-def _shown(book, executed):
-    """The notebook without widgets, which need a kernel; where it was not executed, with its committed figures."""
+def _shown(book):
+    """The notebook without widgets, which need a kernel, and with figures as the report has them."""
     for cell in book.cells:
         if cell.cell_type != "code":
             continue
-        cell.outputs = [each for each in cell.outputs if WIDGET not in each.get("data", {}) and each.get("name") != "stderr"]
-        for name in () if executed else re.findall(r"""\.figure\(\s*["'](\w+)["']""", cell.source):
+        names = re.findall(r"""\.figure\(\s*["'](\w+)["']""", cell.source)
+        left_out = {WIDGET} | ({"image/png"} if names else set())
+        cell.outputs = [
+            each
+            for each in cell.outputs
+            if not left_out & {*each.get("data", ())} and each.get("name") != "stderr"
+        ]
+        for name in names:
             if (sources.ROOT / "figures" / f"{name}.svg").exists():
-                words = html.escape(sources.read_json(record.Paths(sources.ROOT).figures / f"{name}.json")["caption"])
+                words = html.escape(
+                    sources.read_json(record.Paths(sources.ROOT).figures / f"{name}.json")["caption"]
+                )
                 figure = f'<figure><img src="../figures/{name}.svg" alt=""><figcaption>{words}</figcaption></figure>'
                 cell.outputs.append(nbformat.v4.new_output("display_data", {"text/html": figure}))
     return book
@@ -139,7 +159,9 @@ def _api(folder):
     for name in sketchkv.__all__:  # loaded when asked for, where pdoc does not look
         setattr(sketchkv, name, getattr(sketchkv, name))
     modules = [f"sketchkv.{file.stem}" for file in (sources.ROOT / "sketchkv").glob("[a-z]*.py")]
-    pdoc.render.configure(docformat="markdown", template_directory=REPORT / "api", show_source=False)
+    pdoc.render.configure(
+        docformat="markdown", template_directory=REPORT / "api", show_source=False, search=False
+    )
     pdoc.pdoc("sketchkv", *modules, output_directory=folder)
 
 
@@ -158,7 +180,9 @@ def broken(folder):
                 continue
             target = path.parent / unquote(parts.path) if parts.path else path
             if not target.exists() or (
-                parts.fragment and target in pages and f'id="{unquote(parts.fragment)}"' not in html.unescape(pages[target])
+                parts.fragment
+                and target in pages
+                and f'id="{unquote(parts.fragment)}"' not in html.unescape(pages[target])
             ):
                 found.add(f"{path.relative_to(folder)}: {link}")
     return sorted(found)

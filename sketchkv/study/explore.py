@@ -3,7 +3,6 @@ site draws views 1 and 3 from the same data."""
 
 import html
 import math
-import re
 from functools import lru_cache, partial
 
 import matplotlib.pyplot as plt
@@ -33,7 +32,6 @@ STATES = {
     "evicted": "not seen",
     "coming": "yet to come",
 }
-STRUCK = {"evicted": "#9a3b3b", "coming": "#9aa5b1"}
 NAMED = ("compact", "kivi2", "sketch", "streaming")  # of the hero figure, at their points
 LISTEN = 64  # tokens of two probes, from which bytes of any cap follow
 
@@ -87,7 +85,6 @@ def watch(model, tokenizer, ids, cache):
         "sinks": layer.num_sinks,
         "recent": layer.recent_window,
         "recalls": cache.index is not None,
-        "share": cache.nbytes()["total"] / full_nbytes(model.config, total),
     }
 
 
@@ -107,100 +104,43 @@ def states(record, step, layer, head):
     for token, flips in enumerate(record["flips"][layer][head]):
         seen = sum(flip <= step for flip in flips) % 2
         guarded = token < record["sinks"] or token > step - record["recent"]
-        kind = (
-            ("protected" if guarded else "recalled" if record["recalls"] else "kept") if seen else "evicted"
-        )
-        found.append("coming" if token > step else kind)
+        kind = "protected" if guarded else "recalled" if record["recalls"] else "kept"
+        found.append("coming" if token > step else kind if seen else "evicted")
     return found
 
 
 def forgets(record, step, layer, head):
     """View 1, HTML: the text as coloured tokens, with a title that says how much of it is gone."""
-    found, spans = described(record, step, layer, head)
-    legend = "".join(
-        f'<span class="{kind}">{words}</span>' for kind, words in STATES.items() if kind in found
-    )
-    return page(
-        forgotten(record, found), f'<p class="text">{_marked(spans)}</p><p class="legend">{legend}</p>'
-    )
-
-
-def described(record, step, layer, head):
-    """What each token is, and (text, class, words on hover) of each."""
     found, spans = states(record, step, layer, head), []
     for token, (text, kind) in enumerate(zip(record["tokens"], found)):
         score, flips = record["scores"][layer][head][token], record["flips"][layer][head][token]
-        told = [f"token {token}: {STATES[kind]}"]
-        told += [] if score is None else [f"score {score:g} at its last eviction"]
-        told += [f"out of sight from step {flips[1]}"] if len(flips) > 1 else []
-        spans.append((text, "now" if token == step else kind, "; ".join(told)))
-    return found, spans
-
-
-def pictured(record, step, layer, head, columns=88):
-    """View 1, a figure, for readers without a kernel."""
-    (found, spans), row, column = described(record, step, layer, head), 0, 0
-    colours = dict(re.findall(r"\.(\w+) \{[^}]*background: (#\w+)", _style())) | {"coming": "none"}
-    placed = []
-    for text, kind, _ in spans:
-        for part in re.findall(r"[^\n]+|\n", text):
-            if part == "\n" or column + len(part) > columns:
-                row, column = row + 1, 0
-            if part != "\n":
-                placed.append(
-                    (
-                        row,
-                        column,
-                        part,
-                        colours[kind],
-                        "white" if kind == "now" else STRUCK.get(kind, "black"),
-                    )
-                )
-                column += len(part)
-    fig, axis = plt.subplots(figsize=(0.1 * columns, 0.22 * (row + 3)))
-    axis.set(xlim=(0, columns), ylim=(row + 1, -0.5))
-    axis.set_axis_off()
-    for row, column, part, colour, ink in placed:
-        axis.add_patch(plt.Rectangle((column, row - 0.45), len(part), 0.9, color=colour, linewidth=0))
-        for place, letter in enumerate(part):  # one by one: the viewer's font may be wider
-            axis.text(
-                column + place + 0.5,
-                row,
-                letter,
-                family="monospace",
-                fontsize=9,
-                color=ink,
-                ha="center",
-                va="center",
-            )
-    axis.set_title(forgotten(record, found), loc="left")
-    return fig
+        told = f"token {token}: {STATES[kind]}"
+        told += "" if score is None else f"; score {score:g} at its last eviction"
+        told += f"; out of sight from step {flips[1]}" if len(flips) > 1 else ""
+        spans.append((text, "now" if token == step else kind, told))
+    legend = "".join(f'<span class="{kind}">{STATES[kind]}</span>' for kind in STATES if kind in found)
+    return page(forgotten(record, found), f'{marked(spans)}<p class="legend">{legend}</p>')
 
 
 def forgotten(record, found):
     """The finding of view 1 as a sentence."""
-    past = len(found) - found.count("coming")
-    if record["recalls"]:
-        far = past - found.count("protected")
-        return (
-            f"Nothing is forgotten: of {far} tokens far back, this query asked for {found.count('recalled')}"
-        )
-    return f"{found.count('evicted')} of {past} tokens are forgotten, and no later query can ask for them"
+    past, gone = len(found) - found.count("coming"), found.count("evicted")
+    if not record["recalls"]:
+        return f"{gone} of {past} tokens are forgotten, and no later query can ask for them"
+    far, back = past - found.count("protected"), found.count("recalled")
+    return f"Nothing is forgotten: of {far} tokens far back, this query asked for {back}"
 
 
-def _marked(spans):
-    return "".join(
-        f'<span class="{kind}" title="{html.escape(told)}">{html.escape(text).replace(chr(10), "↵" + chr(10))}</span>'
-        for text, kind, told in spans
-    )
+def marked(spans):
+    """A text of (token, class, words on hover) as HTML."""
+    parts = ((html.escape(text).replace("\n", "↵\n"), kind, html.escape(told)) for text, kind, told in spans)
+    text = "".join(f'<span class="{kind}" title="{told}">{text}</span>' for text, kind, told in parts)
+    return f'<p class="text">{text}</p>'
 
 
 def page(title, body):
-    return f'<style>{_style()}</style><div class="explore"><h3>{html.escape(title)}</h3>{body}</div>'
-
-
-def _style():
-    return (sources.ROOT / "report" / "explore.css").read_text(encoding="utf-8")
+    style = (sources.ROOT / "report" / "explore.css").read_text(encoding="utf-8")
+    return f'<style>{style}</style><div class="explore"><h3>{html.escape(title)}</h3>{body}</div>'
 
 
 # 2: two caches, one prompt
@@ -210,9 +150,9 @@ def continuations(model, tokenizer, ids, caches, count=60):
     """What each of `caches` {name: cache} makes of a prompt `[1, tokens]`, greedily: {name: {"tokens", "bytes"}}."""
     made = {}
     for name, cache in caches.items():
-        new = generate(model, ids, cache, count)[0, ids.shape[1] :]
+        new = generate(model, ids, cache, count)[0, ids.shape[1] :].tolist()
         made[name] = {
-            "tokens": [tokenizer.decode([token]) for token in new.tolist()],
+            "tokens": [tokenizer.decode([token]) for token in new],
             "bytes": cache.nbytes()["total"],
         }
     return made
@@ -221,33 +161,29 @@ def continuations(model, tokenizer, ids, caches, count=60):
 def compared(made):
     """View 2, HTML: two continuations side by side, their first difference marked."""
     (first, one), (second, other) = made.items()
-    pairs = list(zip(one["tokens"], other["tokens"]))
+    pairs, columns = list(zip(one["tokens"], other["tokens"])), ""
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
-    fewer = f"{second} holds {other['bytes'] / one['bytes']:.0%} of the bytes of {first}"
-    ends = f"and parts after {same} tokens" if same < len(pairs) else f"and writes the same {same} tokens"
-    columns = []
+    ends = f"parts from it after {same} tokens" if same < len(pairs) else f"writes the same {same} tokens"
     for name, each in made.items():
-        kinds = ("kept", "differs", "after")
-        spans = [
-            (text, kinds[(i >= same) + (i > same)], f"new token {i}") for i, text in enumerate(each["tokens"])
-        ]
-        columns.append(
-            f'<div><b>{name}</b>, {each["bytes"]:,} bytes<p class="text">{_marked(spans)}</p></div>'
-        )
-    return page(f"{fewer} {ends}", f'<div class="pair">{"".join(columns)}</div>')
+        kinds = ["kept"] * same + ["differs"] + ["after"] * len(pairs)
+        spans = [(text, kind, kind) for text, kind in zip(each["tokens"], kinds)]
+        columns += f"<div><b>{name}</b>, {each['bytes']:,} bytes{marked(spans)}</div>"
+    title = f"{second} holds {other['bytes'] / one['bytes']:.0%} of the bytes of {first} and {ends}"
+    return page(title, f'<div class="pair">{columns}</div>')
 
 
 # 3: loss against bytes
 
 
+def point(method, label, share, loss):
+    """A method at its bytes; growth of perplexity in percent, loss in nats per token."""
+    return {"method": method, "label": label, "share": share, "growth": 100 * math.expm1(loss)}
+
+
 def points(front):
-    """Methods at their bytes, from the table `baseline_front`: list of {"method", "label", "share", "growth"}, growth of
-    perplexity in percent."""
+    """All of the table `baseline_front`."""
     rows = front.sort_values(["method", "share"])
-    return [
-        {"method": m, "label": LABELS[m], "share": share, "growth": float(np.expm1(loss)) * 100}
-        for m, share, loss in zip(rows.method, rows.share, rows.loss)
-    ]
+    return [point(m, LABELS[m], *at) for m, *at in zip(rows.method, rows.share, rows.loss)]
 
 
 def best_at(rows, share):
@@ -256,47 +192,34 @@ def best_at(rows, share):
 
 
 def measure(config, name, cap, documents=2, length=1024, **settings):
-    """The point of a setting, computed: as `points`, with "n" documents. settings: of `evaluate`, the model of `config`
-    among them."""
+    """The point of a setting, computed; settings: of `evaluate`, the model of `config` among them."""
     method = {"bits": 16} | BOUNDED[name] | {"max_cache_size": cap}
     rows = evaluate(method, documents=documents, length=length, **settings)
-    loss = np.mean([row["nll"] - row["nll_full"] for row in rows])
-    share = rows[0]["bytes_total"] / full_nbytes(config, length)
+    loss = sum(row["nll"] - row["nll_full"] for row in rows) / len(rows)
     label = f"yours: {LABELS[name]}, {cap} slots (n = {len(rows)})"
-    return {
-        "method": name,
-        "label": label,
-        "share": share,
-        "growth": float(np.expm1(loss)) * 100,
-        "n": len(rows),
-    }
+    return point(name, label, rows[0]["bytes_total"] / full_nbytes(config, length), loss)
 
 
 def hero(rows, own=None):
-    """View 3, a figure: growth of perplexity against bytes, all methods grey, five named, `own` in red."""
+    """View 3, a figure: growth of perplexity against bytes, all methods grey, four named, `own` in red."""
     fig, axis = plt.subplots(figsize=(8, 5))
-    for method, part in pd.DataFrame(rows).groupby("method"):
-        named = method in NAMED
-        style = figures.method_style(method) if named else {"color": "0.78", "marker": "o"}
-        axis.plot(part.share, part.growth.clip(lower=0.1), **style, zorder=2 + named, linewidth=1 + named)
+    least, best = 0.1, best_at(rows, 1 / 8)
+    for method, part in pd.DataFrame(rows + [own] * bool(own)).groupby("label"):
+        x, y, name = part.share, part.growth.clip(lower=least), part.method.iloc[0]
+        named = name in NAMED or (own and method == own["label"])
+        style = figures.method_style(name) if named else {"color": "0.78", "marker": "o"}
+        style |= {"color": "#b2182b", "markersize": 14} if own and method == own["label"] else {}
+        axis.plot(x, y, **style, zorder=2 + bool(named))
         if named:
-            last = part.iloc[-1]
-            words = {"textcoords": "offset points", "color": style["color"], "va": "center"}
-            axis.annotate(last.label, (last.share, max(last.growth, 0.1)), (9, 0), **words)
-    if own:
-        axis.plot(own["share"], max(own["growth"], 0.1), "*", color="#b2182b", markersize=18, zorder=5)
-        axis.annotate(
-            own["label"], (own["share"], max(own["growth"], 0.1)), (10, -14), textcoords="offset points"
-        )
+            at = (x.iloc[-1], y.iloc[-1])
+            axis.annotate(method, at, (9, 0), textcoords="offset points", color=style["color"], va="center")
     axis.set(xscale="log", yscale="log", xlabel="bytes held, share of a full cache in half precision")
     axis.set_ylabel("perplexity, percent more than full")
     axis.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "1"])
-    axis.set_yticks([0.1, 1, 10, 100], ["0.1 or less", "1", "10", "100"])
+    axis.set_yticks([least, 1, 10, 100], ["0.1 or less", "1", "10", "100"])
     axis.minorticks_off()
-    best = best_at(rows, 1 / 8)
-    axis.set_title(
-        f"At an eighth of the bytes, {best['label']} loses least: {best['growth']:.1f} %", loc="left"
-    )
+    title = f"At an eighth of the bytes, {best['label']} loses least: {best['growth']:.1f} %"
+    axis.set_title(title, loc="left")
     return fig
 
 
@@ -372,10 +295,8 @@ def held(layers, kv_heads, head_dim, length, batch=1, cap=0):
     cap: slots per KV head, 0 for a quarter of the length; recall has 512 whatever the length. Measured on one layer at two
     sizes: bytes grow linearly with slots and tokens.
     """
-    shape = dict(
-        num_attention_heads=kv_heads, num_key_value_heads=kv_heads, head_dim=head_dim, num_hidden_layers=1
-    )
-    config = LlamaConfig(hidden_size=kv_heads * head_dim, vocab_size=8, intermediate_size=8, **shape)
+    heads = dict(num_attention_heads=kv_heads, num_key_value_heads=kv_heads, head_dim=head_dim)
+    config = LlamaConfig(num_hidden_layers=1, hidden_size=8 * kv_heads, vocab_size=8, **heads)
     times, cap = layers * batch, cap or length // 4
 
     def line(size, at):
@@ -383,12 +304,8 @@ def held(layers, kv_heads, head_dim, length, batch=1, cap=0):
         return small + (large - small) * (at - LISTEN) / LISTEN
 
     def bounded(method, **more):
-        return line(
-            lambda n: nbytes(config, dtype=torch.half, method=method, max_cache_size=n, **more)["total"], cap
-        )
-
-    empty, recall = torch.zeros(1, kv_heads, 0, head_dim, dtype=torch.half), SketchCache.recall(config)
-    recall.layers[0].lazy_initialization(empty, empty)
+        more |= {"dtype": torch.half, "method": method}
+        return line(lambda slots: nbytes(config, max_cache_size=slots, **more)["total"], cap)
 
     def indexed(tokens):
         index = KeyIndex()
@@ -396,6 +313,8 @@ def held(layers, kv_heads, head_dim, length, batch=1, cap=0):
         index.add(torch.zeros(1, kv_heads, tokens, head_dim, dtype=torch.half), torch.arange(tokens)[None])
         return index.nbytes()
 
+    empty, recall = torch.zeros(1, kv_heads, 0, head_dim, dtype=torch.half), SketchCache.recall(config)
+    recall.layers[0].lazy_initialization(empty, empty)
     return {
         "full": times * full_nbytes(config, length),
         "compact": int(times * bounded("compact")),
@@ -405,30 +324,23 @@ def held(layers, kv_heads, head_dim, length, batch=1, cap=0):
     }
 
 
+BARS = {
+    "full": ("full cache", "#333333"),
+    "compact": ("compact", figures.method_style("compact")["color"]),
+    "sketch": ("sketch 512x4", figures.method_style("sketch")["color"]),
+    "recall": ("recall, fast memory", "#ffd166"),
+    "host": ("recall, store in host memory", "0.8"),
+}
+
+
 def bars(sizes):
     """View 5, a figure: bytes as bars with numbers."""
     fig, axis = plt.subplots(figsize=(8, 3.4))
-    names = {
-        "full": "full cache",
-        "compact": "compact",
-        "sketch": "sketch 512x4",
-        "recall": "recall, fast memory",
-    }
-    names |= {"host": "recall, store in host memory"}
-    colours = [
-        figures.FULL_CACHE["color"],
-        *(figures.method_style(n)["color"] for n in ("compact", "sketch")),
-        "#ffd166",
-        "0.8",
-    ]
-    drawn = axis.barh(list(names.values()), [sizes[n] / 2**30 for n in names], color=colours)
-    axis.bar_label(
-        drawn, [f"{sizes[n] / 2**30:,.2f} GiB, {sizes[n] / sizes['full']:.0%}" for n in names], padding=4
-    )
+    (names, colours), full = zip(*BARS.values()), sizes["full"]
+    drawn = axis.barh(names, [sizes[name] / 2**30 for name in BARS], color=colours)
+    axis.bar_label(drawn, [f"{sizes[n] / 2**30:,.2f} GiB, {sizes[n] / full:.0%}" for n in BARS], padding=4)
     axis.invert_yaxis()
     axis.margins(x=0.3)
     axis.set(xlabel="GiB")
-    axis.set_title(
-        f"Compact holds {sizes['compact'] / sizes['full']:.0%} of the full cache's bytes", loc="left"
-    )
+    axis.set_title(f"Compact holds {sizes['compact'] / full:.0%} of the full cache's bytes", loc="left")
     return fig

@@ -16,7 +16,6 @@ from nbconvert import HTMLExporter
 
 import sketchkv
 from sketchkv.study import explore, notebooks, record, sources, store
-from sketchkv.study.results import load_table
 
 REPORT = sources.ROOT / "report"
 BAR = {
@@ -27,6 +26,8 @@ BAR = {
     "models.html": "Models",
 }
 WATCHED = [{"name": name, "cap": cap} for cap in (64, 96) for name in explore.CACHES]
+COPIED = ("figures/*.svg", "data/*/*.csv", "report/report.[mp]*", "report/site.css", "report/explore.css")
+LARGEST = 15_000_000
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -37,45 +38,44 @@ class SiteError(RuntimeError):
 def build(folder=sources.ROOT / "build" / "site", watched=None):
     """Makes the site in `folder`, which is emptied; watched: the explorer's records, None to compute them.
 
-    Raises SiteError for a link of the site that leads nowhere.
+    Returns its bytes. Raises SiteError for a link that leads nowhere and for more than `LARGEST` bytes.
     """
     folder = Path(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    for part, pattern in (("figures", "*.svg"), ("data/results", "*.csv"), ("data/benchmarks", "*.csv")):
-        (folder / part).mkdir(parents=True)
-        for file in (sources.ROOT / part).glob(pattern):
-            shutil.copy(file, folder / part)
-    for name in ("report.md", "report.pdf", "site.css", "explore.css"):
-        shutil.copy(REPORT / name, folder)
+    for pattern in COPIED:
+        for file in sources.ROOT.glob(pattern):
+            target = folder / file.relative_to(sources.ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
     _write(folder / "index.html", front((REPORT / "report.html").read_text(encoding="utf-8")))
     _notebooks(folder)
-    models = pd.read_csv(sources.ROOT / "data" / "benchmarks" / "models.csv").fillna("")
-    table = f'<div class="scroll">{models.to_html(index=False, border=0)}</div>'
-    _page(folder, "models.html", "Which models work", f"<h1>Which models work</h1>{_counts(models)}{table}")
+    models = pd.read_csv(sources.ROOT / "data" / "benchmarks" / "models.csv", keep_default_na=False)
+    counts = ", ".join(f"{count} {outcome}" for outcome, count in models.outcome.value_counts().items())
+    table = f'<p>{counts}.</p><div class="scroll">{models.to_html(index=False, border=0)}</div>'
+    _page(folder, "models.html", "Which models work", f"<h1>Which models work</h1>{table}")
     data = {"watched": watched or _watched(), "states": explore.STATES}
-    data["points"] = explore.points(load_table("baseline_front"))
-    view = (REPORT / "explore.html").read_text(encoding="utf-8")
-    style = '<link rel="stylesheet" href="explore.css">'
-    filled = view.replace("%DATA%", json.dumps(data, separators=(",", ":")).replace("</", "<\\/"))
-    _page(folder, "explorer.html", "Explorer", f"{style}<h1>Explorer</h1>{filled}")
+    data["points"] = explore.points(record.load_table("baseline_front"))
+    filled = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    view = (REPORT / "explore.html").read_text(encoding="utf-8").replace("%DATA%", filled)
+    _page(folder, "explorer.html", "Explorer", view)
     _api(folder / "api")
-    if missing := broken(folder):
-        raise SiteError(f"links that lead nowhere: {', '.join(missing[:10])}")
-    return folder
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    missing = broken(folder)
+    if missing or size > LARGEST:
+        raise SiteError(f"{size:,} bytes, at most {LARGEST:,}; links that lead nowhere: {missing[:10]}")
+    return size
 
 
 def front(page):
     """The report as front page: its own page with the site's bar, each notebook that it names a link."""
-    style = re.search(r"/\* bar \*/.*?/\* \*/", (REPORT / "site.css").read_text(encoding="utf-8"), re.S)[0]
-    page = re.sub(
-        r"(<body[^>]*>)", lambda found: f"<style>{style}</style>{found[0]}{_bar('')}", page, count=1
-    )
+    sheet = (REPORT / "site.css").read_text(encoding="utf-8")
+    style = re.search(r"/\* bar \*/.*?/\* \*/", sheet, re.S)[0]
+    page = re.sub(r"<body[^>]*>", lambda m: f"<style>{style}</style>{m[0]}{_bar('')}", page, count=1)
     page = re.sub(
         r"<code>(notebooks/\w+)\.ipynb</code>", r'<a href="\1.html"><code>\1.ipynb</code></a>', page
     )
-    return re.sub(
-        r'href="\.\./([^"]*?)(\.ipynb)?"', lambda m: f'href="{m[1]}{".html" if m[2] else ""}"', page
-    )
+    page = re.sub(r'href="(report\.\w+)"', r'href="report/\1"', page)
+    return re.sub(r'href="\.\./([^"]*?)(\.ipynb)?"', lambda m: f'href="{m[1]}{".html" * bool(m[2])}"', page)
 
 
 def _bar(up):
@@ -94,61 +94,42 @@ def _write(path, text):
     path.write_text(text, encoding="utf-8")
 
 
-def _counts(models):
-    counted = ", ".join(f"{count} {outcome}" for outcome, count in models.outcome.value_counts().items())
-    return f"<p>{len(models)} classes and variants: {html.escape(counted)}.</p>"
-
-
 def _watched():
-    points = sources.ROOT / "build" / "site-points"
-    found = store.compute(
-        "explore", explore.watched, WATCHED, folder=points, revision=sources.model_revision("embedded")
-    )
-    return [{"cache": asked["name"], "cap": asked["cap"], **each} for asked, each in zip(WATCHED, found)]
+    points, revision = sources.ROOT / "build" / "site-points", sources.model_revision("embedded")
+    found = store.compute("explore", explore.watched, WATCHED, folder=points, revision=revision)
+    return [asked | {"cache": asked["name"]} | each for asked, each in zip(WATCHED, found)]
 
 
 # Notebooks
 
 
 def _notebooks(folder):
-    exporter = HTMLExporter(template_name="folded", extra_template_basedirs=[str(REPORT)], embed_images=False)
-    listed = []
+    exporter, listed = HTMLExporter(template_name="folded", extra_template_basedirs=[str(REPORT)]), ""
     for path in notebooks.find(sources.ROOT):
         executed = sources.ROOT / "build" / "executed" / path.name
-        there = executed.exists()
-        book = nbformat.read(executed if there else path, as_version=4)
-        made = (
-            ""
-            if there
-            else '<p class="note">Not executed here: its figures are those of the committed results.</p>'
-        )
+        book = nbformat.read(executed if executed.exists() else path, as_version=4)
         body, _ = exporter.from_notebook_node(_shown(book))
-        body = re.sub(r'href="(\w+)\.ipynb"', r'href="\1.html"', body)
         title = re.search(r"^# (.*)", book.cells[0].source)[1]
-        _page(folder, f"notebooks/{path.stem}.html", title, made + body)
-        listed.append(f'<li><a href="{path.stem}.html">{path.stem}</a>: {html.escape(title)}</li>')
-    _page(folder, "notebooks/index.html", "Notebooks", f"<h1>Notebooks</h1><ul>{''.join(listed)}</ul>")
+        _page(folder, f"notebooks/{path.stem}.html", title, body)
+        listed += f'<li><a href="{path.stem}.html">{path.stem}</a>: {html.escape(title)}</li>'
+    _page(folder, "notebooks/index.html", "Notebooks", f"<h1>Notebooks</h1><ul>{listed}</ul>")
 
 
 def _shown(book):
-    """The notebook without widgets, which need a kernel, and with figures as the report has them."""
-    for cell in book.cells:
-        if cell.cell_type != "code":
-            continue
+    """The notebook without widgets, which need a kernel, and with figures as the report has them, so that one that was
+    not executed shows them, too."""
+    for cell in (each for each in book.cells if each.cell_type == "code"):
         names = re.findall(r"""\.figure\(\s*["'](\w+)["']""", cell.source)
-        left_out = {WIDGET} | ({"image/png"} if names else set())
-        cell.outputs = [
-            each
-            for each in cell.outputs
-            if not left_out & {*each.get("data", ())} and each.get("name") != "stderr"
-        ]
+        left_out = {WIDGET, "image/png"} if names else {WIDGET}
+        shown = (each for each in cell.outputs if not left_out & {*each.get("data", ())})
+        cell.outputs = [each for each in shown if each.get("name") != "stderr"]
         for name in names:
-            if (sources.ROOT / "figures" / f"{name}.svg").exists():
-                words = html.escape(
-                    sources.read_json(record.Paths(sources.ROOT).figures / f"{name}.json")["caption"]
-                )
-                figure = f'<figure><img src="../figures/{name}.svg" alt=""><figcaption>{words}</figcaption></figure>'
-                cell.outputs.append(nbformat.v4.new_output("display_data", {"text/html": figure}))
+            sidecar = sources.ROOT / "figures" / f"{name}.json"
+            if sidecar.exists():
+                words = html.escape(sources.read_json(sidecar)["caption"])
+                figure = f'<img src="../figures/{name}.svg" alt=""><figcaption>{words}</figcaption>'
+                data = {"text/html": f"<figure>{figure}</figure>"}
+                cell.outputs.append(nbformat.v4.new_output("display_data", data))
     return book
 
 
@@ -170,34 +151,21 @@ def _api(folder):
 
 def broken(folder):
     """Local links and sources in the pages of `folder` that lead to no file or to no id: sorted list of "page: link"."""
-    pages = {path: path.read_text(encoding="utf-8") for path in Path(folder).rglob("*.html")}
+    pages = {path.resolve(): path.read_text(encoding="utf-8") for path in Path(folder).rglob("*.html")}
     found = set()
     for path, text in pages.items():
-        markup = re.sub(r"<script.*?</script>", "", text, flags=re.S)
+        markup = re.sub(r"<(script|style).*?</\1>", "", text, flags=re.S)
         for _, link in re.findall(r"""\s(?:href|src)=(["'])(.+?)\1""", markup):
-            parts = urlsplit(html.unescape(link))
-            if parts.scheme or parts.netloc:
-                continue
-            target = path.parent / unquote(parts.path) if parts.path else path
-            if not target.exists() or (
-                parts.fragment
-                and target in pages
-                and f'id="{unquote(parts.fragment)}"' not in html.unescape(pages[target])
-            ):
-                found.add(f"{path.relative_to(folder)}: {link}")
+            to = urlsplit(html.unescape(link))
+            target = (path.parent / unquote(to.path)).resolve() if to.path else path
+            named = f'id="{unquote(to.fragment)}"' in html.unescape(pages.get(target, ""))
+            if not to.scheme and not (target.exists() and (named or not to.fragment)):
+                found.add(f"{path.name}: {link}")
     return sorted(found)
 
 
-def main():
-    try:
-        folder = build()
-    except (SiteError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    print(f"{folder / 'index.html'}: {size / 1e6:.1f} MB")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        print(f"build/site/index.html: {build() / 1e6:.1f} MB")
+    except (SiteError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")

@@ -67,35 +67,27 @@ def watch(model, tokenizer, ids, cache):
     flips: of each layer, KV head and token the steps at which it came into sight and went out of it, in turn.
     scores: of each layer, KV head and token its importance at the last eviction that saw it, None for a protected one.
     """
-    total, scores = ids.shape[1], {}
+    scores: dict[int, torch.Tensor] = {}
     for number, layer in enumerate(cache.layers):
-        layer.on_evict = partial(_note, scores, number, layer, total)
+        layer.on_evict = partial(_note, scores, number, layer, ids.shape[1])
     _, visible = decode_and_watch(model, ids, cache)
     flips, importance = [], []
     for number, seen in enumerate(layer[0].cpu().numpy() for layer in visible):
         changed = np.diff(seen, axis=1, prepend=False)  # [head, query, token]
         flips.append([[np.flatnonzero(each).tolist() for each in head.T] for head in changed])
-        last = scores.get(number, torch.full((len(seen), total), torch.inf))
-        importance.append([[_rounded(x) for x in head] for head in last.tolist()])
+        last = scores.get(number, torch.full(seen.shape[:2], torch.inf)).tolist()
+        known = ((float(f"{x:.3g}") if math.isfinite(x) else None for x in head) for head in last)
+        importance.append([list(head) for head in known])
     layer = next((each for each in cache.layers if not each.is_sliding), cache.layers[0])
-    return {
-        "tokens": [tokenizer.decode([token]) for token in ids[0].tolist()],
-        "flips": flips,
-        "scores": importance,
-        "sinks": layer.num_sinks,
-        "recent": layer.recent_window,
-        "recalls": cache.index is not None,
-    }
+    text = [tokenizer.decode([token]) for token in ids[0].tolist()]
+    told = {"sinks": layer.num_sinks, "recent": layer.recent_window, "recalls": cache.index is not None}
+    return told | {"tokens": text, "flips": flips, "scores": importance}
 
 
 def _note(scores, number, layer, total, now, evicted):
     held = layer.slots["positions"][0].long().cpu()
     known = scores.setdefault(number, torch.full((len(held), total), torch.inf))
     known.scatter_(1, held, now[0].cpu())
-
-
-def _rounded(x):
-    return float(f"{x:.3g}") if math.isfinite(x) else None
 
 
 def states(record, step, layer, head):
@@ -218,8 +210,7 @@ def hero(rows, own=None):
     axis.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "1"])
     axis.set_yticks([least, 1, 10, 100], ["0.1 or less", "1", "10", "100"])
     axis.minorticks_off()
-    title = f"At an eighth of the bytes, {best['label']} loses least: {best['growth']:.1f} %"
-    axis.set_title(title, loc="left")
+    axis.set_title(f"At 1/8 of the bytes, {best['label']} loses least: {best['growth']:.1f} %", loc="left")
     return fig
 
 
@@ -233,13 +224,9 @@ def counted(items, width, depth, seed=0):
     sketch.update(items)
     distinct, truth = items.unique(return_counts=True)
     estimate = sketch.query(distinct)
-    return {
-        "table": sketch.table.tolist(),
-        "truth": truth.tolist(),
-        "estimate": estimate.tolist(),
-        "bound": math.e / width * len(items),
-        "collided": (estimate > truth).double().mean().item(),
-    }
+    drawn = {"table": sketch.table.tolist(), "truth": truth.tolist(), "estimate": estimate.tolist()}
+    collided = (estimate > truth).double().mean().item()
+    return {**drawn, "bound": math.e / width * len(items), "collided": collided}
 
 
 class _Listen(Window):

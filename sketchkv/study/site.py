@@ -26,7 +26,7 @@ BAR = {
     "models.html": "Models",
 }
 WATCHED = [{"name": name, "cap": cap} for cap in (64, 96) for name in explore.CACHES]
-COPIED = ("figures/*.svg", "data/*/*.csv", "report/report.[mp]*", "report/site.css", "report/explore.css")
+COPIED = ("figures/*.svg", "data/*/*.csv", "report/report.[mp]*", "report/*.css")
 LARGEST = 15_000_000
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -68,12 +68,9 @@ def build(folder=sources.ROOT / "build" / "site", watched=None):
 
 def front(page):
     """The report as front page: its own page with the site's bar, each notebook that it names a link."""
-    sheet = (REPORT / "site.css").read_text(encoding="utf-8")
-    style = re.search(r"/\* bar \*/.*?/\* \*/", sheet, re.S)[0]
-    page = re.sub(r"<body[^>]*>", lambda m: f"<style>{style}</style>{m[0]}{_bar('')}", page, count=1)
-    page = re.sub(
-        r"<code>(notebooks/\w+)\.ipynb</code>", r'<a href="\1.html"><code>\1.ipynb</code></a>', page
-    )
+    style = '<link rel="stylesheet" href="report/bar.css">'
+    page = re.sub(r"<body[^>]*>", lambda m: f"{style}{m[0]}{_bar('')}", page, count=1)
+    page = re.sub(r"<code>(notebooks/\w+)\.ipynb(?=</code>)", r'<code><a href="\1.html">\1.ipynb</a>', page)
     page = re.sub(r'href="(report\.\w+)"', r'href="report/\1"', page)
     return re.sub(r'href="\.\./([^"]*?)(\.ipynb)?"', lambda m: f'href="{m[1]}{".html" * bool(m[2])}"', page)
 
@@ -109,7 +106,7 @@ def _notebooks(folder):
         executed = sources.ROOT / "build" / "executed" / path.name
         book = nbformat.read(executed if executed.exists() else path, as_version=4)
         body, _ = exporter.from_notebook_node(_shown(book))
-        title = re.search(r"^# (.*)", book.cells[0].source)[1]
+        title = book.cells[0].source.partition("\n")[0].lstrip("# ")
         _page(folder, f"notebooks/{path.stem}.html", title, body)
         listed += f'<li><a href="{path.stem}.html">{path.stem}</a>: {html.escape(title)}</li>'
     _page(folder, "notebooks/index.html", "Notebooks", f"<h1>Notebooks</h1><ul>{listed}</ul>")
@@ -140,9 +137,7 @@ def _api(folder):
     for name in sketchkv.__all__:  # loaded when asked for, where pdoc does not look
         setattr(sketchkv, name, getattr(sketchkv, name))
     modules = [f"sketchkv.{file.stem}" for file in (sources.ROOT / "sketchkv").glob("[a-z]*.py")]
-    pdoc.render.configure(
-        docformat="markdown", template_directory=REPORT / "api", show_source=False, search=False
-    )
+    pdoc.render.configure(template_directory=REPORT / "api", show_source=False, search=False)
     pdoc.pdoc("sketchkv", *modules, output_directory=folder)
 
 

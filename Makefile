@@ -24,7 +24,7 @@ export MALLOC_TRIM_THRESHOLD_ := 1073741824
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce lab test test-models test-oldest lint bench model models smollm2 gemma3 django-docs clean FORCE
+.PHONY: help env reproduce site lab test test-models test-oldest lint bench model models smollm2 gemma3 django-docs clean FORCE
 
 help:  ## show this list
 	@sed -nE 's/^([a-z][^ :]*).*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/%/NAME/' | expand -t 26
@@ -58,6 +58,9 @@ ASKED = $(filter smollm2 gemma3,$(MODEL)) $(filter django-docs,$(DATASET))
 
 reproduce: $(READY) $(ASKED)  ## run the study and render the report; goes on where it stopped
 	@$(RUN)
+
+site: $(READY)  ## make build/site: report, notebooks, explorer and API pages, which open from disk
+	$(BIN)/python -m sketchkv.study.site
 
 lab: $(READY)  ## open the notebooks in JupyterLab; ARGS="--port 9999" and the like go to it
 	@case " $(ARGS) " in *" --allow-root "*) ;; *) test "$$(id -u)" != 0 || { \

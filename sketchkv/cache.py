@@ -10,6 +10,9 @@ from sketchkv.passes import MOST_TOKENS, Passes
 from sketchkv.policies import AttentionMass, Policy, Sketch
 from sketchkv.slots import Plain
 
+# Of `fine_window=None`: one token in so many of the cap, up to so many, and none where the cap is smaller than the least: there
+# each token more counts for more than its rounding.
+FINE_SHARE, MOST_FINE, LEAST_FINE = 32, 64, 128
 # How parameters of former versions are spelled now.
 FORMER = (
     dict.fromkeys(
@@ -45,6 +48,8 @@ class SketchCache(Cache):
     summary: a `sketchkv.summary.Summary`, into which evicted tokens are folded; None: they are dropped.
     bits: 8, 6, 5, 4, 3 or 2 holds keys and values quantized, 16 in float16; a pair is for keys and values; None: the model's
         dtype. Attention decodes one layer at a time: that working memory is not part of `nbytes`.
+    fine_window: newest tokens of which, and of the sinks, what rounding took is held as well, in 4 bits more
+        (`sketchkv.ring`); 0: of none; None: a 32nd of the smallest cap, 64 at most, none below a cap of 128.
     codec: another way to store keys and values, a function of (dtype, device) that gives a `sketchkv.slots.Plain`.
     index: a `sketchkv.index.KeyIndex`: what is evicted is not forgotten, and each query asks for it (`sketchkv.recall`).
     store: where all tokens are then: "host", an existing folder's path or a `sketchkv.store.HostStore`.
@@ -66,6 +71,7 @@ class SketchCache(Cache):
         attend_topk=None,
         summary=None,
         bits=None,
+        fine_window=0,
         codec=None,
         index=None,
         store="host",
@@ -85,7 +91,11 @@ class SketchCache(Cache):
         self.index, self.store, self.exact_prompts = index, store, flag("exact_prompts", exact_prompts)
         if index is not None:
             others = dict(
-                policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk, summary=summary
+                policy=policy,
+                prefill_chunk=prefill_chunk,
+                attend_topk=attend_topk,
+                summary=summary,
+                fine_window=fine_window or None,
             )
             self.store = _with_index(index, store, others)
             # Steps choose on the host what they read; what is scored is decoded, not a prompt.
@@ -104,7 +114,7 @@ class SketchCache(Cache):
             if prefill_chunk is None
             else whole("prefill_chunk", prefill_chunk, evict_every, MOST_TOKENS),
             attend_topk=None if attend_topk is None else whole("attend_topk", attend_topk, 1, MOST_TOKENS),
-            codec=_codec(bits, codec),
+            codec=_codec(bits, codec, _fine_window(fine_window, bits, caps), num_sinks),
         )
         _leave_room(settings, caps)
         if summary is not None and (isinstance(summary, type) or not hasattr(summary, "fold")):
@@ -142,11 +152,14 @@ class SketchCache(Cache):
     @classmethod
     def compact(cls, config, max_cache_size, **changes):
         """The setting with the best quality for its bytes that the study found, chosen on the development documents and
-        frozen: 5-bit keys and 4-bit values, exact decayed mean attention weighted by the norm of the value, and one summary
-        slot for all that was evicted. `changes` replace single parameters."""
+        frozen: 5-bit keys and 4-bit values, 4 bits more for sinks and newest tokens, exact decayed mean attention weighted by
+        the norm of the value, and one summary slot for all that was evicted. `changes` replace single parameters."""
         from sketchkv.summary import Summary
 
-        settings = dict(bits=(5, 4), summary=Summary(), policy=AttentionMass(value_norm=True)) | changes
+        settings = dict(
+            bits=(5, 4), fine_window=None, summary=Summary(), policy=AttentionMass(value_norm=True)
+        )
+        settings |= changes
         return cls(config, max_cache_size, **settings)
 
     @classmethod
@@ -270,7 +283,16 @@ def layer_windows(config):
     return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
-def _codec(bits, codec):
+def _fine_window(given, bits, caps):
+    """How many of the newest tokens are held more finely."""
+    if given is None:
+        return 0 if bits is None or min(caps) < LEAST_FINE else min(MOST_FINE, min(caps) // FINE_SHARE)
+    if whole("fine_window", given, 0, MOST_TOKENS) and bits is None:
+        raise ValueError("fine_window needs bits: without them nothing is rounded")
+    return given
+
+
+def _codec(bits, codec, fine_window, num_sinks):
     if bits is None:
         if codec is not None and not callable(codec):
             raise TypeError(
@@ -281,7 +303,7 @@ def _codec(bits, codec):
         raise TypeError("give either bits= or codec=, not both")
     from sketchkv.quantize import quantized
 
-    return quantized(bits)
+    return quantized(bits, fine_window, num_sinks)
 
 
 def _with_index(index, store, others):

@@ -35,7 +35,7 @@ def quantized(bits, newest=0, sinks=0, finer=4):
         pair = ()
     if len(pair) != 2 or not set(pair) <= set(BITS):
         raise ValueError(f"bits must be one of {BITS}, or a pair of them for keys and values; got {bits!r}")
-    if not whole("newest", newest, 0, MOST_NEAR):
+    if not whole("newest", newest, 0, MOST_NEAR) or min(pair) == 16:
         return partial(Quantized, pair)
     if finer not in BITS:
         raise ValueError(f"finer must be one of {BITS}, got {finer!r}")

@@ -287,7 +287,7 @@ def _fine_window(given, bits, caps):
     """How many of the newest tokens are held more finely."""
     if given is None:
         return 0 if bits is None or min(caps) < LEAST_FINE else min(MOST_FINE, min(caps) // FINE_SHARE)
-    if whole("fine_window", given, 0, MOST_TOKENS) and bits is None:
+    if whole("fine_window", given, 0, min(caps)) and bits is None:
         raise ValueError("fine_window needs bits: without them nothing is rounded")
     return given
 

@@ -171,6 +171,12 @@ SETTINGS = [
         (10**15, ValueError, "at most 2147483647"),
     ),
     *cases(
+        "fine_window",
+        lambda w, given: w.cache(fine_window=given, bits=4),
+        *whole_numbers("fine_window", 0, False),
+        (33, ValueError, "at most"),
+    ),
+    *cases(
         "prefill_chunk",
         lambda w, given: w.cache(prefill_chunk=given),
         *whole_numbers("prefill_chunk", 5, False),
@@ -327,6 +333,7 @@ SETTINGS = [
                 {"summary": Summary()},
                 {"attend_topk": 50},
                 {"prefill_chunk": 50},
+                {"fine_window": 3, "bits": 4},
             )
         ],
         ({"recent_window": 8}, ValueError, "raise recent_window to 16"),

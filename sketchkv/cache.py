@@ -112,13 +112,21 @@ class SketchCache(Cache):
         return BoundedLayer(policy, cap, settings, summary)
 
     @classmethod
-    def compact(cls, config, max_cache_size, **changes):
+    def compact(cls, config, max_cache_size, *, bits=(5, 4), fine_window=None, **changes):
         """The setting with the best quality for its bytes that the study found, chosen on the development documents and
-        frozen: 5-bit keys and 4-bit values, exact decayed mean attention weighted by the norm of the value, and one summary
-        slot for all that was evicted. `changes` replace single parameters."""
+        frozen: 5-bit keys and 4-bit values, 4 bits more for sinks and newest tokens, exact decayed mean attention weighted by
+        the norm of the value, and one summary slot for all that was evicted. `changes` replace single parameters.
+
+        fine_window: newest tokens of which, and of the sinks, what rounding took is held as well (`sketchkv.ring`); 0: of none;
+            None: a 32nd of the smallest cap, 64 at most, none below a cap of 128.
+        """
         from sketchkv.summary import Summary
 
-        settings = dict(bits=(5, 4), summary=Summary(), policy=AttentionMass(value_norm=True)) | changes
+        settings = dict(summary=Summary(), policy=AttentionMass(value_norm=True)) | changes
+        if "codec" not in settings:
+            from sketchkv.quantize import fine
+
+            settings["codec"] = fine(bits, fine_window, max_cache_size, settings.get("num_sinks", 4))
         return cls(config, max_cache_size, **settings)
 
     @classmethod

@@ -12,13 +12,15 @@ import torch
 
 from sketchkv.checks import whole
 from sketchkv.ring import Ring
-from sketchkv.slots import Plain
+from sketchkv.slots import MOST_TOKENS, Plain
 
 BITS = (16, 8, 6, 5, 4, 3, 2)
 TINY = 2.0**-24  # the smallest positive float16
 # Tokens after which keys are centred: early enough for most of a text, late enough for a mean.
 CENTRE_AFTER = 32
 MOST_NEAR = 2**20  # tokens
+# Of a cap, one token in so many is held more finely, so many at most, and none of a cap below the least.
+FINE_SHARE, MOST_FINE, LEAST_FINE = 32, 64, 128
 
 
 def quantized(bits, newest=0, sinks=0, finer=4):
@@ -36,11 +38,29 @@ def quantized(bits, newest=0, sinks=0, finer=4):
         pair = ()
     if len(pair) != 2 or not set(pair) <= set(BITS):
         raise ValueError(f"bits must be one of {BITS}, or a pair of them for keys and values; got {bits!r}")
-    if not whole("newest", newest, 0, MOST_NEAR):
+    if not whole("newest", newest, 0, MOST_NEAR) or min(pair) == 16:
         return partial(Quantized, pair)
     if finer not in BITS:
         raise ValueError(f"finer must be one of {BITS}, got {finer!r}")
     return partial(Quantized, pair, near=(newest, whole("sinks", sinks, 0, MOST_NEAR), finer))
+
+
+def fine(bits, window, max_cache_size, num_sinks):
+    """The codec that holds sinks and the newest `window` tokens more finely.
+
+    window: None: a share of the smallest cap, and none where that is small: there each token more counts for more than its
+        rounding. Parameters as of `sketchkv.SketchCache.compact`.
+    Raises ValueError for a value out of range.
+    """
+    if bits is None:
+        if window:
+            raise ValueError("fine_window needs bits: without them nothing is rounded")
+        return None
+    caps = max_cache_size if isinstance(max_cache_size, (list, tuple)) else [max_cache_size]
+    cap = min(whole("max_cache_size", each, 1, MOST_TOKENS) for each in caps)
+    if window is None:
+        window = 0 if cap < LEAST_FINE else min(MOST_FINE, cap // FINE_SHARE)
+    return quantized(bits, whole("fine_window", window, 0, cap), num_sinks)
 
 
 class Quantized(Plain):

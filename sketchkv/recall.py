@@ -67,6 +67,10 @@ class RecallLayer(BoundedLayer):
             raise ValueError(
                 f"max_cache_size={slots.capacity} is too small for the codec: raise it to {least}"
             )
+        if getattr(slots.codec, "ring", None) is not None:
+            raise ValueError(
+                "an index and a codec with `newest` exclude each other: use quantized(bits) alone"
+            )
         slots.add("asked", torch.int32)  # tokens seen when a query last attended to it
         parts = {name: slots.arrays[name] for group in slots.parts.values() for name in group}
         self.store.open(parts, slots.shape, slots.device.type == "cuda")

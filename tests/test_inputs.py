@@ -171,6 +171,12 @@ SETTINGS = [
         (10**15, ValueError, "at most 2147483647"),
     ),
     *cases(
+        "fine_window",
+        lambda w, given: SketchCache.compact(w.config, 64, fine_window=given),
+        *whole_numbers("fine_window", 0, False),
+        (65, ValueError, "at most"),
+    ),
+    *cases(
         "prefill_chunk",
         lambda w, given: w.cache(prefill_chunk=given),
         *whole_numbers("prefill_chunk", 5, False),

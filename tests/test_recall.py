@@ -413,5 +413,8 @@ def test_bad_combinations_are_told(llama):
     with pytest.raises(TypeError, match="KeyIndex"):
         SketchCache(llama.config, 400, index=256)
     SketchCache.recall(llama.config, max_cache_size=324)
+    fine = recall(llama, codec=quantized((5, 4), newest=8))
+    with pytest.raises(ValueError, match="exclude each other"):
+        llama(torch.ones(1, 30, dtype=torch.int64), past_key_values=fine)
     with pytest.raises(ValueError, match="graph=False"):
         generate(llama, torch.ones(1, 30, dtype=torch.int64), recall(llama), 5, graph=True)

@@ -13,7 +13,7 @@ from sketchkv.checks import Settings
 from sketchkv.layer import BoundedLayer, Form
 from sketchkv.passes import Tokens
 from sketchkv.quantize import matrix, normal_levels, quantized, rotation
-from sketchkv.slots import Slots
+from sketchkv.slots import Plain, Slots
 from sketchkv.window import WindowLayer
 
 WIDTH, HEADS, GROUP, BITS = 16, 2, 2, (3, 2)
@@ -235,3 +235,17 @@ def test_prompts_in_wide_slots(model, ids):
 def test_bad_settings(wrong):
     with pytest.raises(ValueError, match=list(wrong)[-1]):
         quantized(4, **wrong)
+
+
+@pytest.mark.parametrize("cap, newest", [(64, None), (128, 4), (1000, 31), (4096, 64)])
+def test_compact_holds_a_share_of_its_cap_finely(model, cap, newest):
+    def rows(**changes):
+        layer = SketchCache.compact(model.config, cap, **changes).layers[0]
+        found = layer.codec(torch.float32, "cpu").ring if layer.codec.func is quantize.Quantized else None
+        return found and (found.newest, found.sinks)
+
+    assert rows() == (newest and (newest, 4)) and rows(fine_window=3, num_sinks=1) == (3, 1)
+    assert rows(fine_window=0) is None and rows(bits=16) is None
+    assert SketchCache.compact(model.config, cap, bits=None).layers[0].codec is Plain
+    with pytest.raises(ValueError, match="needs bits"):
+        SketchCache.compact(model.config, cap, bits=None, fine_window=3)

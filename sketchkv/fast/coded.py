@@ -138,8 +138,8 @@ def _attend(
             if some:
                 rest = levels_of(rest_values, rest_value_levels, near, near_held, column, DIM, REST_BITS)
                 rest_scale = tl.load(rest_value_scales + near, mask=near_held, other=0.0).to(tl.float32)
-                weight = (new * rest_scale[None, :]).to(q.dtype)
-                sums = tl.dot(weight, rest.to(q.dtype), sums, input_precision="ieee")
+                more = (new * rest_scale[None, :]).to(q.dtype)
+                sums = tl.dot(more, rest.to(q.dtype), sums, input_precision="ieee")
         top = higher
     if SPLITS == 1:
         back = tl.load(turn + column[None, :] * DIM + column[:, None]).to(q.dtype)

@@ -5,6 +5,7 @@
 """
 
 import inspect
+from bisect import bisect_right
 
 import torch
 
@@ -148,16 +149,20 @@ def full_nbytes(config, length, dtype=torch.float16):
 def fit(config, budget, dtype=torch.float32, multiple=1, length=None, **method):
     """The largest `max_cache_size` (a multiple of `multiple`) at which the method holds at most `budget` bytes in all.
 
-    Bytes grow linearly with the cap, so two caps tell. length: tokens of the text, of which an index holds all. Raises
-    ValueError if not even the smallest possible cap fits.
+    length: tokens of the text, of which an index holds all. Raises ValueError if not even the smallest possible cap fits.
     """
     least = method.get("num_sinks", 4) + method.get("recent_window", 16) + 1
     if method["method"] == "recall":
         least += 1 - _top(config, least, **{k: v for k, v in method.items() if k != "method"})
-    small, large = (
-        nbytes(config, length, dtype, **method, max_cache_size=cap)["total"] for cap in (least, least + 64)
-    )
-    cap = least + (budget - small) * 64 // (large - small)
+
+    def held(cap):
+        return nbytes(config, length, dtype, **method, max_cache_size=cap)["total"]
+
+    small = held(least)
+    top = least + 1 + max(0, budget - small) * 64 // (held(least + 64) - small)
+    while held(top) <= budget:  # what is held finely grows with the cap: bytes are not quite linear in it
+        top *= 2
+    cap = least - 1 + bisect_right(range(least, top), budget, key=held)
     cap -= cap % multiple
     if cap < least:
         raise ValueError(

@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from sketchkv.checks import memory
-from sketchkv.ops import eager
+from sketchkv.ops import eager, suited
 from sketchkv.slots import Plain, Slots
 
 
@@ -54,7 +54,7 @@ class BoundedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    ops = eager  # how it computes; `sketchkv.fast` sets another
+    ops = eager  # how it computes: what suits the device, once that is known, or what was set
 
     def __init__(self, policy, max_cache_size, settings, summary=None):
         super().__init__()
@@ -76,6 +76,7 @@ class BoundedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states):
         shape, widths = key_states.shape[:2], (key_states.shape[-1], value_states.shape[-1])
         like = key_states.dtype, key_states.device
+        self.ops = suited(self.ops, like[1])
         self.slots = self.home = None  # frees what another batch took
         with torch.inference_mode(False):  # tensors that may be written to inside of it and outside
             one = Slots((1, 1), 1, widths, self.codec(*like))

@@ -15,6 +15,7 @@ from test_kernels import DEVICE, HAS_TRITON, INTERPRET, runs, sorted_by_position
 from sketchkv import H2O, LRU, TOVA, AttentionMass, KeyNorm, Random, Sketch, SnapKV, Summary, Window
 from sketchkv.fast.ops import Fused
 from sketchkv.layer import BoundedLayer, Form, Settings
+from sketchkv.ops import Eager
 from sketchkv.passes import Tokens
 from sketchkv.quantize import quantized
 from sketchkv.slots import Plain
@@ -117,8 +118,7 @@ def decode(
         layer = WindowLayer(CAP, settings, capped=True)
     else:
         layer = BoundedLayer(copy.deepcopy(policy), CAP, settings, copy.deepcopy(summary))
-    if ops:
-        layer.ops = ops
+    layer.ops = ops or Eager()  # set by hand, it is what computes on a GPU, too
     outputs, clock = [], torch.zeros(1, dtype=torch.int32, device=DEVICE)
     for query, key, value, tokens in steps:
         layer.update(key, value)

@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from sketchkv.checks import memory
-from sketchkv.ops import eager
+from sketchkv.ops import eager, suited
 from sketchkv.slots import Slots
 
 
@@ -41,7 +41,7 @@ class BoundedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    ops: Any = eager  # how it computes; `sketchkv.fast` sets another
+    ops: Any = eager  # how it computes: what suits the device, once that is known, or what was set
     # Of `Settings`.
     num_sinks: int
     recent_window: int
@@ -73,6 +73,7 @@ class BoundedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states):
         shape, widths = key_states.shape[:2], (key_states.shape[-1], value_states.shape[-1])
         like = key_states.dtype, key_states.device
+        self.ops = suited(self.ops, like[1])
         self.slots = self.home = None  # frees what another batch took
         with torch.inference_mode(False):  # tensors that may be written to inside of it and outside
             one = Slots((1, 1), 1, widths, self.codec(*like))

@@ -4,6 +4,8 @@ Each rule stands here once: what a query sees, who is protected, how ties fall, 
 same in fewer launches, and is tested against this.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -18,6 +20,10 @@ CHECK_EVERY = 16
 
 class Eager:
     """The operations of a layer. `layer` is the `BoundedLayer`, `tokens` what the block brings (`sketchkv.layer.Tokens`)."""
+
+    suits = property(
+        lambda self: self is eager, doc="Whether `suited` may replace it: it was not set by hand."
+    )
 
     def turn(self, layer, query, key, value):
         """Vectors of one block as the layer's codec stores and multiplies them."""
@@ -115,17 +121,7 @@ class Eager:
         """Importance of the stored tokens, `[batch, num_kv_heads, used]`: inf for sinks and the recent window, -inf for
         padding. Notes in `layer.nan` whether an importance was NaN."""
         slots, positions, end = layer.slots, layer.slots["positions"], tokens.end(layer)
-        scores = layer.policy.score(slots, end)
-        if not isinstance(scores, torch.Tensor) or scores.shape != positions.shape or scores.is_complex():
-            got = (
-                f"{scores.dtype} {list(scores.shape)}"
-                if isinstance(scores, torch.Tensor)
-                else type(scores).__name__
-            )
-            raise ValueError(
-                f"{type(layer.policy).__name__}.score() must return one number per stored token, "
-                f"{list(positions.shape)}; got {got}"
-            )
+        scores = checked(layer.policy.score(slots, end), layer)
         scores = scores.to(positions.device, torch.float32).clamp(-1e30, 1e30)
         if layer.summary:
             scores = layer.summary.protect(scores, slots)
@@ -144,6 +140,35 @@ class Eager:
 
 
 eager = Eager()
+
+
+def suited(ops, device):
+    """The operations of a layer on `device`: the fused ones on a GPU with Triton, else the eager rule; `ops` if it is
+    another that was set."""
+    if not ops.suits:
+        return ops
+    if not _fuses(device):
+        return eager
+    from sketchkv.fast.ops import fused
+
+    return fused
+
+
+def _fuses(device):
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
+def checked(scores, layer):
+    """What a policy's `score` gave. Raises ValueError unless it is one real number per stored token."""
+    shape = layer.slots["positions"].shape
+    if not isinstance(scores, torch.Tensor) or scores.shape != shape or scores.is_complex():
+        got = type(scores).__name__
+        if isinstance(scores, torch.Tensor):
+            got = f"{scores.dtype} {list(scores.shape)}"
+        raise ValueError(
+            f"{type(layer.policy).__name__}.score() must return one number per stored token, {list(shape)}; got {got}"
+        )
+    return scores
 
 
 def needs_no_scores(layer, tokens, form):

@@ -113,9 +113,9 @@ def test_imports_run_one_way():
     assert "sketchkv.cache" in core and "sketchkv.switch" in graph["sketchkv"]
     for name in core:
         above = {other for other in graph[name] if other.startswith(("sketchkv.study", "sketchkv.fast"))}
-        # Recorded and compiled steps are loaded when they are asked for, and only then.
+        # Recorded and compiled steps are loaded when they are asked for, fused operations on a GPU, and only then.
         assert not above or (
-            name == "sketchkv.decode" and all(n.startswith("sketchkv.fast") for n in above)
+            name in ("sketchkv.decode", "sketchkv.ops") and all(n.startswith("sketchkv.fast") for n in above)
         ), (name, above)
     study = {
         name: {n for n in graph[name] if n.startswith("sketchkv.study.")} for name in graph if "study" in name

@@ -16,6 +16,7 @@ from sketchkv import H2O, LRU, TOVA, AttentionMass, KeyNorm, Random, Sketch, Sna
 from sketchkv.checks import Settings
 from sketchkv.fast.ops import Fused
 from sketchkv.layer import BoundedLayer, Form
+from sketchkv.ops import Eager
 from sketchkv.passes import Tokens
 from sketchkv.quantize import quantized
 from sketchkv.slots import Plain
@@ -122,8 +123,7 @@ def decode(
         layer = WindowLayer(CAP, settings, capped=True)
     else:
         layer = BoundedLayer(copy.deepcopy(policy), CAP, settings, copy.deepcopy(summary))
-    if ops:
-        layer.ops = ops
+    layer.ops = ops or Eager()  # set by hand, it is what computes on a GPU, too
     outputs, clock = [], torch.zeros(1, dtype=torch.int32, device=DEVICE)
     for query, key, value, tokens in steps:
         layer.update(key, value)

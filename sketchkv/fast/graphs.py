@@ -110,7 +110,7 @@ class StepGraphs:
     def _step(self):
         layers, positions = self.cache.layers, self.clock.long().expand(len(self.token), 1)
         with self.cache.passes.announced(Tokens(self.token, self.clock[None], clock=self.clock), self):
-            evicting = [layer.slots.room == 1 for layer in layers]
+            evicting, own = [layer.slots.room == 1 for layer in layers], [layer.ops for layer in layers]
             if usable(self.token.device):
                 for layer, filled, growing, evicts in zip(
                     layers, self.filled.split(1), self.growing, evicting, strict=True
@@ -124,8 +124,8 @@ class StepGraphs:
                         self.token, past_key_values=self.cache, use_cache=True, position_ids=positions
                     ).logits
             finally:
-                for layer in layers:
-                    vars(layer).pop("ops", None)
+                for layer, ops in zip(layers, own, strict=True):
+                    layer.ops = ops
         self.clock += 1
         self.filled += 1
         for filled, layer, evicts in zip(self.filled.split(1), layers, evicting, strict=True):

@@ -8,7 +8,7 @@ import torch
 
 from sketchkv.fast import attention, coded, codes, eviction, prompt, storage
 from sketchkv.layer import BoundedLayer
-from sketchkv.ops import Eager, needs_no_scores
+from sketchkv.ops import Eager, checked, needs_no_scores
 from sketchkv.policies import AttentionMass, Policy
 from sketchkv.quantize import Normal, Quantized
 from sketchkv.sketch import CountMinSketch
@@ -22,6 +22,8 @@ class Fused(Eager):
 
     filled: int32 `[1]`, tokens that the layer has stored, where the device counts them; None: Python does.
     """
+
+    suits = property(lambda self: self is fused)
 
     def __init__(self, filled=None):
         self.filled = filled
@@ -127,7 +129,7 @@ class Fused(Eager):
         )
         if not served:
             return super().evict(layer, tokens)
-        importance = _score(layer, tokens).float()
+        importance = checked(_score(layer, tokens), layer).to(slots.device, torch.float32)
         if importance.stride(-1) != 1:
             importance = importance.contiguous()
         protection = layer.num_sinks, layer.recent_window, layer.nan

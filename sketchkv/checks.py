@@ -172,6 +172,19 @@ def per_layer(name, value, count):
     return values
 
 
+def checked_scores(scores, layer):
+    """What a policy's `score` gave. Raises ValueError unless it is one real number per stored token."""
+    shape = layer.slots["positions"].shape
+    if not isinstance(scores, torch.Tensor) or scores.shape != shape or scores.is_complex():
+        got = type(scores).__name__
+        if isinstance(scores, torch.Tensor):
+            got = f"{scores.dtype} {list(scores.shape)}"
+        raise ValueError(
+            f"{type(layer.policy).__name__}.score() must return one number per stored token, {list(shape)}; got {got}"
+        )
+    return scores
+
+
 # Of a forward pass
 
 MASK = (

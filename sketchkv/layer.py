@@ -104,16 +104,8 @@ class BoundedLayer(CacheLayerMixin):
             except BaseException:
                 self.slots = self.home = None  # memory ended on the way: nothing is left half made
                 raise
-        elif held.shape[0] != batch:
-            raise ValueError(
-                f"the cache holds a batch of {held.shape[0]}, this call brings {batch}: "
-                "finish one batch before the next, with cache.reset() between them or a new cache"
-            )
-        elif (held.dtype, held.device) != like:
-            raise ValueError(
-                f"the cache holds {held.dtype} on {held.device}, this call brings {like[0]} on {like[1]}: "
-                "use a new cache after converting or moving a model"
-            )
+        else:
+            _fits(held, batch, like)
         self.waiting = True
         return key_states, value_states
 
@@ -248,3 +240,17 @@ class BoundedLayer(CacheLayerMixin):
         if self.slots is None:
             return {}
         return {id(tensor): ("kv", tensor.nbytes) for tensor in self.slots.codec.shared()}
+
+
+def _fits(held, batch, like):
+    """Raises ValueError where slots were made for another batch, dtype or device."""
+    if held.shape[0] != batch:
+        raise ValueError(
+            f"the cache holds a batch of {held.shape[0]}, this call brings {batch}: "
+            "finish one batch before the next, with cache.reset() between them or a new cache"
+        )
+    if (held.dtype, held.device) != like:
+        raise ValueError(
+            f"the cache holds {held.dtype} on {held.device}, this call brings {like[0]} on {like[1]}: "
+            "use a new cache after converting or moving a model"
+        )

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from sketchkv.checks import checked_scores
 from sketchkv.slots import EMPTY
 
 # Scores that are in memory at once while many tokens come, of all heads and sequences: what a CPU's cache holds, and on a GPU
@@ -121,7 +122,7 @@ class Eager:
         """Importance of the stored tokens, `[batch, num_kv_heads, used]`: inf for sinks and the recent window, -inf for
         padding. Notes in `layer.nan` whether an importance was NaN."""
         slots, positions, end = layer.slots, layer.slots["positions"], tokens.end(layer)
-        scores = checked(layer.policy.score(slots, end), layer)
+        scores = checked_scores(layer.policy.score(slots, end), layer)
         scores = scores.to(positions.device, torch.float32).clamp(-1e30, 1e30)
         if layer.summary:
             scores = layer.summary.protect(scores, slots)
@@ -156,19 +157,6 @@ def suited(ops, device):
 
 def _fuses(device):
     return device.type == "cuda" and find_spec("triton") is not None
-
-
-def checked(scores, layer):
-    """What a policy's `score` gave. Raises ValueError unless it is one real number per stored token."""
-    shape = layer.slots["positions"].shape
-    if not isinstance(scores, torch.Tensor) or scores.shape != shape or scores.is_complex():
-        got = type(scores).__name__
-        if isinstance(scores, torch.Tensor):
-            got = f"{scores.dtype} {list(scores.shape)}"
-        raise ValueError(
-            f"{type(layer.policy).__name__}.score() must return one number per stored token, {list(shape)}; got {got}"
-        )
-    return scores
 
 
 def needs_no_scores(layer, tokens, form):

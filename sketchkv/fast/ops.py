@@ -6,9 +6,10 @@ that computes in a way of its own.
 
 import torch
 
+from sketchkv.checks import checked_scores
 from sketchkv.fast import attention, coded, codes, eviction, prompt, storage
 from sketchkv.layer import BoundedLayer
-from sketchkv.ops import Eager, checked, needs_no_scores
+from sketchkv.ops import Eager, needs_no_scores
 from sketchkv.policies import AttentionMass, Policy
 from sketchkv.quantize import Normal, Quantized
 from sketchkv.sketch import CountMinSketch
@@ -129,7 +130,7 @@ class Fused(Eager):
         )
         if not served:
             return super().evict(layer, tokens)
-        importance = checked(_score(layer, tokens), layer).to(slots.device, torch.float32)
+        importance = checked_scores(_score(layer, tokens), layer).to(slots.device, torch.float32)
         if importance.stride(-1) != 1:
             importance = importance.contiguous()
         protection = layer.num_sinks, layer.recent_window, layer.nan

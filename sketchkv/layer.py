@@ -183,13 +183,13 @@ class BoundedLayer(CacheLayerMixin):
     def hide(self, logits, tokens):
         """Masks, in place, the logits `[batch, num_kv_heads, group, n, used]` of slots that the new tokens may not see."""
         count, least = logits.shape[3], torch.finfo(logits.dtype).min
-        if count > 1:  # the new tokens are the last ones stored: of each other, they see those before them
-            later = torch.ones(count, count, dtype=torch.bool, device=logits.device).triu_(1)
-            logits[..., -count:].masked_fill_(later, least)
         if tokens.padded:
             logits.masked_fill_((self.slots["positions"] < 0)[:, :, None, None], least)
         if self.selective:
             logits.masked_fill_(self.slots["unattended"][:, :, None, None], least)
+        if count > 1:  # the new tokens are the last ones stored: of each other, they see those before them
+            later = torch.ones(count, count, dtype=torch.bool, device=logits.device).triu_(1)
+            logits[..., -count:].masked_fill_(later, -torch.inf)
 
     def on_evict(self, scores, evicted):
         """The slots `evicted` are about to be freed, the lowest of `scores` (inf for protected, -inf for padding): for layers

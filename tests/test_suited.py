@@ -1,5 +1,6 @@
 """Which operations a layer takes by itself: fused ones on a GPU, in the plain `model(...)` of transformers."""
 
+import os
 import subprocess
 import sys
 from unittest import mock
@@ -7,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import build, named
-from test_kernels import DEVICE, runs
+from test_kernels import DEVICE, HAS_TRITON, INTERPRET, runs
 
 import sketchkv
 from sketchkv import SketchCache, Summary, Window, ops
@@ -20,6 +21,15 @@ CACHES = [
     dict(bits=(5, 4), summary=Summary()),
     dict(prefill_chunk=12, bits=(5, 4)),
 ]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed (it exists for Linux)")
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRET, reason="the tests below run in this very process")
+def test_with_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 def logits(model, ids, cache):

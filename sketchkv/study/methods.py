@@ -11,6 +11,7 @@ import torch
 
 from sketchkv.budgets import pyramid
 from sketchkv.cache import SketchCache
+from sketchkv.index import KeyIndex
 from sketchkv.peers import LRU, TOVA, KeyNorm, SnapKV
 from sketchkv.policies import H2O, AttentionMass, Random, Window
 from sketchkv.sketch_policy import Sketch
@@ -39,6 +40,10 @@ POLICIES = {
 CACHES = ("full", "kivi", "compact", "recall", "adaptive")
 
 
+class DoesNotFit(ValueError):
+    """A method at its smallest cap holds more than it may."""
+
+
 def make_cache(config, method, length=None, **options):
     """A new cache of one method for a model of this configuration.
 
@@ -55,7 +60,7 @@ def make_cache(config, method, length=None, **options):
     if method == "compact":
         return SketchCache.compact(config, **options)
     if method == "recall":
-        return SketchCache.recall(config, **{"top": _top(config, **options)} | options)
+        return _recall(config, **{"top": _top(config, **options)} | options)
     if method == "full":
         return SketchCache(config, length, policy=Window(), **options)
     if method == "kivi":
@@ -81,9 +86,14 @@ def make_cache(config, method, length=None, **options):
     return SketchCache(config, policy=policy, **options)
 
 
+def _recall(config, max_cache_size, top, store="host", exact_prompts=True, **options):
+    index = KeyIndex(top, store=store, exact_prompts=exact_prompts)
+    return SketchCache.recall(config, max_cache_size, index=index, **options)
+
+
 def _top(config, max_cache_size, **options):
     """How many tokens `SketchCache.recall` may choose with so many slots."""
-    roomy = SketchCache.recall(config, 2**30, top=1, **options)
+    roomy = _recall(config, 2**30, **options | {"top": 1})
     layer = next(layer for layer in roomy.layers if hasattr(layer, "index"))
     return max_cache_size - layer.num_sinks - layer.recent_window
 
@@ -106,7 +116,7 @@ def _spelled(
     protects: whether a token that a summary would swallow stays longer.
     rounding: "range" for minimum and step of a group, as the peers round.
     recent_share: share of the cap that belongs to the newest tokens: 0.5 makes "h2o" the published H2O.
-    store: "device" is a `DeviceStore`.
+    store: "device" is a `DeviceStore`; exact_prompts: of the index.
     steepness: caps of the layers fall by it (`pyramid`) around `max_cache_size`.
     """
     if summary_slots:
@@ -149,11 +159,12 @@ def full_nbytes(config, length, dtype=torch.float16):
 def fit(config, budget, dtype=torch.float32, multiple=1, length=None, **method):
     """The largest `max_cache_size` (a multiple of `multiple`) at which the method holds at most `budget` bytes in all.
 
-    length: tokens of the text, of which an index holds all. Raises ValueError if not even the smallest possible cap fits.
+    length: tokens of the text, of which an index holds all. Raises `DoesNotFit` if not even the smallest possible cap fits.
     """
     least = method.get("num_sinks", 4) + method.get("recent_window", 16) + 1
     if method["method"] == "recall":
-        least += 1 - _top(config, least, **{k: v for k, v in method.items() if k != "method"})
+        own = {name: value for name, value in method.items() if name != "method"}
+        least += 1 - _top(config, least, **_spelled(config, **own))
 
     def held(cap):
         return nbytes(config, length, dtype, **method, max_cache_size=cap)["total"]
@@ -165,7 +176,7 @@ def fit(config, budget, dtype=torch.float32, multiple=1, length=None, **method):
     cap = least - 1 + bisect_right(range(least, top), budget, key=held)
     cap -= cap % multiple
     if cap < least:
-        raise ValueError(
+        raise DoesNotFit(
             f"{method} holds {small} bytes at its smallest cap ({least}), more than the budget of {budget}"
         )
     return cap

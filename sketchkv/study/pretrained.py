@@ -30,7 +30,7 @@ from sketchkv import enable, load
 from sketchkv.corpus import DATA
 from sketchkv.decode import stream
 from sketchkv.study.evaluate import _compare
-from sketchkv.study.methods import fit, full_nbytes, make_cache, nbytes
+from sketchkv.study.methods import DoesNotFit, fit, full_nbytes, make_cache, nbytes
 from sketchkv.study.questions import DEPTHS, FORMS, TASKS, instances
 
 FORMAT = 1  # raise it when what is measured changes
@@ -47,7 +47,7 @@ MOST_ROWS = 150
 COUNTS = 20  # right answers of the full cache, of 30, from which a cell counts
 
 _INT4 = {"bits": 4, "rounding": "range"}
-BOUNDED = {
+BOUNDED: dict[str, dict] = {
     "compact": {"method": "compact"},
     "recall": {"method": "recall", "store": "device"},
     "decayed": {"method": "decayed", "bits": 16},
@@ -177,8 +177,8 @@ PIECES = ("quality", "quality-prose", "quality-code", "quality-8192", "recall-40
 
 
 def settled(config, name, share, tokens):
-    """The method as `make_cache` takes it, its cap solved; None for what needs no cache of ours. Raises ValueError where
-    not even the smallest cap fits."""
+    """The method as `make_cache` takes it, its cap solved; None for what needs no cache of ours. Raises `DoesNotFit` where
+    not even the smallest cap does."""
     if name in WHOLE:
         return WHOLE[name]
     if name not in BOUNDED:
@@ -292,7 +292,7 @@ def quality(lm, ids, method):
             lm(ids[:, start:stop], past_key_values=full, use_cache=True).logits.float().log_softmax(-1)
         )
         beside = reference, reference.exp(), reference.argmax(-1)
-        scores.append(_compare(*beside, found, ids[:, start + 1 : stop + 1]))
+        scores.append(_compare(beside, found, ids[:, start + 1 : stop + 1]))
     nll, nll_full, kl, top1 = (torch.cat(each, 1).cpu() for each in zip(*scores, strict=True))
     return {"nll": nll, "nll_full": nll_full, "kl": kl, "top1": top1}, cache
 
@@ -360,14 +360,14 @@ def _recall_rows(lm, held, names, group, method):
     wanted = [DEPTHS.index(depth) for depth in group["depths"]]
     flat = found[:, wanted].transpose(0, 1).flatten(0, 1).to(lm.device)  # depth by depth
     places = [(depth, i) for depth in group["depths"] for i in range(len(found))]
-    rows = []
+    rows: list = []
     for part in flat.split(ROWS.get(group["name"], MOST_ROWS)):
         cache = (
             make_cache(lm.config, length=group["tokens"], **method)
             if method
             else DynamicCache(config=lm.config)
         )
-        extra = {}
+        extra: dict = {}
         for exact, loglik in zip(*answers(lm, part, answer, tail, cache), strict=True):
             if method and not extra:
                 extra = _bytes_held(cache, len(part))
@@ -386,13 +386,19 @@ def choose_form(lm, held, names, tokens, task):
     found = {}
     for form in FORMS:
         key = f"development_{tokens}_{task}_{form}"
+        answer, tail = names[key]
         ids = held[key].flatten(0, 1).to(lm.device)
         parts = [
-            answers(lm, part, *names[key], DynamicCache(config=lm.config)) for part in ids.split(ROWS["full"])
+            answers(lm, part, answer, tail, DynamicCache(config=lm.config))
+            for part in ids.split(ROWS["full"])
         ]
         exact, loglik = (sum(each, []) for each in zip(*parts, strict=True))
         found[form] = sum(exact), sum(loglik) / len(loglik)
-    return max(FORMS, key=found.get), {form: right for form, (right, _) in found.items()}, len(exact)
+    return (
+        max(FORMS, key=lambda form: found[form]),
+        {form: right for form, (right, _) in found.items()},
+        len(exact),
+    )
 
 
 # Running
@@ -430,7 +436,7 @@ class Run:
             if key not in self.solved:
                 self.solved[key] = settled(config, *key)
             method = self.solved[key]
-        except ValueError as error:
+        except DoesNotFit as error:
             self.note(group["table"], "left_out", f"{group['name']} at {share:g} of {tokens} tokens: {error}")
             return None
         if method and method["method"] == "recall" and group["table"] == "pretrained_quality":

@@ -227,7 +227,7 @@ def test_expected_attention_refuses_turned_keys(llama):
 @pytest.mark.parametrize("name", ["compact", "recall", "h2o", "snapkv", "expected"])
 def test_caps_fill_the_budget_and_no_more(name, llama):
     method = {"method": name} if name in ("compact", "recall") else {"method": name, "bits": 16}
-    method |= {"recent_share": 0.5} if name == "h2o" else {}
+    method |= {"h2o": {"recent_share": 0.5}, "recall": {"store": "device"}}.get(name, {})
     budget = full_nbytes(llama.config, 4096) // 4
     cap = fit(llama.config, budget, length=4096, **method)
     held = [nbytes(llama.config, 4096, max_cache_size=cap + more, **method)["total"] for more in (0, 1)]

@@ -36,6 +36,10 @@ POLICIES = {
 CACHES = ("full", "kivi", "compact", "recall", "adaptive")
 
 
+class DoesNotFit(ValueError):
+    """A method at its smallest cap holds more than it may."""
+
+
 def make_cache(config, method, length=None, **options):
     """A new cache of one method for a model of this configuration.
 
@@ -147,18 +151,19 @@ def fit(config, budget, dtype=torch.float32, multiple=1, length=None, **method):
     """The largest `max_cache_size` (a multiple of `multiple`) at which the method holds at most `budget` bytes in all.
 
     Bytes grow linearly with the cap, so two caps tell. length: tokens of the text, of which an index holds all. Raises
-    ValueError if not even the smallest possible cap fits.
+    `DoesNotFit` if not even the smallest possible cap fits.
     """
     least = method.get("num_sinks", 4) + method.get("recent_window", 16) + 1
     if method["method"] == "recall":
-        least += 1 - _top(config, least, **{k: v for k, v in method.items() if k != "method"})
+        own = {name: value for name, value in method.items() if name != "method"}
+        least += 1 - _top(config, least, **_spelled(config, **own))
     small, large = (
         nbytes(config, length, dtype, **method, max_cache_size=cap)["total"] for cap in (least, least + 64)
     )
     cap = least + (budget - small) * 64 // (large - small)
     cap -= cap % multiple
     if cap < least:
-        raise ValueError(
+        raise DoesNotFit(
             f"{method} holds {small} bytes at its smallest cap ({least}), more than the budget of {budget}"
         )
     return cap

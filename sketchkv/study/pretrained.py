@@ -30,7 +30,7 @@ from sketchkv import enable, load
 from sketchkv.corpus import DATA
 from sketchkv.decode import stream
 from sketchkv.study.evaluate import _compare
-from sketchkv.study.methods import fit, full_nbytes, make_cache, nbytes
+from sketchkv.study.methods import DoesNotFit, fit, full_nbytes, make_cache, nbytes
 from sketchkv.study.questions import DEPTHS, FORMS, TASKS, instances
 
 FORMAT = 1  # raise it when what is measured changes
@@ -177,8 +177,8 @@ PIECES = ("quality", "quality-prose", "quality-code", "quality-8192", "recall-40
 
 
 def settled(config, name, share, tokens):
-    """The method as `make_cache` takes it, its cap solved; None for what needs no cache of ours. Raises ValueError where
-    not even the smallest cap fits."""
+    """The method as `make_cache` takes it, its cap solved; None for what needs no cache of ours. Raises `DoesNotFit` where
+    not even the smallest cap does."""
     if name in WHOLE:
         return WHOLE[name]
     if name not in BOUNDED:
@@ -430,7 +430,7 @@ class Run:
             if key not in self.solved:
                 self.solved[key] = settled(config, *key)
             method = self.solved[key]
-        except ValueError as error:
+        except DoesNotFit as error:
             self.note(group["table"], "left_out", f"{group['name']} at {share:g} of {tokens} tokens: {error}")
             return None
         if method and method["method"] == "recall" and group["table"] == "pretrained_quality":

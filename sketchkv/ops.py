@@ -22,9 +22,10 @@ CHECK_EVERY = 16
 class Eager:
     """The operations of a layer. `layer` is the `BoundedLayer`, `tokens` what the block brings (`sketchkv.layer.Tokens`)."""
 
-    suits = property(
-        lambda self: self is eager, doc="Whether `suited` may replace it: it was not set by hand."
-    )
+    @property
+    def suits(self) -> bool:
+        """Whether `suited` may replace it: it was not set by hand."""
+        return self is eager
 
     def turn(self, layer, query, key, value):
         """Vectors of one block as the layer's codec stores and multiplies them."""

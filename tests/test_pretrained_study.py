@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import sketchkv
-from sketchkv.study import pretrained
+from sketchkv.study import measured, pretrained
 from sketchkv.study.methods import fit, full_nbytes, make_cache, nbytes
 from sketchkv.study.questions import DEPTHS, FORMS, TASKS, instances
 
@@ -40,7 +40,7 @@ def prepared(tmp_path_factory):
         )
         names[name] = label
 
-    for text in pretrained.TEXTS:
+    for text in measured.TEXTS:
         add(f"{text}_{TOKENS}", [f"{text} 0", f"{text} 1"], 2)
     for task in TASKS:
         for form in FORMS:
@@ -52,14 +52,14 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(pretrained, "LENGTH", TOKENS)
-    monkeypatch.setattr(pretrained, "SHARES", (1 / 2,))
-    monkeypatch.setattr(pretrained, "FIRST", ("streaming", "decayed", "sketch"))
+    monkeypatch.setattr(measured, "LENGTH", TOKENS)
+    monkeypatch.setattr(measured, "SHARES", (1 / 2,))
+    monkeypatch.setattr(measured, "FIRST", ("streaming", "decayed", "sketch"))
     keep = ("streaming", "decayed", "sketch", "h2o")
-    monkeypatch.setattr(pretrained, "BOUNDED", {name: pretrained.BOUNDED[name] for name in keep})
-    monkeypatch.setattr(pretrained, "WHOLE", {"kivi2": pretrained.WHOLE["kivi2"]})
-    monkeypatch.setattr(pretrained, "ASKED", ("full", "streaming"))
-    monkeypatch.setattr(pretrained, "NEAR", 64)
+    monkeypatch.setattr(measured, "BOUNDED", {name: measured.BOUNDED[name] for name in keep})
+    monkeypatch.setattr(measured, "WHOLE", {"kivi2": measured.WHOLE["kivi2"]})
+    monkeypatch.setattr(measured, "ASKED", ("full", "streaming"))
+    monkeypatch.setattr(measured, "NEAR", 64)
 
 
 def start(weights, prepared, out, **own):
@@ -69,7 +69,7 @@ def start(weights, prepared, out, **own):
 def test_quality_is_measured_once_and_written(weights, prepared, small, tmp_path, capsys):
     done, failed, left = start(weights, prepared, tmp_path).run("quality", 600)
     table = pd.read_csv(tmp_path / "pretrained_quality.csv")
-    assert (done, failed, left) == (5, 0, 0) and list(table.columns) == list(pretrained.QUALITY)
+    assert (done, failed, left) == (5, 0, 0) and list(table.columns) == list(measured.QUALITY)
     assert list(table.name.unique()) == ["near", "streaming", "decayed", "h2o", "kivi2"]
     assert table.groupby(["name", "text"]).size().eq(2).all()
     notes = json.loads((tmp_path / "pretrained_quality.json").read_text())
@@ -96,7 +96,7 @@ def test_quality_is_measured_once_and_written(weights, prepared, small, tmp_path
     before = (tmp_path / "pretrained_quality.csv").read_bytes()
     assert start(weights, prepared, tmp_path).run("quality", 600) == (0, 0, 0)
     assert (tmp_path / "pretrained_quality.csv").read_bytes() == before
-    pretrained.BOUNDED["decayed"] = pretrained.BOUNDED["decayed"] | {"decay": 0.9}
+    measured.BOUNDED["decayed"] = measured.BOUNDED["decayed"] | {"decay": 0.9}
     assert start(weights, prepared, tmp_path).run("quality", 600)[0] == 1
     again = pd.read_csv(tmp_path / "pretrained_quality.csv")
     assert len(again) == len(table) and set(again.settings) - set(table.settings)
@@ -122,7 +122,7 @@ def test_recall_counts_cells_that_the_full_cache_answers(weights, prepared, smal
     start(weights, prepared, tmp_path).run("recall-4096", 600)
     table = pd.read_csv(tmp_path / "pretrained_recall.csv")
     assert set(table.name) == {"full"} and len(table) == len(TASKS) * len(DEPTHS) * 2  # random: none answered
-    monkeypatch.setattr(pretrained, "COUNTS", 0)
+    monkeypatch.setattr(measured, "COUNTS", 0)
     assert start(weights, prepared, tmp_path).run("recall-4096", 600)[0] == len(TASKS)
     table = pd.read_csv(tmp_path / "pretrained_recall.csv")
     assert len(table) == 2 * len(TASKS) * len(DEPTHS) * 2
@@ -142,7 +142,7 @@ def test_answers_are_what_greedy_decoding_gives(method, llama):
     ids[:2, -4:] = greedy[:2]  # two rows get the right answer, the third a wrong one
     ids[2, -4:] = (greedy[2] + 1) % VOCABULARY
     cache = make_cache(llama.config, **method) if method else DynamicCache(config=llama.config)
-    exact, loglik = pretrained.answers(llama, ids, 4, 30, cache)
+    exact, loglik = measured.answers(llama, ids, 4, 30, cache)
     logprobs = llama(ids).logits.log_softmax(-1)
     expected = logprobs[:, -5:-1].gather(-1, ids[:, -4:, None]).mean((1, 2))
     if method is None or method["method"] == "streaming":
@@ -153,7 +153,7 @@ def test_answers_are_what_greedy_decoding_gives(method, llama):
 
 def test_near_losses_are_those_of_texts_cut_short(llama):
     ids = torch.randint(1, VOCABULARY, (2, 45), generator=torch.Generator().manual_seed(4))
-    got = pretrained.near_losses(llama, ids, seen=12, stride=4)
+    got = measured.near_losses(llama, ids, seen=12, stride=4)
     assert got.shape == (2, 44)
     for at in range(44):
         begin = 0 if at < 12 else at - at % 4 + 4 - 12

@@ -24,7 +24,9 @@ class Fused(Eager):
     filled: int32 `[1]`, tokens that the layer has stored, where the device counts them; None: Python does.
     """
 
-    suits = property(lambda self: self is fused)
+    @property
+    def suits(self) -> bool:
+        return self is fused
 
     def __init__(self, filled=None):
         self.filled = filled

@@ -18,388 +18,15 @@ import os
 import sys
 import time
 import traceback
-from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
-from transformers import DynamicCache
 
-from sketchkv import enable, load
-from sketchkv.corpus import DATA
-from sketchkv.decode import stream
-from sketchkv.study.evaluate import _compare
-from sketchkv.study.methods import DoesNotFit, fit, full_nbytes, make_cache, nbytes
-from sketchkv.study.questions import DEPTHS, FORMS, TASKS, instances
-
-FORMAT = 1  # raise it when what is measured changes
-BENCHMARKS = DATA / "benchmarks"
-TEXTS = {"prose": "django-docs", "code": "embedded"}
-DOCUMENTS, LENGTH = 16, 4096
-LONG_DOCUMENTS, LONG = 8, 8192
-INSTANCES, DEVELOPMENT = 30, 12  # of a cell of recall; to choose how a question is asked
-SHARES = (1 / 8, 1 / 4, 1 / 16, 1 / 32)  # of the bytes of the full cache in float16
-NEAR, STRIDE = 256, 16  # tokens that the model without memory sees, and how many of them it may lack
-TOKENS = 2048  # of a pass, over all documents: bounds the logits
-ROWS = {"full": 30}  # texts of a batch of recall, by method
-MOST_ROWS = 150
-COUNTS = 20  # right answers of the full cache, of 30, from which a cell counts
-
-_INT4 = {"bits": 4, "rounding": "range"}
-BOUNDED: dict[str, dict] = {
-    "compact": {"method": "compact"},
-    "recall": {"method": "recall", "store": "device"},
-    "decayed": {"method": "decayed", "bits": 16},
-    "sketch": {"method": "sketch", "width": 512, "depth": 4, "bits": 16},
-    "streaming": {"method": "streaming", "bits": 16},
-    "h2o": {"method": "h2o", "recent_share": 0.5, "bits": 16},
-    "snapkv": {
-        "method": "snapkv",
-        "kernel": 5,
-        "observation_window": 64,
-        "recent_window": 64,
-        "evict_every": 64,
-        "bits": 16,
-    },
-    "tova": {"method": "tova", "bits": 16},
-    "expected": {"method": "expected", "bits": 16},
-    "decayed_int4": {"method": "decayed"} | _INT4,
-    "streaming_int4": {"method": "streaming"} | _INT4,
-    "plain_sums": {"method": "h2o", "bits": 16},
-    "sketch_small": {"method": "sketch", "width": 128, "depth": 2, "bits": 16},
-}
-WHOLE = {"kivi4": {"method": "kivi", "bits": 4}, "kivi2": {"method": "kivi", "bits": 2}}
-FIRST = ("compact", "recall", "decayed", "sketch", "streaming")
-ASKED = ("full", "compact", "recall", "decayed", "streaming", "kivi2", "sketch")
-LONGER = ("compact", "recall", "decayed", "streaming")
-LABELS = {
-    "near": f"no cache, the newest {NEAR} tokens",
-    "compact": "compact",
-    "recall": "recall",
-    "decayed": "decayed mean",
-    "sketch": "sketch 512x4",
-    "streaming": "StreamingLLM",
-    "h2o": "H2O, half of the cap recent",
-    "snapkv": "SnapKV, window of 64",
-    "tova": "TOVA",
-    "expected": "expected attention",
-    "decayed_int4": "decayed + int4",
-    "streaming_int4": "StreamingLLM + int4",
-    "plain_sums": "plain sums",
-    "sketch_small": "sketch 128x2",
-    "kivi4": "KIVI 4 bits",
-    "kivi2": "KIVI 2 bits",
-    "full": "full cache",
-}
-
-_COMMON = {
-    "name": "method",
-    "share": "bytes allowed, as a share of the full cache's in float16; empty: the method has one size",
-    "max_cache_size": "tokens kept per layer and KV head",
-    "bytes_total": "bytes held for one sequence, an index of the whole text included, a host store not",
-    "bytes_held": "the same as found after the measurement, total over sequences",
-    "bytes_host": "bytes of a store outside of fast memory, total over sequences",
-    "bytes_full": "bytes of keys and values of the full cache in float16",
-}
-_ORIGIN = {
-    "seconds": "seconds that the group took, all its texts together",
-    "card": "device",
-    "torch": "version",
-    "transformers": "version",
-    "commit": "of the sources",
-    "settings": "hash of all settings, of the cache as made, of the model and of the token ids",
-}
-QUALITY = {
-    "text": "prose (documentation of Django) or code (Python of held-out packages)",
-    "tokens": "tokens of the document",
-    **_COMMON,
-    "document": "held-out file",
-    "nll": "mean negative log-likelihood, nats per token",
-    "nll_full": "the same with the full cache",
-    "nll_late": "as nll, over the second half of the document alone",
-    "nll_late_full": "the same with the full cache",
-    "kl": "mean KL divergence of the next token's distribution from the full cache's, nats per token",
-    "kl_late": "the same over the second half",
-    "top1": "share of tokens at which the most probable next token is the full cache's",
-    "top1_late": "the same over the second half",
-    "evicted": "tokens evicted per layer and KV head",
-    **_ORIGIN,
-}
-RECALL = {
-    "task": ", ".join(TASKS),
-    "form": "how the question was asked, chosen on development documents with the full cache: "
-    + ", ".join(FORMS),
-    "depth": "where the fact was to begin, as a share of the text",
-    "tokens": "tokens of the text, question and answer included",
-    **_COMMON,
-    "instance": "number of the instance",
-    "exact": "whether greedy decoding gives the whole answer, 0 or 1",
-    "loglik": "mean log-likelihood of the answer, nats per token",
-    **_ORIGIN,
-}
-TABLES = {"pretrained_quality": QUALITY, "pretrained_recall": RECALL}
-
-
-# What is measured, in order
-
-
-def groups(piece):
-    """The groups of a piece, most important first: dicts {"table", "name", "share", ...}."""
-    kind, _, which = piece.partition("-")
-    if piece in ("quality", "quality-prose", "quality-code"):
-        texts = [which] if which else list(TEXTS)
-        common = {"table": "pretrained_quality", "texts": texts, "tokens": LENGTH}
-        rest = [name for name in BOUNDED if name not in FIRST]
-        order = [
-            ("near", None),
-            *((name, SHARES[0]) for name in (*FIRST, *rest)),
-            *((w, None) for w in WHOLE),
-        ]
-        order += [(name, share) for share in SHARES[1:] for name in FIRST]
-        order += [(name, share) for share in SHARES[1:] for name in rest]
-    elif piece == "quality-8192":
-        common = {"table": "pretrained_quality", "texts": list(TEXTS), "tokens": LONG}
-        order = [("near", None), *((name, SHARES[0]) for name in LONGER)]
-    elif piece == "recall-4096":
-        asked = [(name, SHARES[0] if name in BOUNDED else None) for name in ASKED]
-        return [
-            {"table": "pretrained_recall", "task": task, "tokens": LENGTH, "name": name, "share": share}
-            for name, share in asked
-            for task in TASKS
-        ]
-    else:
-        raise SystemExit(f"Unknown piece {piece}: allowed are {', '.join(PIECES)}.")
-    return [common | {"name": name, "share": share} for name, share in order]
-
-
-PIECES = ("quality", "quality-prose", "quality-code", "quality-8192", "recall-4096")
-
-
-def settled(config, name, share, tokens):
-    """The method as `make_cache` takes it, its cap solved; None for what needs no cache of ours. Raises `DoesNotFit` where
-    not even the smallest cap does."""
-    if name in WHOLE:
-        return WHOLE[name]
-    if name not in BOUNDED:
-        return None
-    budget = int(share * full_nbytes(config, tokens))
-    method = BOUNDED[name]
-    return method | {"max_cache_size": fit(config, budget, torch.float32, length=tokens, **method)}
-
-
-def described(value, depth=6):
-    """What a cache is made of, as plain data: a change of a preset changes it."""
-    if isinstance(value, (str, int, float, bool, type(None))):
-        return value
-    if isinstance(value, (list, tuple)):
-        return [described(each, depth - 1) for each in value]
-    if isinstance(value, dict):
-        return {str(key): described(each, depth - 1) for key, each in sorted(value.items())}
-    if hasattr(value, "func"):  # a partial
-        return [described(each, depth - 1) for each in (value.func, value.args, value.keywords)]
-    if isinstance(value, type) or callable(value):
-        return getattr(value, "__qualname__", type(value).__qualname__)
-    if isinstance(value, torch.Tensor):
-        return list(value.shape)
-    own = getattr(value, "__dict__", {}) if depth else {}
-    return {"kind": type(value).__qualname__} | {
-        key: described(each, depth - 1) for key, each in sorted(own.items())
-    }
-
-
-def digest(*parts):
-    """12 hex digits of a sha256 over what JSON holds."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
-
-
-# Token ids, prepared where texts and tokenizer are
-
-
-def prepare(
-    path, tokenizer, *, documents=DOCUMENTS, length=LENGTH, longer=(LONG_DOCUMENTS, LONG), count=INSTANCES
-):
-    """Writes the token ids of all documents and instances to `path` (npz). Held-out and development documents are apart."""
-    from sketchkv.texts import documents as read
-
-    held, names = {}, {}
-    for text, dataset in TEXTS.items():
-        for number, tokens in filter(None, [(documents, length), longer]):
-            found = read(dataset, tokenizer, "test", number, tokens)
-            held[f"{text}_{tokens}"], names[f"{text}_{tokens}"] = found.input_ids, found.names
-    for split, number in (("test", count), ("development", min(count, DEVELOPMENT))):
-        fillers = read(TEXTS["prose"], tokenizer, split, number, length)
-        depths = DEPTHS if split == "test" else (0.5,)
-        names[f"{split}_{length}"] = fillers.names
-        for task in TASKS:
-            for form in FORMS:
-                made = [instances(task, tokenizer, fillers.input_ids, depth, form) for depth in depths]
-                held[f"{split}_{length}_{task}_{form}"] = torch.stack([ids for ids, _, _ in made], 1)
-                names[f"{split}_{length}_{task}_{form}"] = [made[0][1], max(tail for _, _, tail in made)]
-    shared = set(names[f"test_{length}"]) & set(names[f"development_{length}"])
-    assert not shared, f"development documents among held-out ones: {shared}"
-    assert max(int(ids.max()) for ids in held.values()) < 2**16
-    arrays = {name: ids.numpy().astype(np.uint16) for name, ids in held.items()}
-    np.savez_compressed(path, names=np.array(json.dumps(names)), **arrays)
-
-
-@lru_cache(maxsize=1)
-def prepared(path):
-    """({name: int64 ids}, {name: names of documents, or tokens of answer and tail}) of a prepared file."""
-    with np.load(path) as file:
-        ids = {name: torch.from_numpy(file[name].astype(np.int64)) for name in file.files if name != "names"}
-        return ids, json.loads(str(file["names"]))
-
-
-@lru_cache(maxsize=1)
-def _model(weights, device):
-    return enable(load(weights, device)[0])
-
-
-# Measuring
-
-
-@torch.no_grad()
-def near_losses(lm, ids, seen=NEAR, stride=STRIDE):
-    """What a model loses that sees the newest tokens alone, read anew for every token: nats `[documents, tokens - 1]`.
-
-    A token is predicted from `seen - stride + 1` to `seen` tokens, or all before it where there are fewer.
-    """
-    length, losses = ids.shape[1], []
-    for start in (0, *range(seen, length, stride)):  # of the tokens that are predicted from
-        stop = min(start + stride, length) if start else min(seen, length)
-        begin = max(0, start + stride - seen) if start else 0
-        logits = lm(ids[:, begin:stop], use_cache=False, logits_to_keep=stop - start).logits
-        targets = ids[:, start + 1 : stop + 1]
-        logits = logits[:, : targets.shape[1]].float().transpose(1, 2)
-        losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
-    return torch.cat(losses, 1)
-
-
-@torch.no_grad()
-def quality(lm, ids, method):
-    """Scores of one method beside the full cache, chunk by chunk: ({name: `[documents, tokens]`}, cache)."""
-    cache, full, scores = (
-        make_cache(lm.config, length=ids.shape[1], **method),
-        DynamicCache(config=lm.config),
-        [],
-    )
-    for start, logits in stream(lm, ids, cache, max(1, TOKENS // len(ids))):
-        stop = start + logits.shape[1]
-        found = logits.float().log_softmax(-1)
-        del logits
-        reference = (
-            lm(ids[:, start:stop], past_key_values=full, use_cache=True).logits.float().log_softmax(-1)
-        )
-        beside = reference, reference.exp(), reference.argmax(-1)
-        scores.append(_compare(beside, found, ids[:, start + 1 : stop + 1]))
-    nll, nll_full, kl, top1 = (torch.cat(each, 1).cpu() for each in zip(*scores, strict=True))
-    return {"nll": nll, "nll_full": nll_full, "kl": kl, "top1": top1}, cache
-
-
-@torch.no_grad()
-def answers(lm, ids, answer, tail, cache):
-    """(exact, loglik) of the last `answer` tokens of each row: two lists.
-
-    The text up to the last `tail` tokens passes as a prompt; the question comes as decoding would bring it.
-    """
-    before, chunk = ids.shape[1] - tail, max(1, 8 * TOKENS // len(ids))
-    for part in ids[:, :before].split(chunk, 1):
-        lm(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    step = getattr(cache, "max_chunk_size", None) or tail
-    logits = [
-        lm(part, past_key_values=cache, use_cache=True).logits for part in ids[:, before:].split(step, 1)
-    ]
-    logprobs = torch.cat(logits, 1)[:, -answer - 1 : -1].float().log_softmax(-1)
-    if hasattr(cache, "check"):
-        cache.check()
-    expected = ids[:, -answer:]
-    right = (logprobs.argmax(-1) == expected).all(-1)
-    return right.int().tolist(), logprobs.gather(-1, expected[..., None]).mean((1, 2)).tolist()
-
-
-def measure(group, ids_path, weights, device):
-    """Rows (list of dict) of one group, without what is alike in all: run in a process of its own."""
-    began, lm = time.perf_counter(), _model(weights, device)
-    held, names = prepared(ids_path)
-    method = group["method"]
-    if group["table"] == "pretrained_quality":
-        rows = _quality_rows(lm, held, names, group, method)
-    else:
-        rows = _recall_rows(lm, held, names, group, method)
-    seconds = round(time.perf_counter() - began, 1)
-    if lm.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return [row | {"seconds": seconds} for row in rows]
-
-
-def _quality_rows(lm, held, names, group, method):
-    texts, tokens, rows = group["texts"], group["tokens"], []
-    ids = torch.cat([held[f"{text}_{tokens}"] for text in texts]).to(lm.device)
-    documents = [(text, name) for text in texts for name in names[f"{text}_{tokens}"]]
-    half = tokens // 2
-    if method is None:
-        found, extra = {"nll": near_losses(lm, ids).cpu()}, [{}] * len(ids)
-    else:
-        found, cache = quality(lm, ids, method)
-        extra = [_bytes_held(cache, len(ids)) | {"evicted": cache.evicted_tokens / len(cache.layers)}] * len(
-            ids
-        )
-    for i, (text, document) in enumerate(documents):
-        row = {"text": text, "document": document} | extra[i]
-        for name, values in found.items():
-            late = name.replace("nll", "nll_late") if "nll" in name else f"{name}_late"
-            row |= {name: values[i].mean().item(), late: values[i, half:].mean().item()}
-        rows.append(row)
-    return rows
-
-
-def _recall_rows(lm, held, names, group, method):
-    key = f"test_{group['tokens']}_{group['task']}_{group['form']}"
-    (answer, tail), found = names[key], held[key]
-    wanted = [DEPTHS.index(depth) for depth in group["depths"]]
-    flat = found[:, wanted].transpose(0, 1).flatten(0, 1).to(lm.device)  # depth by depth
-    places = [(depth, i) for depth in group["depths"] for i in range(len(found))]
-    rows: list = []
-    for part in flat.split(ROWS.get(group["name"], MOST_ROWS)):
-        cache = (
-            make_cache(lm.config, length=group["tokens"], **method)
-            if method
-            else DynamicCache(config=lm.config)
-        )
-        extra: dict = {}
-        for exact, loglik in zip(*answers(lm, part, answer, tail, cache), strict=True):
-            if method and not extra:
-                extra = _bytes_held(cache, len(part))
-            depth, i = places[len(rows)]
-            rows.append({"depth": depth, "instance": i, "exact": exact, "loglik": loglik} | extra)
-    return rows
-
-
-def _bytes_held(cache, sequences):
-    held = cache.nbytes()
-    return {"bytes_held": held["total"] / sequences, "bytes_host": held.get("host", 0) / sequences}
-
-
-def choose_form(lm, held, names, tokens, task):
-    """How the full cache answers a task better on development documents: (form, {form: right answers}, n)."""
-    found = {}
-    for form in FORMS:
-        key = f"development_{tokens}_{task}_{form}"
-        answer, tail = names[key]
-        ids = held[key].flatten(0, 1).to(lm.device)
-        parts = [
-            answers(lm, part, answer, tail, DynamicCache(config=lm.config))
-            for part in ids.split(ROWS["full"])
-        ]
-        exact, loglik = (sum(each, []) for each in zip(*parts, strict=True))
-        found[form] = sum(exact), sum(loglik) / len(loglik)
-    return (
-        max(FORMS, key=lambda form: found[form]),
-        {form: right for form, (right, _) in found.items()},
-        len(exact),
-    )
-
+from sketchkv import load
+from sketchkv.study import measured
+from sketchkv.study.methods import DoesNotFit, full_nbytes, make_cache, nbytes
+from sketchkv.study.questions import DEPTHS
 
 # Running
 
@@ -407,14 +34,14 @@ def choose_form(lm, held, names, tokens, task):
 class Run:
     """One call of the runner: what is there, what is due, and the tables that are written after every group."""
 
-    def __init__(self, ids_path, weights, out, device="auto", commit="unknown", have=BENCHMARKS):
+    def __init__(self, ids_path, weights, out, device="auto", commit="unknown", have=measured.BENCHMARKS):
         self.ids_path, self.weights, self.out = str(ids_path), str(weights), Path(out)
         self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        self.lm = _model(self.weights, self.device)
-        self.ids, self.names = prepared(self.ids_path)
+        self.lm = measured.model_of(self.weights, self.device)
+        self.ids, self.names = measured.prepared(self.ids_path)
         self.out.mkdir(parents=True, exist_ok=True)
         self.tables, self.notes, self.solved = {}, {}, {}
-        for name in TABLES:
+        for name in measured.TABLES:
             for folder in (Path(have), self.out):
                 if (folder / f"{name}.csv").exists():
                     self.tables[name] = pd.read_csv(folder / f"{name}.csv").to_dict("records")
@@ -434,7 +61,7 @@ class Run:
         try:
             key = group["name"], share, tokens
             if key not in self.solved:
-                self.solved[key] = settled(config, *key)
+                self.solved[key] = measured.settled(config, *key)
             method = self.solved[key]
         except DoesNotFit as error:
             self.note(group["table"], "left_out", f"{group['name']} at {share:g} of {tokens} tokens: {error}")
@@ -453,7 +80,9 @@ class Run:
             columns["bytes_total"] = nbytes(config, tokens, torch.float32, **method)["total"]
             columns["max_cache_size"] = method.get("max_cache_size", tokens)
             layer = make_cache(config, length=tokens, **method).layers[0]
-            made = described({k: v for k, v in vars(layer).items() if k not in ("slots", "home", "nan")})
+            made = measured.described(
+                {k: v for k, v in vars(layer).items() if k not in ("slots", "home", "nan")}
+            )
         if group["table"] == "pretrained_recall":
             group = self.ask(group)
             if group is None:
@@ -464,7 +93,9 @@ class Run:
         seen = [hashlib.sha256(self.ids[name].numpy().tobytes()).hexdigest() for name in names]
         asked = {k: v for k, v in group.items() if k != "texts"}
         group["hashes"] = {
-            name: digest(FORMAT, asked | {"text": name}, made, self.model, NEAR, STRIDE, ids)
+            name: measured.digest(
+                measured.FORMAT, asked | {"text": name}, made, self.model, measured.NEAR, measured.STRIDE, ids
+            )
             for name, ids in zip(names, seen, strict=True)
         }
         done = {row["settings"] for row in self.tables.get(group["table"], ())}
@@ -478,10 +109,10 @@ class Run:
     def ask(self, group):
         """A group of recall with its form and the depths that count; None if none does, or the full cache's is due."""
         notes, task, tokens = self.notes.setdefault("pretrained_recall", {}), group["task"], group["tokens"]
-        key = f"{task} {tokens} {digest(self.model, [self.names.get(f'development_{tokens}')])}"
+        key = f"{task} {tokens} {measured.digest(self.model, [self.names.get(f'development_{tokens}')])}"
         chosen = notes.setdefault("forms", {})
         if key not in chosen:
-            form, right, n = choose_form(self.lm, self.ids, self.names, tokens, task)
+            form, right, n = measured.choose_form(self.lm, self.ids, self.names, tokens, task)
             chosen[key] = {"form": form, "right": right, "n": n}
         group = group | {"form": chosen[key]["form"], "depths": list(DEPTHS)}
         if group["name"] == "full":
@@ -493,7 +124,7 @@ class Run:
         ]
         counts = {depth: [row["exact"] for row in rows if row["depth"] == depth] for depth in DEPTHS}
         group["depths"] = [
-            d for d, right in counts.items() if right and sum(right) * 30 >= COUNTS * len(right)
+            d for d, right in counts.items() if right and sum(right) * 30 >= measured.COUNTS * len(right)
         ]
         return group if group["depths"] else None
 
@@ -510,7 +141,7 @@ class Run:
             part = f"{row['text']}_{tokens}" if "text" in row else next(iter(group["hashes"]))
             own = {"task": group.get("task"), "form": group.get("form")} if "text" not in row else {}
             row |= share | group["columns"] | own | self.origin | {"settings": group["hashes"][part]}
-        columns = list(TABLES[table])
+        columns = list(measured.TABLES[table])
         rows = [{name: row.get(name) for name in columns} for row in rows]
         which = lambda row: tuple(  # noqa: E731
             str(row.get(k)) if row.get(k) == row.get(k) else "None"
@@ -521,18 +152,18 @@ class Run:
         self.write(table)
 
     def write(self, table):
-        frame = pd.DataFrame(self.tables.get(table, []), columns=list(TABLES[table]))
+        frame = pd.DataFrame(self.tables.get(table, []), columns=list(measured.TABLES[table]))
         frame["max_cache_size"] = frame["max_cache_size"].astype("Int64")
         own = {
             name: self.names[name]
             for name in self.names
-            if name.rsplit("_", 1)[0] in (*TEXTS, "development", "test")
+            if name.rsplit("_", 1)[0] in (*measured.TEXTS, "development", "test")
         }
         notes = {
             "model": "SmolLM2-135M-Instruct with Q4_1 weights",
             "weights": self.model,
             "dtype": "float32",
-            "columns": TABLES[table],
+            "columns": measured.TABLES[table],
             "documents": own,
             "ids": {
                 name: hashlib.sha256(x.numpy().tobytes()).hexdigest()[:12] for name, x in self.ids.items()
@@ -551,19 +182,21 @@ class Run:
 
     def run(self, piece, seconds, workers=1):
         """Measures what is due until `seconds` have passed since the call; returns (groups done, groups failed, left)."""
-        end, due, done, failed, took = time.monotonic() + seconds, groups(piece), 0, 0, {}
+        took: dict[str, float] = {}
+        end, due, done, failed = time.monotonic() + seconds, measured.groups(piece), 0, 0
         if workers == 1:
             while due and time.monotonic() + max(took.values(), default=0) < end:
                 group = self.settle(due.pop(0))
                 if group:
                     began = time.monotonic()
                     ok = self._finish(
-                        group, lambda g=group: measure(g, self.ids_path, self.weights, self.device)
+                        group, lambda g=group: measured.measure(g, self.ids_path, self.weights, self.device)
                     )
                     took[group["name"]] = time.monotonic() - began
                     done, failed = done + ok, failed + (not ok)
             return done, failed, len(due)
-        context, flying = multiprocessing.get_context("spawn"), []
+        context = multiprocessing.get_context("spawn")
+        flying: list = []
         with context.Pool(workers, _quiet) as pool:
             while (due or flying) and time.monotonic() < end:
                 for item in [item for item in flying if item[1].ready()]:
@@ -583,7 +216,9 @@ class Run:
                         continue
                     group = self.settle(due.pop(0))
                     if group:
-                        result = pool.apply_async(measure, (group, self.ids_path, self.weights, self.device))
+                        result = pool.apply_async(
+                            measured.measure, (group, self.ids_path, self.weights, self.device)
+                        )
                         flying.append((group, result, time.monotonic()))
                 else:
                     time.sleep(0.05)
@@ -616,11 +251,11 @@ def main(arguments=None):
     parser.add_argument(
         "--convert", nargs="+", metavar="PART", help="join the GGUF file's parts, convert, then stop"
     )
-    parser.add_argument("--piece", choices=PIECES)
+    parser.add_argument("--piece", choices=measured.PIECES)
     parser.add_argument("--ids", help="what --prepare wrote")
     parser.add_argument("--weights", default="smollm2", help="a folder in hub layout; --convert writes it")
     parser.add_argument("--out", help="folder of the tables")
-    parser.add_argument("--have", default=BENCHMARKS, help="folder of tables to go on from")
+    parser.add_argument("--have", default=measured.BENCHMARKS, help="folder of tables to go on from")
     parser.add_argument("--seconds", type=float, default=500)
     parser.add_argument("--workers", type=int, default=1, help="processes that share the device")
     parser.add_argument("--device", default="auto")
@@ -629,7 +264,7 @@ def main(arguments=None):
     )
     given = parser.parse_args(arguments)
     if given.prepare:
-        prepare(given.prepare, load(given.weights, "cpu")[1])
+        measured.prepare(given.prepare, load(given.weights, "cpu")[1])
         return 0
     if given.convert:
         from sketchkv.pretrained import MODELS, convert

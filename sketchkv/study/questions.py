@@ -102,7 +102,7 @@ def instances(task, tokenizer, fillers, depth, form="plain", seed=0):
             )
         body = filler[1 : room + 1]
         breaks = [i + 1 for i, token in enumerate(body) if token in ends and i + 1 < room] or [room // 2]
-        places = [(min(breaks, key=lambda i, at=at: abs(i - at * room)), fact) for at, fact in facts]
+        places = [(min((abs(i - at * room), i) for i in breaks)[1], fact) for at, fact in facts]
         for place, fact in sorted(places, key=lambda pair: -pair[0]):
             body[place:place] = fact
         rows.append(head + body + tail + answer)

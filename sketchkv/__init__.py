@@ -4,13 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from sketchkv.cache import SketchCache
-from sketchkv.policies import H2O, AttentionMass, Policy, Random, Window
+from sketchkv.policies import AttentionMass, Policy, Window
 
 if TYPE_CHECKING:
     from sketchkv.budgets import pyramid
     from sketchkv.decode import generate, score
     from sketchkv.loading import load
-    from sketchkv.peers import LRU, TOVA, KeyNorm, SnapKV
+    from sketchkv.peers import H2O, LRU, TOVA, KeyNorm, Random, SnapKV
     from sketchkv.sketch import CountMinSketch
     from sketchkv.sketch_policy import Sketch
     from sketchkv.summary import Summary
@@ -46,7 +46,9 @@ _LATER = {
     "generate": "decode",
     "score": "decode",
     "load": "loading",
+    "H2O": "peers",
     "LRU": "peers",
+    "Random": "peers",
     "TOVA": "peers",
     "KeyNorm": "peers",
     "SnapKV": "peers",

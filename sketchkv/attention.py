@@ -13,7 +13,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sketchkv.cache import SketchCache
-from sketchkv.layer import Form
+from sketchkv.logits import Form
 from sketchkv.support import text_config
 
 PREFIX = "sketchkv_"  # before the name of a model's own attention implementation, where it is enabled
@@ -45,10 +45,9 @@ def attention(module, query, key, value, attention_mask, *, scaling=None, softca
         return instead(query, key, value, form, module.layer_idx), None
     key._sketchkv = USED
     layer, tokens = visit
-    if key.shape[2] != tokens.positions.shape[1]:
-        raise ValueError(
-            f"the pass was announced with {tokens.positions.shape[1]} tokens and brings {key.shape[2]}"
-        )
+    told, brought = tokens.positions.shape[1], key.shape[2]
+    if told != brought:
+        raise ValueError(f"the pass was announced with {told} tokens and brings {brought}")
     with torch.no_grad():
         output = layer.attend(query, key, value, tokens, form)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):

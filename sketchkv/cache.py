@@ -5,10 +5,10 @@ from typing import Any
 
 from transformers.cache_utils import Cache
 
-from sketchkv.checks import Settings, alone, codec_of, per_layer, rows, whole
+from sketchkv.checks import Settings, alone, codec_of, per_layer, policies_of, rows, whole
 from sketchkv.layer import BoundedLayer
 from sketchkv.passes import Passes
-from sketchkv.policies import AttentionMass, Policy
+from sketchkv.policies import AttentionMass
 from sketchkv.slots import MOST_TOKENS
 from sketchkv.support import layer_windows, text_config
 
@@ -77,13 +77,9 @@ class SketchCache(Cache):
         self.recordings = None  # of `sketchkv.fast.graphs`
         self.passes = Passes(config)
         caps = per_layer("max_cache_size", max_cache_size, len(windows))
-        policies = per_layer("policy", default_policy() if policy is None else policy, len(windows))
+        policies = policies_of(policy, len(windows))
         layers = []
         for number, (cap, window, own) in enumerate(zip(caps, windows, policies, strict=True)):
-            if not isinstance(own, Policy):
-                raise TypeError(
-                    f"policy must be a sketchkv Policy, or a list of {len(windows)}, one per layer; got {policy!r}"
-                )
             cap = settings.leave_room(whole("max_cache_size", cap, 1, MOST_TOKENS))
             layers.append(self.make_layer(cap, window, copy.deepcopy(own), settings, copy.deepcopy(summary)))
             layers[-1].policy.layer = number
@@ -215,9 +211,3 @@ class SketchCache(Cache):
         key_states, value_states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         key_states._sketchkv = self.layers[layer_idx], self.passes.tokens
         return key_states, value_states
-
-
-def default_policy():
-    from sketchkv.sketch_policy import Sketch
-
-    return Sketch()

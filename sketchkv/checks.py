@@ -185,6 +185,19 @@ def checked_scores(scores, layer):
     return scores
 
 
+def policies_of(policy, count):
+    """One policy per layer, of one for all, a list or None, the sketch. Raises TypeError for what is none."""
+    from sketchkv.policies import Policy
+    from sketchkv.sketch_policy import Sketch
+
+    policies = per_layer("policy", Sketch() if policy is None else policy, count)
+    if not all(isinstance(each, Policy) for each in policies):
+        raise TypeError(
+            f"policy must be a sketchkv Policy, or a list of {count}, one per layer; got {policy!r}"
+        )
+    return policies
+
+
 # Of a forward pass
 
 MASK = (
@@ -212,6 +225,32 @@ def checked_mask(mask, batch, tokens):
     if mask.device.type == "cpu" and not bool(ones.all()) and not bool((ones | (mask == 0)).all()):
         raise ValueError(MASK)
     return ones
+
+
+def begins(mask, first, start):
+    """Where the text of each row begins, by a mask that must be 0 for padding in front of it alone.
+
+    mask: bool `[batch, tokens so far]`.
+    first: what was known before, int32 `[batch]`, -1 for a row without a real token yet, or None if none has padding.
+    start: tokens seen before.
+    Returns (first, wrong); wrong: None, or bool `[]` on a device where looking waits. Raises ValueError for another mask.
+    """
+    # On CUDA looking makes the host wait: a step of one token, which is no padding, is left to `Passes.check`.
+    late = mask.is_cuda and start > 0 and mask.shape[1] == start + 1
+    if first is None and not late and bool(mask.all()):
+        return None, None
+    found = torch.where(mask.any(-1), mask.int().argmax(-1), -1).int()
+    if first is None:
+        known = torch.zeros_like(found) if start else found
+    else:
+        known = torch.where(first < 0, found, first)
+    told = torch.arange(mask.shape[1], dtype=torch.int32, device=mask.device)
+    wrong = (mask != ((told >= known[:, None]) & (known[:, None] >= 0))).any()
+    if late:
+        return (None if first is None else known), wrong
+    if wrong:
+        raise ValueError(MASK)
+    return known, None
 
 
 def checked_inputs(inputs, are_ids, seen):

@@ -1,33 +1,13 @@
 """One layer of a bounded cache: it stores new tokens, attends to what is stored, and evicts when it is full."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from sketchkv.checks import memory
-from sketchkv.ops import eager, suited
+from sketchkv.ops import eager
 from sketchkv.slots import Slots
-
-
-class Form(NamedTuple):
-    """How a model forms logits of queries and keys.
-
-    scaling: their factor.
-    softcap: logits become softcap * tanh(logits / softcap) (Gemma 2), or None.
-    sinks: `[num_heads]`, a logit per head that takes attention and gives nothing (gpt-oss), or None.
-    """
-
-    scaling: float
-    softcap: Any = None
-    sinks: Any = None
-
-    def capped(self, logits):
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
-
-    def sink_column(self, batch, kv_heads, count):
-        sinks = self.sinks.float().reshape(1, kv_heads, -1, 1).expand(batch, -1, -1, count)
-        return sinks.reshape(batch * kv_heads, -1, 1)
 
 
 class BoundedLayer(CacheLayerMixin):
@@ -73,23 +53,12 @@ class BoundedLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states, value_states):
         shape, widths = key_states.shape[:2], (key_states.shape[-1], value_states.shape[-1])
         like = key_states.dtype, key_states.device
+        from sketchkv.devices import suited
+
         self.ops = suited(self.ops, like[1])
         self.slots = self.home = None  # frees what another batch took
         with torch.inference_mode(False):  # tensors that may be written to inside of it and outside
-            one = Slots((1, 1), 1, widths, self.codec(*like))
-            needed = shape.numel() * self.capacity * one.nbytes(*one.arrays)
-            memory(
-                needed,
-                like[1],
-                f"lower max_cache_size, evict_every or the batch ({self.capacity} slots per head and layer)",
-            )
-            slots = Slots(shape, self.capacity, widths, self.codec(*like))
-            self.nan = torch.zeros((), dtype=torch.bool, device=like[1])
-            self.policy.allocate(slots)
-            if self.summary:
-                self.summary.allocate(slots)
-            if self.selective:
-                slots.add("unattended", torch.bool)
+            slots = _allocated(self, shape, widths, like)
         self.slots = self.home = slots
         self.is_initialized = True
 
@@ -254,3 +223,19 @@ def _fits(held, batch, like):
             f"the cache holds {held.dtype} on {held.device}, this call brings {like[0]} on {like[1]}: "
             "use a new cache after converting or moving a model"
         )
+
+
+def _allocated(layer, shape, widths, like):
+    """Empty slots of a layer, and what its policy and summary hold."""
+    one = Slots((1, 1), 1, widths, layer.codec(*like))
+    needed = shape.numel() * layer.capacity * one.nbytes(*one.arrays)
+    remedy = f"lower max_cache_size, evict_every or the batch ({layer.capacity} slots per head and layer)"
+    memory(needed, like[1], remedy)
+    slots = Slots(shape, layer.capacity, widths, layer.codec(*like))
+    layer.nan = torch.zeros((), dtype=torch.bool, device=like[1])
+    layer.policy.allocate(slots)
+    if layer.summary:
+        layer.summary.allocate(slots)
+    if layer.selective:
+        slots.add("unattended", torch.bool)
+    return slots

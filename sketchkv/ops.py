@@ -4,17 +4,12 @@ Each rule stands here once: what a query sees, who is protected, how ties fall, 
 same in fewer launches, and is tested against this.
 """
 
-from importlib.util import find_spec
-
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from sketchkv.checks import checked_scores
+from sketchkv.logits import products
 from sketchkv.slots import EMPTY
 
-# Scores that are in memory at once while many tokens come, of all heads and sequences: what a CPU's cache holds, and on a GPU
-# what is small beside the model. One query's scores always are.
-SCORES = {"cpu": 2**20, "cuda": 2**26}
 # Evictions between two looks for NaN on CUDA, where looking makes the host wait for the device.
 CHECK_EVERY = 16
 
@@ -43,35 +38,18 @@ class Eager:
         """Attention of the newest tokens over all slots and the summary, and what the policy observes of it.
 
         query: `[batch, num_heads, n, width]`; the new tokens are the last n slots.
-        form: how logits are formed (`sketchkv.layer.Form`).
+        form: how logits are formed (`sketchkv.logits.Form`).
         Returns `[batch, num_heads, n, width of values]`, in the dtype of the query.
         """
         slots, count = layer.slots, query.shape[2]
-        keys, values = slots["keys"], slots["values"]
         near = slots.codec.near(slots, tokens.positions)
-        if count == 1:
-            return self._weigh(layer, query, keys, values, tokens, form, near)
-        flash = near is None and needs_no_scores(layer, tokens, form)
-        if flash and count == slots.used:
-            layer.policy.query(slots, query)
-            return _flash(query, keys, values, form.scaling)
-        # Blocks of queries, each of which finds the slots as they were when its tokens came: no query sees what lies beyond.
-        most, outputs = max(1, SCORES[query.device.type] // (query.shape[:2].numel() * slots.used)), []
-        before = slots.used - count
-        for start in range(0, count, most):
-            part = slice(start, min(start + most, count))
-            slots.used = before + part.stop
-            block = query[:, :, part], keys[:, :, : slots.used], values[:, :, : slots.used]
-            if flash:
-                layer.policy.query(slots, block[0])
-                seen = torch.ones(part.stop - start, slots.used, dtype=torch.bool, device=query.device)
-                outputs.append(_flash(*block, form.scaling, seen.tril_(before + start)))
-            else:
-                fine = near and near.part(part, slots.used)
-                outputs.append(self._weigh(layer, *block, tokens.part(part), form, fine))
-        return torch.cat(outputs, 2)
+        if count > 1:
+            from sketchkv.prompts import attend
 
-    def _weigh(self, layer, query, keys, values, tokens, form, near=None):
+            return attend(self, layer, query, near, tokens, form)
+        return self.weigh(layer, query, slots["keys"], slots["values"], tokens, form, near)
+
+    def weigh(self, layer, query, keys, values, tokens, form, near=None):
         """Attention of one block, by a matrix of all scores."""
         slots, summary = layer.slots, layer.summary
         (batch, kv_heads), count, used = slots.shape, query.shape[2], slots.used
@@ -142,47 +120,6 @@ class Eager:
 
 
 eager = Eager()
-
-
-def suited(ops, device):
-    """The operations of a layer on `device`: the fused ones on a GPU with Triton, else the eager rule; `ops` if it is
-    another that was set."""
-    if not ops.suits:
-        return ops
-    if not _fuses(device):
-        return eager
-    from sketchkv.fast.ops import fused
-
-    return fused
-
-
-def _fuses(device):
-    return device.type == "cuda" and find_spec("triton") is not None
-
-
-def needs_no_scores(layer, tokens, form):
-    """Whether the output is all that is asked for, and all heads and rows see the same slots."""
-    asked = layer.policy.uses_attention or layer.summary or form.softcap is not None or form.sinks is not None
-    return not (asked or tokens.padded or layer.is_sliding or (layer.selective and layer.evicted))
-
-
-def _flash(query, keys, values, scaling, mask=None):
-    """Attention by torch's kernels, which hold no scores; without a mask, queries and keys are of the same tokens."""
-    if query.is_cuda:  # there the kernels that take a mask or float32 want a key for each query head
-        keys, values = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (keys, values))
-    return scaled_dot_product_attention(
-        query, keys, values, mask, is_causal=mask is None, scale=scaling, enable_gqa=not query.is_cuda
-    )
-
-
-def products(query, keys, scaling):
-    """Scaled logits, float32 `[rows, m, n]`. Half precision is multiplied so that no logit overflows on the way."""
-    keys = keys.transpose(1, 2)
-    if query.dtype == torch.float32:
-        return torch.baddbmm(query.new_empty(()), query, keys, beta=0, alpha=scaling)
-    if query.is_cuda:
-        return torch.bmm(query, keys, out_dtype=torch.float32).mul_(scaling)
-    return torch.bmm(query.float() * scaling, keys.float())
 
 
 def order(scores, positions):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sketchkv.checks import MASK, Length, checked_inputs, checked_mask, digest
+from sketchkv.checks import MASK, Length, begins, checked_inputs, checked_mask, digest
 from sketchkv.slots import EMPTY
 
 BROKEN = (
@@ -134,36 +134,17 @@ class Passes:
         self.length.check(end, count, position_ids)
         positions = torch.arange(start, end, dtype=torch.int32, device=inputs.device)[None]
         if attention_mask is not None:
-            positions = self._padded(attention_mask, positions, batch, start)
+            attention_mask = attention_mask.to(positions.device)
+            self.first, wrong = begins(attention_mask, self.first, start)
+            if wrong is not None:
+                self.misfit = wrong if self.misfit is None else self.misfit | wrong
+            if self.first is not None:
+                positions = positions.expand(batch, count).masked_fill(~attention_mask[:, -count:], EMPTY)
         elif self.first is not None:
             self.first = torch.where(self.first < 0, start, self.first)
             positions = positions.expand(batch, count)
         first = 0 if self.first is None else self.first[:, None, None]
         return Tokens(token_ids, positions, first, self.first is not None)
-
-    def _padded(self, mask, positions, batch, start):
-        """`positions` with -1 for padding. What a mask must be: as long as the text, padding in front of it alone."""
-        count = positions.shape[1]
-        mask = mask.to(positions.device)
-        # On CUDA looking makes the host wait: a step of one token, which is no padding, is left to `check`.
-        late = mask.is_cuda and start > 0 and count == 1
-        if self.first is None and not late and bool(mask.all()):
-            return positions
-        begins = torch.where(mask.any(-1), mask.int().argmax(-1), -1).int()
-        if self.first is None:
-            known = torch.zeros_like(begins) if start else begins
-        else:
-            known = torch.where(self.first < 0, begins, self.first)
-        told = torch.arange(start + count, dtype=torch.int32, device=mask.device)
-        wrong = (mask != ((told >= known[:, None]) & (known[:, None] >= 0))).any()
-        if late:
-            self.misfit = wrong if self.misfit is None else self.misfit | wrong
-        elif wrong:
-            raise ValueError(MASK)
-        if late and self.first is None:
-            return positions
-        self.first = known
-        return positions.expand(batch, count).masked_fill(~mask[:, -count:], EMPTY)
 
     def digest(self):
         """Of the ids that have passed (`sketchkv.checks.digest`), int64 `[batch]`, or 0; None if some were not told."""

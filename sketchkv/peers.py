@@ -3,6 +3,7 @@
 import torch
 from torch.nn.functional import avg_pool1d
 
+from sketchkv.checks import seed as checked_seed
 from sketchkv.checks import whole
 from sketchkv.policies import AttentionMass, Policy
 
@@ -87,3 +88,26 @@ class SnapKV(AttentionMass):
         smooth = avg_pool1d(in_text, self.kernel, stride=1, padding=self.kernel // 2, count_include_pad=False)
         slots["mass"].zero_()
         return torch.empty_like(smooth).scatter_(-1, order, smooth)
+
+
+class Random(Policy):
+    """Evicts at random: what a policy must beat under the same protection. Seeded, the same on every device."""
+
+    recordable = False
+
+    def __init__(self, seed=0):
+        self.seed = checked_seed(seed)
+
+    def allocate(self, slots):
+        self.generator = torch.Generator().manual_seed(1000 * self.seed + self.layer)
+
+    def score(self, slots, seen):
+        return torch.rand(slots["positions"].shape, generator=self.generator).to(slots.device)
+
+
+class H2O(AttentionMass):
+    """Heavy hitters by the plain sum of the attention received (Zhang et al. 2023, arXiv 2306.14048). The published method
+    also gives half of the cap to the newest tokens: `recent_window = max_cache_size // 2`."""
+
+    def __init__(self):
+        super().__init__(decay=1.0, mean=False)

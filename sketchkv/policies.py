@@ -8,7 +8,6 @@ protected by the cache alike for all policies, so that comparisons between polic
 import torch
 
 from sketchkv.checks import flag, share
-from sketchkv.checks import seed as checked_seed
 
 
 class Policy:
@@ -58,21 +57,6 @@ class Window(Policy):
         return slots["positions"].float()
 
 
-class Random(Policy):
-    """Evicts at random: what a policy must beat under the same protection. Seeded, the same on every device."""
-
-    recordable = False
-
-    def __init__(self, seed=0):
-        self.seed = checked_seed(seed)
-
-    def allocate(self, slots):
-        self.generator = torch.Generator().manual_seed(1000 * self.seed + self.layer)
-
-    def score(self, slots, seen):
-        return torch.rand(slots["positions"].shape, generator=self.generator).to(slots.device)
-
-
 def exposure(age, decay):
     """Queries that could have attended to a token of this age (in tokens, itself included), discounted like its mass: the
     sum of decay^i for i below age."""
@@ -120,11 +104,3 @@ class AttentionMass(Policy):
             slots["mass"] / exposure(seen - slots["positions"], self.decay) if self.mean else slots["mass"]
         )
         return score * slots["values"].float().norm(dim=-1) if self.value_norm else score
-
-
-class H2O(AttentionMass):
-    """Heavy hitters by the plain sum of the attention received (Zhang et al. 2023, arXiv 2306.14048). The published method
-    also gives half of the cap to the newest tokens: `recent_window = max_cache_size // 2`."""
-
-    def __init__(self):
-        super().__init__(decay=1.0, mean=False)

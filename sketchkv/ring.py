@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sketchkv.ops import products
+from sketchkv.logits import products
 from sketchkv.slots import gather
 
 

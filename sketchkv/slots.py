@@ -156,18 +156,6 @@ class Slots:
                 array[:, :, kept : self.used] = EMPTY if name == "positions" else 0
         self.used = self.kept = kept
 
-    def replace(self, index, keys, values, positions, first=0):
-        """A new token takes the slot `index` (`[batch, num_kv_heads, 1]`) of each head; other parameters as of `append`."""
-        pairs = ("keys", keys), ("values", values)
-        coded = {name: (vectors, self.codec.encode(name, vectors)) for name, vectors in pairs}
-        self.codec.keep(coded, positions, first)
-        arrays = coded["keys"][1] | coded["values"][1] | {"positions": positions[:, None].expand_as(index)}
-        for name, new in arrays.items():
-            array = self.arrays[name]
-            array.scatter_(
-                2, index[..., None].expand_as(new) if array.ndim == 4 else index, new.to(array.dtype)
-            )
-
     def widened(self, capacity):
         """A copy with `capacity` slots, for as long as a prompt passes; `adopt` takes back what it holds then."""
         wide = Slots(self.shape, capacity, self.widths, self.codec)

@@ -30,7 +30,7 @@ class WindowLayer(BoundedLayer):
         query, key, value = codec.turn(query, key, value)
         if total == 1 and not self.slots.room:  # the oldest leaves the window as the new one comes
             oldest = self.home.positions.argmin(-1, keepdim=True)
-            self.home.replace(oldest, key, value, tokens.positions, tokens.first)
+            replace(self.home, oldest, key, value, tokens.positions, tokens.first)
             self.seen, self.evicted, self.waiting = self.seen + 1, self.evicted + self.capped, False
             return codec.turn_back(self.ops.attend(self, query, tokens, form))
         start = 0
@@ -68,3 +68,14 @@ class WindowLayer(BoundedLayer):
         query = tokens.positions[:, None, :, None]
         hidden = (stored < 0) | (stored > query) | (stored <= query - self.max_cache_size)
         logits.masked_fill_(hidden[:, :, None], torch.finfo(logits.dtype).min)
+
+
+def replace(slots, index, keys, values, positions, first=0):
+    """A new token takes the slot `index` (`[batch, num_kv_heads, 1]`) of each head; other parameters as of `append`."""
+    pairs = ("keys", keys), ("values", values)
+    coded = {name: (vectors, slots.codec.encode(name, vectors)) for name, vectors in pairs}
+    slots.codec.keep(coded, positions, first)
+    arrays = coded["keys"][1] | coded["values"][1] | {"positions": positions[:, None].expand_as(index)}
+    for name, new in arrays.items():
+        array = slots.arrays[name]
+        array.scatter_(2, index[..., None].expand_as(new) if array.ndim == 4 else index, new.to(array.dtype))

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import sketchkv
-from sketchkv.layer import Form
+from sketchkv.logits import Form
 from sketchkv.passes import Tokens
 
 transformers.logging.set_verbosity_error()

@@ -15,7 +15,8 @@ from test_kernels import DEVICE, HAS_TRITON, INTERPRET, runs, sorted_by_position
 from sketchkv import H2O, LRU, TOVA, AttentionMass, KeyNorm, Random, Sketch, SnapKV, Summary, Window
 from sketchkv.checks import Settings
 from sketchkv.fast.ops import Fused
-from sketchkv.layer import BoundedLayer, Form
+from sketchkv.layer import BoundedLayer
+from sketchkv.logits import Form
 from sketchkv.ops import Eager
 from sketchkv.passes import Tokens
 from sketchkv.quantize import quantized

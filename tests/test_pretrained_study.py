@@ -109,7 +109,7 @@ def test_several_processes_give_the_same(weights, prepared, tmp_path):
         group = {"table": "pretrained_quality", "texts": ["code"], "tokens": TOKENS, "share": 0.5}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                pretrained, "groups", lambda piece: [group | {"name": n} for n in ("streaming", "tova")]
+                measured, "groups", lambda piece: [group | {"name": n} for n in ("streaming", "tova")]
             )
             assert run.run("quality", 300, workers) == (2, 0, 0)
     one, two = (

@@ -16,7 +16,7 @@ from test_kernels import DEVICE, HAS_TRITON, INTERPRET, assert_near, poisoned, r
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sketchkv
-from sketchkv import SketchCache, Window, ops
+from sketchkv import SketchCache, Window, prompts
 from sketchkv.fast import prompt
 from sketchkv.fast.ops import Fused
 from sketchkv.passes import Tokens
@@ -59,11 +59,11 @@ def agree(policy, feature, ops_, most):
         settings["form"] = settings["form"]._replace(sinks=torch.randn(steps[0][0].shape[1], device=DEVICE))
     run = dict(settles=8, prefill_chunk=CHUNK) | settings
     with (
-        mock.patch.dict(ops.SCORES, {DEVICE: 2**40}),
-        mock.patch.object(ops, "needs_no_scores", lambda *_: False),
+        mock.patch.dict(prompts.SCORES, {DEVICE: 2**40}),
+        mock.patch.object(prompts, "needs_no_scores", lambda *_: False),
     ):
         expected, eager = decode(POLICIES[policy], steps, None, **run)
-    with mock.patch.dict(ops.SCORES, {DEVICE: most}):
+    with mock.patch.dict(prompts.SCORES, {DEVICE: most}):
         got, layer = decode(POLICIES[policy], steps, ops_, **run)
     assert eager.evicted == layer.evicted > 0 and eager.seen == layer.seen
     real = torch.cat([tokens.positions for *_, tokens in steps], 1)[:, None, :, None] >= 0
@@ -104,7 +104,7 @@ def test_no_score_matrix_in_memory(settings):
     model, tokens = sketchkv.enable(build("llama", positions=2048)), 1500
     ids = torch.randint(1, 97, (1, tokens))
     cache = SketchCache(model.config, 64, prefill_chunk=1024, **settings)
-    with mock.patch.dict(ops.SCORES, cpu=2**16), Largest() as largest:
+    with mock.patch.dict(prompts.SCORES, cpu=2**16), Largest() as largest:
         model(ids, past_key_values=cache, logits_to_keep=1)
     # Of a layer's own tensors, the widest is that of the feed-forward part: 96 channels.
     assert cache.evicted_tokens > 0 and largest.numel <= max(2**16 * 1.1, 96 * tokens * 1.5) < 4 * 1088 * 256

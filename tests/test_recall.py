@@ -14,7 +14,7 @@ import sketchkv
 from sketchkv import SketchCache, Summary, Window, generate, score
 from sketchkv.checks import Settings
 from sketchkv.index import ExactKeys, KeyIndex
-from sketchkv.layer import Form
+from sketchkv.logits import Form
 from sketchkv.oracle import full_cache_logits
 from sketchkv.passes import Tokens
 from sketchkv.quantize import quantized

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sketchkv import AttentionMass, SketchCache, Summary, Window, ops, quantize, ring, score
+from sketchkv import AttentionMass, SketchCache, Summary, Window, prompts, quantize, ring, score
 from sketchkv.checks import Settings
-from sketchkv.layer import BoundedLayer, Form
+from sketchkv.layer import BoundedLayer
+from sketchkv.logits import Form
 from sketchkv.passes import Tokens
 from sketchkv.quantize import matrix, normal_levels, quantized, rotation
 from sketchkv.slots import Plain, Slots
@@ -164,7 +165,7 @@ def test_blocks_of_queries_change_nothing(first, scores, monkeypatch):
     told = Told(40, first, 3)
     single, blocks = (layer_of(4, 2, cap=39, finer=3) for _ in range(2))
     expected = feed(single, told, range(41), 9)
-    monkeypatch.setattr(ops, "SCORES", {"cpu": scores})
+    monkeypatch.setattr(prompts, "SCORES", {"cpu": scores})
     got = feed(blocks, told, [0, 9, 40], 9)
     real = (told.positions >= 0)[:, None, :, None].expand_as(got)
     torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=1e-3)

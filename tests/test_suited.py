@@ -11,7 +11,7 @@ from conftest import build, named
 from test_kernels import DEVICE, HAS_TRITON, INTERPRET, runs
 
 import sketchkv
-from sketchkv import SketchCache, Summary, Window, ops
+from sketchkv import SketchCache, Summary, Window, devices, ops
 from sketchkv.fast.ops import Fused, fused
 
 CACHES = [
@@ -47,7 +47,7 @@ def test_a_gpu_takes_fused_operations_by_itself(settings):
     ]
     for layer in caches[1].layers:
         layer.ops = ops.Eager()
-    with mock.patch.object(ops, "_fuses", lambda device: True):
+    with mock.patch.object(devices, "_fuses", lambda device: True):
         found, expected = (logits(model, ids, cache) for cache in caches)
     assert all(layer.ops is fused for layer in caches[0].layers)
     assert not any(isinstance(layer.ops, Fused) for layer in caches[1].layers)
@@ -63,7 +63,7 @@ def test_a_policy_that_scores_nonsense_is_refused():
 
     model = sketchkv.enable(build("llama")).to(DEVICE)
     with (
-        mock.patch.object(ops, "_fuses", lambda device: True),
+        mock.patch.object(devices, "_fuses", lambda device: True),
         pytest.raises(ValueError, match="one number per"),
     ):
         cache = SketchCache(model.config, 24, num_sinks=2, recent_window=4, evict_every=4, policy=Wrong())
@@ -71,11 +71,11 @@ def test_a_policy_that_scores_nonsense_is_refused():
 
 
 def test_the_right_one_is_chosen_again_for_another_device():
-    with mock.patch.object(ops, "_fuses", lambda device: device.type == "cuda"):
-        assert ops.suited(fused, torch.device("cpu")) is ops.eager
-        assert ops.suited(ops.eager, torch.device("cuda")) is fused
+    with mock.patch.object(devices, "_fuses", lambda device: device.type == "cuda"):
+        assert devices.suited(fused, torch.device("cpu")) is ops.eager
+        assert devices.suited(ops.eager, torch.device("cuda")) is fused
         own = ops.Eager()
-        assert ops.suited(own, torch.device("cuda")) is own
+        assert devices.suited(own, torch.device("cuda")) is own
 
 
 def test_a_cpu_loads_no_fused_operations():

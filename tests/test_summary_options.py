@@ -9,8 +9,9 @@ from conftest import attended
 import sketchkv
 from sketchkv import AttentionMass, SketchCache, Window, generate, score
 from sketchkv.checks import Settings
-from sketchkv.layer import BoundedLayer, Form
+from sketchkv.layer import BoundedLayer
 from sketchkv.loading import EMBEDDED
+from sketchkv.logits import Form
 from sketchkv.passes import Tokens
 from sketchkv.slots import Plain, Slots
 from sketchkv.study.methods import make_cache, nbytes

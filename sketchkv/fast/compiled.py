@@ -14,7 +14,7 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.config import patch
 
-from sketchkv.layer import Form
+from sketchkv.logits import Form
 from sketchkv.switch import is_enabled
 
 # On a CPU weights are packed into the blocks in which small products read them fastest, and Inductor's own products are

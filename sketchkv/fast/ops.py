@@ -9,8 +9,9 @@ import torch
 from sketchkv.checks import checked_scores
 from sketchkv.fast import attention, coded, codes, eviction, prompt, storage
 from sketchkv.layer import BoundedLayer
-from sketchkv.ops import Eager, needs_no_scores
+from sketchkv.ops import Eager
 from sketchkv.policies import AttentionMass, Policy
+from sketchkv.prompts import needs_no_scores
 from sketchkv.quantize import Normal, Quantized
 from sketchkv.sketch import CountMinSketch
 from sketchkv.sketch_policy import Sketch

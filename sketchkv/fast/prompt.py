@@ -152,7 +152,7 @@ def attend(query, keys, values, scaling, softcap=None, hidden=None, beside=None)
 
     query: `[batch, num_heads, n, width]`.
     keys, values: `[batch, num_kv_heads, used, width of each]`, of the query's dtype; views with any strides but the last.
-    scaling, softcap: as of `sketchkv.layer.Form`.
+    scaling, softcap: as of `sketchkv.logits.Form`.
     hidden: uint8 `[batch, num_kv_heads, used]`, contiguous, 1 for slots that are not looked at; None: none.
     beside: float32 `[batch, num_heads, n]`, the log-sum-exp of each query's logits of what is no slot; None: nothing.
 

@@ -12,8 +12,8 @@ import torch
 from sketchkv.budgets import pyramid
 from sketchkv.cache import SketchCache
 from sketchkv.index import KeyIndex
-from sketchkv.peers import LRU, TOVA, KeyNorm, SnapKV
-from sketchkv.policies import H2O, AttentionMass, Random, Window
+from sketchkv.peers import H2O, LRU, TOVA, KeyNorm, Random, SnapKV
+from sketchkv.policies import AttentionMass, Window
 from sketchkv.sketch_policy import Sketch
 from sketchkv.study.extras.device_store import DeviceStore
 from sketchkv.study.extras.expected import ExpectedAttention

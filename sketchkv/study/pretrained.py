@@ -189,8 +189,10 @@ class Run:
                 group = self.settle(due.pop(0))
                 if group:
                     began = time.monotonic()
-                    ok = self._finish(
-                        group, lambda g=group: measured.measure(g, self.ids_path, self.weights, self.device)
+                    ok = finish(
+                        self,
+                        group,
+                        lambda g=group: measured.measure(g, self.ids_path, self.weights, self.device),
                     )
                     took[group["name"]] = time.monotonic() - began
                     done, failed = done + ok, failed + (not ok)
@@ -202,7 +204,7 @@ class Run:
                 for item in [item for item in flying if item[1].ready()]:
                     flying.remove(item)
                     took[item[0]["name"]] = time.monotonic() - item[2]
-                    ok = self._finish(item[0], item[1].get)
+                    ok = finish(self, item[0], item[1].get)
                     done, failed = done + ok, failed + (not ok)
                 waits = due and due[0]["table"] == "pretrained_recall" and due[0]["name"] != "full"
                 if waits and any(item[0]["name"] == "full" for item in flying):
@@ -225,20 +227,21 @@ class Run:
             pool.terminate()
         return done, failed, len(due) + len(flying)
 
-    def _finish(self, group, get):
-        where = group.get("task") or "+".join(group["texts"])
-        try:
-            rows = get()
-        except Exception:
-            print(f"FAILED {group['name']} {group['share']} {where}\n{traceback.format_exc()}", flush=True)
-            return False
-        self.keep(group, rows)
-        frame = pd.DataFrame(rows)
-        by = "text" if "text" in frame else "depth"
-        value = "exact" if by == "depth" else "nll"
-        means = ", ".join(f"{k} {v:.4f}" for k, v in frame.groupby(by)[value].mean().items())
-        print(f"{group['name']} {group['share']} {where}: {means}; {rows[0]['seconds']} s", flush=True)
-        return True
+
+def finish(run, group, get):
+    where = group.get("task") or "+".join(group["texts"])
+    try:
+        rows = get()
+    except Exception:
+        print(f"FAILED {group['name']} {group['share']} {where}\n{traceback.format_exc()}", flush=True)
+        return False
+    run.keep(group, rows)
+    frame = pd.DataFrame(rows)
+    by = "text" if "text" in frame else "depth"
+    value = "exact" if by == "depth" else "nll"
+    means = ", ".join(f"{k} {v:.4f}" for k, v in frame.groupby(by)[value].mean().items())
+    print(f"{group['name']} {group['share']} {where}: {means}; {rows[0]['seconds']} s", flush=True)
+    return True
 
 
 def _quiet():

@@ -19,7 +19,8 @@ from sketchkv import H2O, AttentionMass, Sketch, SketchCache, Summary, Window, e
 from sketchkv.checks import Settings
 from sketchkv.fast.attention import attend
 from sketchkv.fast.ops import fused
-from sketchkv.layer import BoundedLayer, Form
+from sketchkv.layer import BoundedLayer
+from sketchkv.logits import Form
 from sketchkv.ops import eager
 from sketchkv.passes import Tokens
 from sketchkv.quantize import quantized

@@ -123,7 +123,7 @@ class Packing(Eager):
         layer.slots.fold()
 
     def attend(self, layer, query, tokens, form):  # never many tokens: they end where the newest are packed
-        return self._weigh(layer, query, layer.slots["keys"], layer.slots["values"], tokens, form)
+        return self.weigh(layer, query, layer.slots["keys"], layer.slots["values"], tokens, form)
 
 
 class KiviLayer(BoundedLayer):

@@ -10,7 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, named
 from test_fast import FEATURES, POLICIES, decode, some, state
 from test_kernels import DEVICE, HAS_TRITON, INTERPRET, assert_near, poisoned, runs
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,7 +98,7 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"bits": (5, 4), "summary": sketchkv.Summary()}, {"policy": Window()}], ids=str
+    "settings", [{}, {"bits": (5, 4), "summary": sketchkv.Summary()}, {"policy": Window()}], ids=named
 )
 def test_no_score_matrix_in_memory(settings):
     model, tokens = sketchkv.enable(build("llama", positions=2048)), 1500

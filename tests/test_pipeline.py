@@ -199,7 +199,8 @@ def test_bad_input_is_told_without_a_traceback(tmp_path, capsys):
     assert run.main(["--dataset", str(empty)], root=tmp_path) == 1
     printed = capsys.readouterr().err
     assert f"{empty} is empty" in printed and "DATASET=embedded" in printed and "Traceback" not in printed
-    assert "Traceback" in (tmp_path / "build" / "executed" / "01_tiny.failed.ipynb").read_text()
+    (kept,) = (tmp_path / "build").rglob("01_tiny.failed.ipynb")
+    assert "Traceback" in kept.read_text()
 
 
 def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys, monkeypatch):

@@ -72,7 +72,9 @@ def front(page):
     page = re.sub(r"<body[^>]*>", lambda m: f"{style}{m[0]}{_bar('')}", page, count=1)
     page = re.sub(r"<code>(notebooks/\w+)\.ipynb(?=</code>)", r'<code><a href="\1.html">\1.ipynb</a>', page)
     page = re.sub(r'href="(report\.\w+)"', r'href="report/\1"', page)
-    return re.sub(r'href="\.\./([^"]*?)(\.ipynb)?"', lambda m: f'href="{m[1]}{".html" * bool(m[2])}"', page)
+    return re.sub(
+        r'(href|src)="\.\./([^"]*?)(\.ipynb)?"', lambda m: f'{m[1]}="{m[2]}{".html" * bool(m[3])}"', page
+    )
 
 
 def _bar(up):
@@ -106,6 +108,7 @@ def _notebooks(folder):
         executed = sources.ROOT / "build" / "executed" / path.name
         book = nbformat.read(executed if executed.exists() else path, as_version=4)
         body, _ = exporter.from_notebook_node(_shown(book))
+        body = re.sub(r'href="(\w+)\.ipynb"', r'href="\1.html"', body)
         title = book.cells[0].source.partition("\n")[0].lstrip("# ")
         _page(folder, f"notebooks/{path.stem}.html", title, body)
         listed += f'<li><a href="{path.stem}.html">{path.stem}</a>: {html.escape(title)}</li>'

@@ -197,7 +197,7 @@ def some(policies, features, every):
 
 
 @runs
-@pytest.mark.parametrize("policy, feature", some(POLICIES, FEATURES, 4))
+@pytest.mark.parametrize("policy, feature", some(POLICIES, FEATURES, 6))
 def test_fused_operations_equal_the_eager_rule(policy, feature):
     if policy == "random" and "padding" in feature:
         pytest.skip("draws one number per slot, and padding goes in any order: the slots may differ")
@@ -210,7 +210,7 @@ def test_fused_operations_equal_the_eager_rule(policy, feature):
     some(
         [name for name in POLICIES if POLICIES[name].recordable],
         ["plain", "compact", "attend_topk", "ring"],
-        3,
+        6,
     ),
 )
 def test_a_clock_on_the_device_changes_nothing(policy, feature):

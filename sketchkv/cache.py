@@ -108,7 +108,7 @@ class SketchCache(Cache):
         return BoundedLayer(policy, cap, settings, summary)
 
     @classmethod
-    def compact(cls, config, max_cache_size, *, bits=(5, 4), fine_window=None, **changes):
+    def compact(cls, config, max_cache_size, *, fine_window=None, **changes):
         """The setting with the best quality for its bytes that the study found, chosen on the development documents and
         frozen: 5-bit keys and 4-bit values, 4 bits more for sinks and newest tokens, exact decayed mean attention weighted by
         the norm of the value, and one summary slot for all that was evicted. `changes` replace single parameters.
@@ -116,14 +116,11 @@ class SketchCache(Cache):
         fine_window: newest tokens of which, and of the sinks, what rounding took is held as well (`sketchkv.ring`); 0: of none;
             None: a 32nd of the smallest cap, 64 at most, none below a cap of 128.
         """
+        from sketchkv.quantize import finely
         from sketchkv.summary import Summary
 
-        settings = dict(summary=Summary(), policy=AttentionMass(value_norm=True)) | changes
-        if "codec" not in settings:
-            from sketchkv.quantize import fine
-
-            settings["codec"] = fine(bits, fine_window, max_cache_size, settings.get("num_sinks", 4))
-        return cls(config, max_cache_size, **settings)
+        settings = dict(bits=(5, 4), summary=Summary(), policy=AttentionMass(value_norm=True))
+        return cls(config, max_cache_size, **finely(settings | changes, changes, fine_window, max_cache_size))
 
     @classmethod
     def recall(cls, config, max_cache_size=512, top=256, store="host", **changes):

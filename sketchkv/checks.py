@@ -188,9 +188,12 @@ def checked_scores(scores, layer):
 def policies_of(policy, count):
     """One policy per layer, of one for all, a list or None, the sketch. Raises TypeError for what is none."""
     from sketchkv.policies import Policy
-    from sketchkv.sketch_policy import Sketch
 
-    policies = per_layer("policy", Sketch() if policy is None else policy, count)
+    if policy is None:
+        from sketchkv.sketch_policy import Sketch
+
+        policy = Sketch()
+    policies = per_layer("policy", policy, count)
     if not all(isinstance(each, Policy) for each in policies):
         raise TypeError(
             f"policy must be a sketchkv Policy, or a list of {count}, one per layer; got {policy!r}"

@@ -15,7 +15,7 @@ CHECK_EVERY = 16
 
 
 class Eager:
-    """The operations of a layer. `layer` is the `BoundedLayer`, `tokens` what the block brings (`sketchkv.layer.Tokens`)."""
+    """The operations of a layer. `layer` is the `BoundedLayer`, `tokens` what the block brings (`sketchkv.passes.Tokens`)."""
 
     @property
     def suits(self) -> bool:

@@ -13,8 +13,6 @@ BROKEN = (
     "the pass before this one broke off in the middle, so that layers hold different tokens: "
     "call cache.reset() and begin the text again, or use a new cache"
 )
-
-
 FOLD = 64  # passes whose ids are held until the digest takes them in
 
 
@@ -119,7 +117,7 @@ class Passes:
             if self.tokens.ids is None:
                 self.told = None
             elif self.told is not None:
-                self.told.append(self.tokens.ids)
+                self.told.append(self.tokens.ids.clone())  # the caller may write its next token there
                 if len(self.told) == FOLD:
                     self.digest()
             self.tokens = None

@@ -45,22 +45,32 @@ def quantized(bits, newest=0, sinks=0, finer=4):
     return partial(Quantized, pair, near=(newest, whole("sinks", sinks, 0, MOST_NEAR), finer))
 
 
-def fine(bits, window, max_cache_size, num_sinks):
-    """The codec that holds sinks and the newest `window` tokens more finely.
+def finely(settings, given, window, max_cache_size):
+    """`settings` of a cache with a codec, in place of their bits, that holds sinks and the newest `window` tokens more finely.
 
+    given: those of the settings that a user asked for. A codec among them is taken as it is.
     window: None: a share of the smallest cap, and none where that is small: there each token more counts for more than its
-        rounding. Parameters as of `sketchkv.SketchCache.compact`.
-    Raises ValueError for a value out of range.
+        rounding.
+    Raises ValueError for a value out of range, TypeError for a codec beside bits or a window.
     """
+    settings = dict(settings)
+    bits = settings.pop("bits")
+    if settings.get("codec") is not None:
+        if "bits" in given or window is not None:
+            raise TypeError(
+                "give either codec= or bits= and fine_window=: quantized(bits, newest=...) is a codec"
+            )
+        return settings
     if bits is None:
         if window:
             raise ValueError("fine_window needs bits: without them nothing is rounded")
-        return None
+        return settings
     caps = max_cache_size if isinstance(max_cache_size, (list, tuple)) else [max_cache_size]
     cap = min(whole("max_cache_size", each, 1, MOST_TOKENS) for each in caps)
     if window is None:
         window = 0 if cap < LEAST_FINE else min(MOST_FINE, cap // FINE_SHARE)
-    return quantized(bits, whole("fine_window", window, 0, cap), num_sinks)
+    window = whole("fine_window", window, 0, cap)
+    return settings | {"codec": quantized(bits, window, settings.get("num_sinks", 4))}
 
 
 class Quantized(Plain):

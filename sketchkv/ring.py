@@ -1,6 +1,8 @@
 """Sinks and newest tokens, finer than their codes: they take most of the attention, and are few."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -8,7 +10,8 @@ from sketchkv.logits import products
 from sketchkv.slots import gather
 
 
-class Near(NamedTuple):
+@dataclasses.dataclass
+class Near:
     """What attention adds to what it reads of some slots, for n queries.
 
     at: the slots, int64 `[batch, num_kv_heads, m]`.
@@ -29,7 +32,7 @@ class Near(NamedTuple):
     newest: int
     sinks: Any
 
-    @property
+    @cached_property
     def seen(self):
         """Which of these tokens are near to which query, bool `[batch, num_kv_heads, 1, n, m]`."""
         key, query = self.positions[:, :, None], self.queries[:, None, :, None]

@@ -13,7 +13,7 @@ class WindowLayer(BoundedLayer):
     """Holds the newest `window` tokens, which are all that a query of a sliding-window layer may see, and no more.
 
     window: tokens that a query sees, itself included; a cap below the model's own window binds here, too.
-    settings: `sketchkv.layer.Settings`, of which sinks, recent window and evictions have no meaning here.
+    settings: `sketchkv.checks.Settings`, of which sinks, recent window and evictions have no meaning here.
     capped: whether the window is smaller than the model's own, so that what leaves it counts as evicted.
     """
 

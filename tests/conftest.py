@@ -2,6 +2,8 @@
 
 import os
 import re
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -105,6 +107,14 @@ def attended(layer, query, keys, values):
     return output, torch.nn.functional.scaled_dot_product_attention(
         query, keys, values, is_causal=True, scale=0.5
     )
+
+
+def interpreted(path, *arguments):
+    """Runs the tests of a file in Triton's interpreter: that must be chosen before triton is first imported, hence another
+    process."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments, path]
+    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 def named(settings):

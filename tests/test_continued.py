@@ -62,6 +62,14 @@ def test_rows_that_were_reordered_and_new_tokens_alone_go_on(model):
     assert cache.seen_tokens == 44
 
 
+def test_a_token_that_is_written_in_place_is_told_as_it_was(model):
+    cache, ids, token = SketchCache(model.config, 32), text(60), torch.empty(1, 1, dtype=torch.int64)
+    model(ids[:, :40], past_key_values=cache)
+    for step in range(40, 60):
+        model(token.copy_(ids[:, step : step + 1]), past_key_values=cache)
+    assert further(model, torch.cat([ids, text(4, seed=1)], 1), cache).shape[1] > 64
+
+
 def test_what_is_not_known_is_not_refused(model):
     cache = SketchCache(model.config, 32)
     model(inputs_embeds=model.get_input_embeddings()(text(40)), past_key_values=cache)

@@ -4,12 +4,10 @@ On a CPU the table runs in Triton's interpreter, in a process of its own.
 """
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import interpreted
 from test_kernels import DEVICE, HAS_TRITON, INTERPRET, runs, sorted_by_position
 
 from sketchkv import H2O, LRU, TOVA, AttentionMass, KeyNorm, Random, Sketch, SnapKV, Summary, Window
@@ -85,9 +83,7 @@ FEATURES = {
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed (it exists for Linux)")
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRET, reason="the tests below run in this very process")
 def test_with_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    interpreted(__file__)
 
 
 def text(dtype, group, padded):

@@ -2,12 +2,11 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 import torch
+from conftest import interpreted
 
 from sketchkv import AttentionMass, Sketch, Summary
 from sketchkv.checks import Settings
@@ -35,10 +34,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed (it exists for Linux)")
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRET, reason="the tests below run in this very process")
 def test_with_the_interpreter():
-    # The interpreter must be chosen before triton is first imported, hence another process.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    interpreted(__file__)
 
 
 @pytest.fixture

@@ -3,14 +3,11 @@
 On a CPU the kernels run in Triton's interpreter, in a process of its own.
 """
 
-import os
-import subprocess
-import sys
 from unittest import mock
 
 import pytest
 import torch
-from conftest import build, named
+from conftest import build, interpreted, named
 from test_fast import FEATURES, POLICIES, decode, some, state
 from test_kernels import DEVICE, HAS_TRITON, INTERPRET, assert_near, poisoned, runs
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,9 +26,7 @@ unwritten = pytest.mark.usefixtures(poisoned.__name__)  # memory that no kernel 
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed (it exists for Linux)")
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRET, reason="the tests below run in this very process")
 def test_with_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "kernel", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    interpreted(__file__, "-k", "kernel")
 
 
 def passes(dtype=torch.float32, group=2, padded=False, **_):

@@ -250,3 +250,6 @@ def test_compact_holds_a_share_of_its_cap_finely(model, cap, newest):
     assert SketchCache.compact(model.config, cap, bits=None).layers[0].codec is Plain
     with pytest.raises(ValueError, match="needs bits"):
         SketchCache.compact(model.config, cap, bits=None, fine_window=3)
+    for both in (dict(fine_window=3), dict(bits=4)):
+        with pytest.raises(TypeError, match="give either"):
+            SketchCache.compact(model.config, cap, codec=quantized((5, 4)), **both)

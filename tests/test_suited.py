@@ -1,13 +1,12 @@
 """Which operations a layer takes by itself: fused ones on a GPU, in the plain `model(...)` of transformers."""
 
-import os
 import subprocess
 import sys
 from unittest import mock
 
 import pytest
 import torch
-from conftest import build, named
+from conftest import build, interpreted, named
 from test_kernels import DEVICE, HAS_TRITON, INTERPRET, runs
 
 import sketchkv
@@ -27,9 +26,7 @@ CACHES = [
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed (it exists for Linux)")
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRET, reason="the tests below run in this very process")
 def test_with_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
+    interpreted(__file__)
 
 
 def logits(model, ids, cache):

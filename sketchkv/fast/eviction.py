@@ -165,7 +165,7 @@ def lowest(importance, positions, tokens, end, count, num_sinks, recent_window, 
     `[batch, num_kv_heads, count]`, as `sketchkv.ops.Eager` chooses.
 
     importance: float32, positions: int32 `[batch, num_kv_heads, used]`, contiguous in the slots, at most `MOST_SLOTS`.
-    tokens: `sketchkv.layer.Tokens` of the newest token; end: tokens seen, where they have no clock.
+    tokens: `sketchkv.passes.Tokens` of the newest token; end: tokens seen, where they have no clock.
     count: at most `MOST_CHOSEN`.
     nan: bool `[]`, set if an importance is NaN.
     """

@@ -91,7 +91,7 @@ def evaluate(
             start, logits = chunk
             stop = start + logits.shape[1]
             full = tuple(whole[:, start:stop] for whole in reference)
-            scores.append(_compare(full, logits.float().log_softmax(-1), part[:, start + 1 : stop + 1]))
+            scores.append(compare(full, logits.float().log_softmax(-1), part[:, start + 1 : stop + 1]))
         nll, nll_full, kl, top1 = (torch.cat(each, 1) for each in zip(*scores))
         stored = sum(cache.stored_tokens()) / len(cache.layers)
         for i in range(len(part)):
@@ -114,7 +114,7 @@ def evaluate(
     return rows
 
 
-def _compare(reference, found, targets):
+def compare(reference, found, targets):
     """Of the full cache's log-probabilities, probabilities and first choices, those found (`[batch, n, vocabulary]`) and the
     tokens that followed: nll and the full cache's nll, for as many tokens as there are, KL divergence from the full cache
     and whether both have the same first choice, `[batch, n]`."""

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from sketchkv import enable, load
 from sketchkv.corpus import DATA
 from sketchkv.decode import stream
-from sketchkv.study.evaluate import _compare
+from sketchkv.study.evaluate import compare
 from sketchkv.study.methods import fit, full_nbytes, make_cache
 from sketchkv.study.questions import DEPTHS, FORMS, TASKS, instances
 
@@ -275,7 +275,7 @@ def quality(lm, ids, method):
             lm(ids[:, start:stop], past_key_values=full, use_cache=True).logits.float().log_softmax(-1)
         )
         beside = reference, reference.exp(), reference.argmax(-1)
-        scores.append(_compare(beside, found, ids[:, start + 1 : stop + 1]))
+        scores.append(compare(beside, found, ids[:, start + 1 : stop + 1]))
     nll, nll_full, kl, top1 = (torch.cat(each, 1).cpu() for each in zip(*scores, strict=True))
     return {"nll": nll, "nll_full": nll_full, "kl": kl, "top1": top1}, cache
 

@@ -122,7 +122,7 @@ class RecallLayer(BoundedLayer):
         slots.codec.keep(parts, tokens.positions, tokens.first)
         coded = {name: array for _, arrays in parts.values() for name, array in arrays.items()}
         self._write(self.seen, coded)
-        self.index.add(raw, tokens.positions)
+        self.index.add(raw, tokens.positions if tokens.padded else None)
         at = torch.arange(slots.used, slots.used + count, device=slots.device)
         if slots.room >= count:
             slots.used += count
@@ -289,7 +289,7 @@ class Fine:
     def near(self, token):
         """`sketchkv.ring.Near` of the tokens of these numbers (int64 `[n]`), each of which is where it is."""
         layer, ring, own = self.layer, self.ring, token - (self.layer.seen - self.count)
-        positions = layer.index.arrays["positions"][:, :, token]
+        positions = layer.index.positions(layer.seen)[:, :, token]
         row = ring.row(positions, self.span)
         passing = (own >= 0) & (positions >= 0) & (self.rests["keys"].shape[2] > ring.rows)
         present = passing | (row < ring.rows)

@@ -141,10 +141,14 @@ def nbytes(config, length=None, dtype=torch.float32, **method):
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     keys = torch.zeros(1, heads, length or 0, head_dim, dtype=dtype)
+    index = None
     for layer in cache.layers:
         layer.lazy_initialization(keys[:, :, :0], keys[:, :, :0])
-        if hasattr(layer, "index") and length:  # an index grows with the text
-            layer.index.add(keys)
+        if hasattr(layer, "index") and length:  # an index grows with the text, in all layers alike
+            if index is None:
+                index = layer.index
+                index.add(keys)
+            layer.index = index
     return cache.nbytes()
 
 

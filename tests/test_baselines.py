@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sketchkv import score
-from sketchkv.study import baselines, figures, methods
+from sketchkv.study import baselines, figures, methods, one_slot
 from sketchkv.study.methods import full_nbytes, make_cache, nbytes
 
 
@@ -56,7 +56,10 @@ def test_every_method_has_a_label_and_a_style_of_its_own():
 
 def test_losses_are_those_of_their_points(config):
     class Run:
+        device, data_revision = "cpu", "abc"
+
         def grid(self, kind, function, points):
+            assert all(point["text"] == "abc" for point in points)
             assert all(point["length"] == 256 and point["seed"] == 1 for point in points)
             row = {"nll_full": 1.0, "nll_late": 3.0, "nll_late_full": 1, "bytes_total": 100}
             return [
@@ -126,3 +129,32 @@ def test_verdicts_follow_the_interval():
     assert gain[0] == pytest.approx(0.029) and baselines.against(gain) == "better than"
     assert baselines.against(baselines.compare(frame, "unclear", "better")) == "not distinguishable from"
     assert baselines.words([]) == "none" and baselines.words(["lru", "h2o", "tova"]) == "LRU, H2O and TOVA"
+
+
+def test_a_setting_stands_beside_its_reference_on_the_same_documents():
+    """Differences are of documents and percentages of means; a setting that is missing at a budget is left out."""
+    losses = {"decayed one": 0.2, "decayed none": 0.3, "decayed hash": 0.19}
+    table = pd.DataFrame(
+        [
+            {"method": name, "budget": budget, "share": budget, "loss": loss + d, "document": d}
+            | {"max_cache_size": 9, "nll": 0}
+            for name, loss in losses.items()
+            for budget in (0.25, 0.125)
+            for d in range(5)
+            if budget == 0.25 or name != "decayed hash"
+        ]
+    )
+    pairs = [(name, "decayed one") for name in ("decayed none", "decayed hash")]
+    found = baselines.gains(table, pairs=pairs).set_index(["budget", "method"])["mean"]
+    assert found.to_dict() == pytest.approx(
+        {(0.25, "decayed none"): -0.1, (0.25, "decayed hash"): 0.01, (0.125, "decayed none"): -0.1}
+    )
+    rows = one_slot.increases(table).set_index(["setting", "budget"])["mean"]
+    assert rows["decayed none", 0.125] == pytest.approx(100 * np.expm1(2.3))
+    facts = {}
+    run = type("Run", (), {"fact": lambda self, name, value: facts.update({name: value})})()
+    one_slot.note_summaries(run, table, baselines.gains(table, pairs=pairs), 1024)
+    assert facts["summaries_cap"] == 128 and facts["summaries_large_cap"] == 256
+    assert (
+        facts["summaries_none_mean"] == pytest.approx(0.1) and facts["summaries_none_against"] == "worse than"
+    )

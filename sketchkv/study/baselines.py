@@ -84,14 +84,13 @@ BEST_COLUMNS = {
 }
 
 
-def at_budget(config, name, budget, length, dtype):
-    """Method `name` of `BOUNDED` with the largest cap whose bytes in all are at most the share `budget` of a float16 full
-    cache of `length` tokens. Raises ValueError if none fits, or if it would hold the whole text."""
-    method = BOUNDED[name]
+def at_budget(config, method, budget, length, dtype):
+    """`method` (settings) with the largest cap whose bytes in all are at most the share `budget` of a float16 full cache of
+    `length` tokens. Raises ValueError if none fits, or if it would hold the whole text."""
     cap = fit(config, int(budget * full_nbytes(config, length)), dtype, **method)
     if cap + method.get("evict_every", 16) > length:
         raise ValueError(
-            f"{LABELS[name]} holds all {length} tokens in a share of {budget} of the full cache's bytes"
+            f"{method} holds all {length} tokens in a share of {budget} of the full cache's bytes"
         )
     return method | {"max_cache_size": cap}
 
@@ -105,7 +104,7 @@ def equal_bytes(config, budgets, length, dtype, names=(*EVERYWHERE, *QUARTER_ONL
             if name in QUARTER_ONLY and budget != MEMORY:
                 continue
             try:
-                points.append((name, budget, at_budget(config, name, budget, length, dtype)))
+                points.append((name, budget, at_budget(config, BOUNDED[name], budget, length, dtype)))
             except ValueError as error:
                 reason = "holds the whole text" if "holds all" in str(error) else "does not fit"
                 left_out.append({"name": name, "budget": budget, "reason": reason})
@@ -115,8 +114,9 @@ def equal_bytes(config, budgets, length, dtype, names=(*EVERYWHERE, *QUARTER_ONL
 def losses(run, points, config, length, **settings):
     """One row per method, budget and document: a DataFrame. settings: of `evaluate`."""
     full, rows = full_nbytes(config, length), []
-    asked = [{"method": method, "length": length, **settings} for *_, method in points]
-    for (name, budget, method), found in zip(points, run.grid("baselines", evaluate, asked)):
+    settings |= {"length": length, "device": run.device, "text": run.data_revision}
+    asked = [{"method": method, **settings} for *_, method in points]
+    for (name, budget, method), found in zip(points, run.grid("losses", evaluate, asked)):
         own = {"method": name, "budget": budget, "max_cache_size": method.get("max_cache_size")}
         rows += [
             own | row | {"share": row["bytes_total"] / full, "loss": row["nll"] - row["nll_full"]}
@@ -206,15 +206,15 @@ def compare(frame, method, other, seed=0, value="loss"):
     return stats.paired_interval((by_document[other] - by_document[method]).to_numpy(copy=True), seed)
 
 
-def gains(table, seed=0):
-    """All of `PAIRS` at each budget that has both: a DataFrame (`GAIN_COLUMNS`)."""
+def gains(table, seed=0, pairs=PAIRS):
+    """Pairs of methods at each budget that has both: a DataFrame (`GAIN_COLUMNS`)."""
     rows = []
     for budget in sorted(table.budget.dropna().unique(), reverse=True):
         at = table[(table.budget == budget) | (table.budget.isna() & (table.share <= budget))]
         there = set(at.method)
         rows += [
             (budget, name, other, *compare(at, name, other, seed), at.document.nunique())
-            for name, other in PAIRS
+            for name, other in pairs
             if {name, other} <= there
         ]
     return pd.DataFrame(rows, columns=list(GAIN_COLUMNS))

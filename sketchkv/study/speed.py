@@ -6,73 +6,9 @@ import pandas as pd
 from sketchkv.study import figures, sources, timing
 from sketchkv.study.bench import FOLDER
 
-_FULL, _STATIC = "DynamicCache", "StaticCache, compiled"
-
-
-def _beside(name, other, where):
-    return f"{name}, {where} / {other}, {where}"
-
-
-# The question; the device; the row that answers it; at most, or an interval that covers; the figure aimed at.
-QUESTIONS = [
-    ("step, compact / full cache", "cpu", _beside("compact, cap 512", _FULL, "3072 seen, batch 1"), 0.8),
-    ("the same with a cap of 1536", "cpu", _beside("compact, cap 1536", _FULL, "3072 seen, batch 1"), 1.0),
-    (
-        "compiled step, compact / full cache, compiled too",
-        "cpu",
-        _beside("compact, cap 512, compiled", _STATIC, "3072 seen, batch 1"),
-        0.9,
-    ),
-    *(
-        (
-            f"compiled step, sketch / {label}, cap 256",
-            "cpu",
-            _beside("sketch, cap 256, compiled", f"{other}, cap 256, compiled", "1024 seen, batch 1"),
-            1.05,
-        )
-        for label, other in (("window", "streaming"), ("H2O", "h2o"))
-    ),
-    ("step, recall / full cache, 8192 tokens", "cpu", _beside("recall", _FULL, "8192 seen"), 0.7),
-    ("growth of compact's step, each time the text doubles", "cpu", "compact, slope per doubling", None),
-    (
-        "prompt of 1024 tokens, compact / full cache",
-        "cpu",
-        "prompt of 1024, compact / prompt of 1024, DynamicCache",
-        1.3,
-    ),
-    ("model.generate, sketch / full cache", "gpu", "generate, sketch / generate, DynamicCache", 1.0),
-    ("model.generate, compact / full cache", "gpu", "generate, compact / generate, DynamicCache", 1.05),
-    (
-        "recorded step, compact / compiled full cache, 4096 tokens",
-        "gpu",
-        _beside("compact, cap 512, compiled", _STATIC, "4096 seen, batch 1"),
-        0.5,
-    ),
-    (
-        "recorded step, compact / sketch",
-        "gpu",
-        _beside("compact, cap 512, compiled", "sketch, cap 512, compiled", "4096 seen, batch 1"),
-        1.2,
-    ),
-    (
-        "the same as two rows above, batch 16, 8192 tokens, cap 1024",
-        "gpu",
-        _beside("compact, cap 1024, compiled", _STATIC, "8192 seen, batch 16"),
-        0.5,
-    ),
-    (
-        "Llama-3.1-8B's shape, batch 8, 32k tokens, cap 4096",
-        "gpu",
-        _beside("compact, cap 4096, compiled", _STATIC, "32768 seen, batch 8"),
-        0.25,
-    ),
-    (
-        "prompt of 8192 tokens, compact / full cache",
-        "gpu",
-        "prompt of 8192, compact / prompt of 8192, DynamicCache",
-        1.3,
-    ),
-]
+_FULL = "DynamicCache"
+# What a user would ask: the row of a benchmark that answers it, and at most how much; no goal: the interval covers 0.
+GOALS = sources.ROOT / "data" / "speed_goals.csv"
 COLUMNS = {
     "question": "what is compared: times, less is better",
     "device": "where it was measured",
@@ -107,12 +43,12 @@ def committed(run, folder=FOLDER):
 def verdicts(frames):
     """One row (`COLUMNS`) per question: of the first device of its kind that has the row."""
     rows = []
-    for question, kind, name, goal in QUESTIONS:
+    for question, kind, name, goal in pd.read_csv(GOALS).itertuples(index=False):
         for device, frame in frames.items():
             found = frame[frame.row == name]
             if len(found) and device.startswith("CPU") == (kind == "cpu"):
                 row = found.iloc[0]
-                met = row["median"] <= goal if goal else row.low <= 0 <= row.high
+                met = row.low <= 0 <= row.high if np.isnan(goal) else row["median"] <= goal
                 numbers = (
                     row["median"],
                     row.low,
@@ -204,8 +140,7 @@ def note_all(run, rows, found, told):
         run.fact(f"speed_{verdict.replace(' ', '_')}", int((told.verdict == verdict).sum()))
     missed = told[told.verdict == "missed"]
     words = [
-        f"{row.question}: {row.median:.2f}"
-        + (f" (goal {row.goal:g})" if np.isfinite(row.goal or np.nan) else "")
+        f"{row.question}: {row.median:.2f}" + (f" (goal {row.goal:g})" if np.isfinite(row.goal) else "")
         for row in missed.itertuples()
     ]
     run.fact("speed_missed_names", "; ".join(words) or "none")

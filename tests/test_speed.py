@@ -48,6 +48,26 @@ def test_runs_are_timed_in_turn_and_their_warm_up_is_dropped():
     assert order == ["a", "b"] * 5 and len(table.samples["a"]) == 3
 
 
+def test_no_repetition_begins_after_the_end():
+    """Two are measured at least: a median of one says nothing of its spread."""
+    table, calls = timing.Table(quiet=True, until=0), []
+    timing.in_turn(table, {"a": lambda: calls.append(1)}, repetitions=20, warmup=1)
+    assert len(calls) == 3 and len(table.samples["a"]) == 2
+
+
+def test_what_fails_is_left_out_but_a_limit_is_not():
+    def raising(kind):
+        def make():
+            raise kind("reason")
+
+        return make
+
+    found = Bench._there({"a": lambda: lambda: None, "b": raising(ImportError), "c": raising(RuntimeError)})
+    assert list(found) == ["a"]
+    with pytest.raises(TimeoutError):
+        Bench._there({"d": raising(TimeoutError)})
+
+
 def test_a_group_is_stopped_at_its_limit():
     with pytest.raises(TimeoutError, match="0.05 s"), timing.limited(0.05):
         time.sleep(2)

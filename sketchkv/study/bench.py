@@ -25,8 +25,8 @@ from sketchkv.study.timing import COLUMNS, Table, limited
 FOLDER = sources.ROOT / "data" / "benchmarks"
 # {group: (seconds it may take, what it measures)}; the limits of a device sum up to 12 minutes. The rest: BENCH=all.
 DEFAULT = {
-    "cpu_steps": (320, lambda t: _cpu(t).steps([1024, 2048, 4096])),
-    "cpu_peers": (250, lambda t: _cpu(t).peers(3072)),
+    "cpu_steps": (270, lambda t: _cpu(t).steps([1024, 2048, 4096])),
+    "cpu_peers": (300, lambda t: _cpu(t).peers(3072, fast=("compact",))),
     "cpu_generate": (75, lambda t: _cpu(t, repetitions=5, warmup=1).generate(768, 64)),
     "cpu_prompts": (75, lambda t: _cpu(t, repetitions=3, warmup=1).prompts([1024])),
     "gpu_steps": (170, lambda t: _gpu(t).steps([1024, 4096, 8192, 16384, 32768])),
@@ -133,7 +133,8 @@ def main(arguments=None):
     notes = sources.read_json(output.with_suffix(".json")) if output.exists() else {}
     missing = notes.get("missing", {})
     for name, (limit, group) in groups.items():
-        table, begin = Table(), time.monotonic()
+        begin = time.monotonic()
+        table = Table(until=begin + 0.8 * limit)
         missing.pop(name, None)
         try:
             with torch.no_grad(), limited(limit):

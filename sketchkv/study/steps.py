@@ -213,6 +213,8 @@ class Bench:
                 run = make()
                 elapsed(run)
                 runs[row] = run
+            except TimeoutError:
+                raise
             except ImportError as error:
                 print(f"left out: {row} ({error})", flush=True)
             except Exception:

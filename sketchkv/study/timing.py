@@ -27,10 +27,11 @@ TIMINGS = ("median", "low", "high", "n")
 
 
 class Table:
-    """Rows of the long table (`COLUMNS`); `samples` {row: array} are kept for ratios."""
+    """Rows of the long table (`COLUMNS`); `samples` {row: array} are kept for ratios. until: the moment (`time.monotonic`)
+    from which on no further repetition begins, so that what was measured can be told."""
 
-    def __init__(self, quiet=False):
-        self.rows, self.samples, self.quiet, self.settings = [], {}, quiet, ""
+    def __init__(self, quiet=False, until=math.inf):
+        self.rows, self.samples, self.quiet, self.until, self.settings = [], {}, quiet, until, ""
 
     def add(self, row, unit, samples):
         """Adds a row of its repetitions and returns their median."""
@@ -85,9 +86,9 @@ def elapsed(run):
 def in_turn(table, candidates, per=1, repetitions=20, warmup=2, seconds=math.inf):
     """Times the functions of `candidates` {row: run} alternately, at most for `seconds`; `per`: steps that one run holds."""
     samples: dict[str, list] = {row: [] for row in candidates}
-    begin = time.monotonic()
+    end = min(time.monotonic() + seconds, table.until)
     for repetition in range(warmup + repetitions):
-        if repetition > warmup + 1 and time.monotonic() - begin > seconds:
+        if repetition > warmup + 1 and time.monotonic() > end:
             break
         for row, run in candidates.items():
             took = elapsed(run) / per

@@ -64,17 +64,17 @@ def evaluate(
     split="test",
     documents=16,
     length=1024,
-    prompt=0,
+    text=None,
 ):
     """Rows (list of dict, `COLUMNS`) for one method, a dict that `methods.make_cache` understands.
 
-    Every token is predicted from the cache as decoding would find it. Bytes are of a cache that holds one sequence. Of a
-    `prompt` of that many tokens nothing is scored: only what is predicted after all of it has passed counts.
+    Every token is predicted from the cache as decoding would find it. Bytes are of a cache that holds one sequence.
+    text: revision of the text, among what names a grid point.
     """
     lm, _ = _model(model, device)
     ids, names, batches = _reference(model, dataset, device, split, documents, length)
     held = nbytes(lm.config, length, lm.dtype, **method)
-    half = (prompt + length) // 2
+    half = length // 2
     rows: list[dict] = []
     for part, reference in zip(ids.split(BATCH), batches):
         cache = make_cache(lm.config, length=length, **method)
@@ -93,24 +93,11 @@ def evaluate(
             full = tuple(whole[:, start:stop] for whole in reference)
             scores.append(compare(full, logits.float().log_softmax(-1), part[:, start + 1 : stop + 1]))
         nll, nll_full, kl, top1 = (torch.cat(each, 1) for each in zip(*scores))
-        stored = sum(cache.stored_tokens()) / len(cache.layers)
-        for i in range(len(part)):
-            rows.append(
-                {
-                    "document": names[len(rows)],
-                    "tokens": length,
-                    "nll": nll[i, prompt:].mean().item(),
-                    "nll_full": nll_full[i, prompt:].mean().item(),
-                    "nll_late": nll[i, half:].mean().item(),
-                    "nll_late_full": nll_full[i, half:].mean().item(),
-                    "kl": kl[i, prompt:].mean().item(),
-                    "top1": top1[i, prompt:].mean().item(),
-                    "evicted": cache.evicted_tokens / len(cache.layers),
-                    "stored": stored,
-                    **{f"bytes_{kind}": count for kind, count in held.items()},
-                    "seconds": seconds,
-                }
-            )
+        means = [x.mean(1).tolist() for x in (nll, nll_full, nll[:, half:], nll_full[:, half:], kl, top1)]
+        common = cache.evicted_tokens / len(cache.layers), sum(cache.stored_tokens()) / len(cache.layers)
+        common += *(held[kind] for kind in ("kv", "sketch", "policy", "total")), seconds
+        for numbers in zip(*means):
+            rows.append(dict(zip(COLUMNS, (names[len(rows)], length, *numbers, *common))))
     return rows
 
 

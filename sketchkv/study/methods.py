@@ -1,7 +1,7 @@
-"""Every method of the study by name: a dict that JSON can hold -> a cache.
+"""Every method of the study by name: its settings (`BOUNDED`, `WHOLE`), its label, its cache, its bytes.
 
-`{"method": "h2o", "max_cache_size": 128, "bits": 16}`; all further entries are options (`make_cache`), parameters of
-`SketchCache`, or of the policy where it has them.
+Settings are a dict that JSON can hold: `{"method": "tova", "max_cache_size": 128, "bits": 16}`. All further entries are
+options (`make_cache`), parameters of `SketchCache`, or of the policy where it has them.
 """
 
 import inspect
@@ -9,7 +9,6 @@ from bisect import bisect_right
 
 import torch
 
-from sketchkv.budgets import pyramid
 from sketchkv.cache import SketchCache
 from sketchkv.index import KeyIndex
 from sketchkv.peers import H2O, LRU, TOVA, KeyNorm, Random, SnapKV
@@ -18,7 +17,6 @@ from sketchkv.sketch_policy import Sketch
 from sketchkv.study.extras.device_store import DeviceStore
 from sketchkv.study.extras.expected import ExpectedAttention
 from sketchkv.study.extras.kivi import KiviCache
-from sketchkv.study.extras.lending import AdaptiveCache
 from sketchkv.study.extras.ranges import ranges
 from sketchkv.study.extras.sketch_policies import AnySketch, QuerySketch
 from sketchkv.summary import Summary
@@ -30,14 +28,96 @@ POLICIES = {
     "random": Random,
     "lru": LRU,
     "key_norm": KeyNorm,
-    "h2o": H2O,
+    "h2o": H2O,  # plain sums; the published method is `BOUNDED["h2o"]`
     "decayed": AttentionMass,
     "tova": TOVA,
     "snapkv": SnapKV,
     "expected": ExpectedAttention,
     "sketch": Sketch,
 }
-CACHES = ("full", "kivi", "compact", "recall", "adaptive")
+CACHES = ("full", "kivi", "compact", "recall")
+
+
+_INT8, _INT4 = ({"bits": bits, "rounding": "range"} for bits in (8, 4))  # rounding as the peers do it
+_SMALL = {"method": "sketch", "width": 128, "depth": 2}
+
+# Methods with a cap, as every notebook has them; 16 bits: bytes are counted as of a half-precision cache.
+BOUNDED: dict[str, dict] = {
+    "compact": {"method": "compact"},
+    "recall": {"method": "recall", "store": "device"},  # in 6 and 5 bits, the preset's
+    "decayed": {"method": "decayed", "bits": 16},
+    "sketch": {"method": "sketch", "width": 512, "depth": 4, "bits": 16},
+    "streaming": {"method": "streaming", "bits": 16},
+    "h2o": {"method": "h2o", "recent_share": 0.5, "bits": 16},
+    "snapkv": {
+        "method": "snapkv",
+        "kernel": 5,
+        "observation_window": 64,
+        "recent_window": 64,
+        "evict_every": 64,
+        "bits": 16,
+    },
+    "tova": {"method": "tova", "bits": 16},
+    "expected": {"method": "expected", "bits": 16},
+    "decayed_int4": {"method": "decayed"} | _INT4,
+    "streaming_int4": {"method": "streaming"} | _INT4,
+    "plain_sums": {"method": "h2o", "bits": 16},
+    "sketch_small": _SMALL | {"bits": 16},
+    "sketch_summary": _SMALL | {"bits": 16, "summary_slots": 4},
+    "sketch_int4": _SMALL | _INT4,
+    "decayed_summary": {"method": "decayed", "bits": 16, "summary_slots": 4},
+    "decayed_int8": {"method": "decayed"} | _INT8,
+    "random": {"method": "random", "bits": 16},
+    "window": {"method": "window", "bits": 16},
+    "lru": {"method": "lru", "bits": 16},
+    "key_norm": {"method": "key_norm", "bits": 16},
+}
+
+# Chosen on 8 + 8 development documents of SmolLM2, where another share of the bytes asks for another setting.
+FROZEN: dict[tuple, dict] = {("recall", 1 / 16): {"bits": (5, 4)}}
+
+# Methods that hold the whole text: one size each.
+WHOLE: dict[str, dict] = {
+    "full": {"method": "full", "bits": 16, "evict_every": 1},
+    "int8": {"method": "full", "evict_every": 1} | _INT8,
+    "int4": {"method": "full", "evict_every": 1} | _INT4,
+    "kivi8": {"method": "kivi", "bits": 8},
+    "kivi4": {"method": "kivi", "bits": 4},
+    "kivi2": {"method": "kivi", "bits": 2},
+}
+
+# A peer is a published method with the settings of its paper; all others are the study's own, its ablations and controls.
+PEERS = ("streaming", "h2o", "snapkv", "tova", "expected", "key_norm", "kivi8", "kivi4", "kivi2")
+
+LABELS = {
+    "compact": "compact",
+    "recall": "recall",
+    "decayed": "decayed mean",
+    "sketch": "sketch 512x4",
+    "streaming": "StreamingLLM",
+    "h2o": "H2O",
+    "snapkv": "SnapKV",
+    "tova": "TOVA",
+    "expected": "expected attention",
+    "decayed_int4": "decayed mean + int4",
+    "streaming_int4": "StreamingLLM + int4",
+    "plain_sums": "plain sums",
+    "sketch_small": "sketch 128x2",
+    "sketch_summary": "sketch 128x2 + summary",
+    "sketch_int4": "sketch 128x2 + int4",
+    "decayed_summary": "decayed mean + summary",
+    "decayed_int8": "decayed mean + int8",
+    "random": "random",
+    "window": "window without sinks",
+    "lru": "LRU",
+    "key_norm": "key norm",
+    "full": "full cache",
+    "int8": "int8 whole text",
+    "int4": "int4 whole text",
+    "kivi8": "KIVI 8 bits",
+    "kivi4": "KIVI 4 bits",
+    "kivi2": "KIVI 2 bits",
+}
 
 
 class DoesNotFit(ValueError):
@@ -50,7 +130,7 @@ def make_cache(config, method, length=None, **options):
     method: a name in `POLICIES` or `CACHES`, or a policy (or a list, one per layer). "window" has no sinks, "streaming" is
         the same with them; "full" keeps every token of the text, in `bits` if given; "kivi" does so in 8, 4 or 2 bits
         (`KiviCache`); "compact" is `SketchCache.compact`; "recall" is `SketchCache.recall`, whose `top`, if not given, is all
-        slots that sinks and recent window leave; "adaptive" layers lend each other slots (`AdaptiveCache`).
+        slots that sinks and recent window leave.
     length: tokens of the text, which "full" and "kivi" need.
     options: parameters of the policy and of the cache, and those that `_spelled` knows.
 
@@ -65,8 +145,6 @@ def make_cache(config, method, length=None, **options):
         return SketchCache(config, length, policy=Window(), **options)
     if method == "kivi":
         return KiviCache(config, length, **options)
-    if method == "adaptive":
-        return AdaptiveCache(config, **options)
     if not isinstance(method, str):
         return SketchCache(config, policy=method, **options)
     if method not in POLICIES:
@@ -106,7 +184,6 @@ def _spelled(
     protects=False,
     rounding=None,
     recent_share=0,
-    steepness=0,
     **options,
 ):
     """The study's options, which JSON can hold, as objects.
@@ -115,9 +192,8 @@ def _spelled(
     spread: whether the spread of the merged keys raises their logit.
     protects: whether a token that a summary would swallow stays longer.
     rounding: "range" for minimum and step of a group, as the peers round.
-    recent_share: share of the cap that belongs to the newest tokens: 0.5 makes "h2o" the published H2O.
+    recent_share: share of the cap that belongs to the newest tokens: half of it in the published H2O.
     store: "device" is a `DeviceStore`; exact_prompts: of the index.
-    steepness: caps of the layers fall by it (`pyramid`) around `max_cache_size`.
     """
     if summary_slots:
         options["summary"] = Summary(summary_slots, spread, protects)
@@ -127,9 +203,6 @@ def _spelled(
         options["store"] = DeviceStore()
     if recent_share:
         options["recent_window"] = int(options["max_cache_size"] * recent_share)
-    if steepness:
-        layers = text_config(config).num_hidden_layers
-        options["max_cache_size"] = pyramid(options["max_cache_size"], layers, steepness)
     return options
 
 
@@ -137,9 +210,7 @@ def nbytes(config, length=None, dtype=torch.float32, **method):
     """Bytes that a method holds for one sequence, by kind (`SketchCache.nbytes`); its tensors are allocated, no model runs.
     An index, which grows, is one of `length` tokens."""
     cache = make_cache(config, length=length, **method)
-    text = getattr(config, "config", config).get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    _, heads, head_dim = _shape(config)
     keys = torch.zeros(1, heads, length or 0, head_dim, dtype=dtype)
     index = None
     for layer in cache.layers:
@@ -154,10 +225,16 @@ def nbytes(config, length=None, dtype=torch.float32, **method):
 
 def full_nbytes(config, length, dtype=torch.float16):
     """Bytes of the keys and values of `length` tokens in a full cache: what every method is compared with."""
-    text = getattr(config, "config", config).get_text_config(decoder=True)
+    layers, heads, head_dim = _shape(config)
+    return 2 * layers * heads * head_dim * length * dtype.itemsize
+
+
+def _shape(config):
+    """Layers, KV heads and numbers a head."""
+    text = text_config(config)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_dim * length * dtype.itemsize
+    return text.num_hidden_layers, heads, head_dim
 
 
 def fit(config, budget, dtype=torch.float32, multiple=1, length=None, **method):

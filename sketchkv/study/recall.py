@@ -7,10 +7,12 @@ the fact completes. Tasks and wording were chosen on development documents with 
 import random
 from functools import lru_cache
 
+import pandas as pd
 import torch
+from scipy.stats import binomtest
 from transformers import DynamicCache
 
-from sketchkv.study.evaluate import BATCH, _model
+from sketchkv.study.evaluate import _model
 from sketchkv.study.methods import full_nbytes, make_cache, nbytes
 from sketchkv.texts import documents as read_documents
 
@@ -30,7 +32,6 @@ COLUMNS = {
     "depth": "where the fact was to begin, as a share of the text",
     "instance": "number of the instance; its filler is the document of that number",
     "document": "held-out file that the fact is hidden in",
-    "tokens": "tokens of the text, fact, question and answer included",
     "distance": "tokens from the beginning of the fact to the first token of the answer",
     "answer_tokens": "tokens of the answer",
     "exact": "whether greedy decoding would give the whole answer, 0 or 1",
@@ -42,10 +43,14 @@ COLUMNS = {
     "bytes_full": "bytes of keys and values of the full cache in float16",
 }
 
-KEPT = {
-    "setting": "what evicted tokens are folded into",
-    "kept": "share of the tokens to be recalled that are still stored when the answer is due, over layers and KV heads",
-    **{name: COLUMNS[name] for name in ("depth", "instance", "loglik", "loglik_full", "exact", "exact_full")},
+FAR_COLUMNS = {
+    "method": "cache; full: the full cache",
+    "where": "near: the fact lies within the cap; far: further back",
+    "right": "answers given right, token by token",
+    "n": "facts",
+    "share": "right / n",
+    "low": "lower end of its exact binomial 95 % interval",
+    "high": "upper end",
 }
 
 
@@ -113,20 +118,10 @@ def make_instances(task, tokenizer, fillers, depth, seed=0):
 @lru_cache(maxsize=2)
 def _vocabulary(tokenizer):
     """Words that are short in tokens, and the tokens that begin with a line break."""
-    short = [
-        word
-        for word in WORDS
-        if all(
-            len(tokenizer(mark + word, add_special_tokens=False)["input_ids"]) <= PIECES + 1
-            for mark in ("_", '"')
-        )
-    ]
-    breaks = {
-        i
-        for i, text in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
-        if text[:1] == "\n"
-    }
-    return short, breaks
+    tokens = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    short = [word for word in WORDS if max(tokens("_" + word), tokens('"' + word)) <= PIECES + 1]
+    decoded = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return short, {i for i, text in enumerate(decoded) if text[:1] == "\n"}
 
 
 @lru_cache(maxsize=16)
@@ -135,125 +130,41 @@ def scored_instances(task, depth, instances, length, model, dataset, device, spl
     lm, tokenizer = _model(model, device)
     fillers = read_documents(dataset, tokenizer, split, instances, length)
     ids, starts, answers = make_instances(task, tokenizer, fillers.input_ids, depth, seed)
-    full = [
-        found
-        for part, counts in zip(ids.split(BATCH), _split(answers))
-        for found in answer(lm, part, counts, DynamicCache(config=lm.config))
-    ]
-    return ids, starts, answers, fillers.names, full
+    return ids, starts, answers, fillers.names, answer(lm, ids, answers, DynamicCache(config=lm.config))
 
 
 @torch.no_grad()
-def recall(
-    method,
-    *,
-    task,
-    depth,
-    instances=16,
-    length=1024,
-    model="embedded",
-    dataset="embedded",
-    device="cpu",
-    split="test",
-    seed=0,
-):
+def recall(method, *, task, depth, instances=16, length=1024, split="test", seed=0, text=None, **where):
     """Rows (list of dict, `COLUMNS`), one per instance, for one method (a dict that `methods.make_cache` understands).
 
     The text streams through the cache as decoding would meet it. That greedy decoding gives an answer is the same as that
-    each of its tokens is the most probable one after those before it, so one pass tells.
+    each of its tokens is the most probable one after those before it, so one pass tells. where: model, dataset and device;
+    text: revision of the text, among what names a grid point.
     """
-    lm, _ = _model(model, device)
+    where = {"model": "embedded", "dataset": "embedded", "device": "cpu"} | where
+    lm, _ = _model(where["model"], where["device"])
     ids, starts, answers, names, full = scored_instances(
-        task, depth, instances, length, model, dataset, device, split, seed
+        task, depth, instances, length, *where.values(), split, seed
     )
-    held, whole = nbytes(lm.config, length, lm.dtype, **method)["total"], full_nbytes(lm.config, length)
-    rows: list[dict] = []
-    for part, counts in zip(ids.split(BATCH), _split(answers)):
-        cache = make_cache(lm.config, length=length, **method)
-        for exact, loglik in answer(lm, part, counts, cache):
-            i = len(rows)
-            rows.append(
-                {
-                    "task": task,
-                    "depth": depth,
-                    "instance": i,
-                    "document": names[i],
-                    "tokens": length,
-                    "distance": length - answers[i] - starts[i],
-                    "answer_tokens": answers[i],
-                    "exact": exact,
-                    "exact_full": full[i][0],
-                    "loglik": loglik,
-                    "loglik_full": full[i][1],
-                    "evicted": cache.evicted_tokens // len(cache.layers),
-                    "bytes_total": held,
-                    "bytes_full": whole,
-                }
+    cache = make_cache(lm.config, length=length, **method)
+    found = answer(lm, ids, answers, cache)
+    common = {
+        "evicted": cache.evicted_tokens // len(cache.layers),
+        "bytes_total": nbytes(lm.config, length, lm.dtype, **method)["total"],
+        "bytes_full": full_nbytes(lm.config, length),
+    }
+    columns = [name for name in COLUMNS if name not in common]
+    rows = zip(names, starts, answers, found, full)
+    return [
+        dict(
+            zip(
+                columns,
+                (task, depth, i, name, length - count - start, count, exact, exact_full, loglik, loglik_full),
             )
-    return rows
-
-
-@torch.no_grad()
-def needles(
-    method,
-    *,
-    depth,
-    text,
-    instances=16,
-    length=512,
-    model="embedded",
-    dataset="embedded",
-    device="cpu",
-    split="test",
-    seed=0,
-):
-    """A grid point: rows (`KEPT` less "setting"), one per instance of `needle`: is what is asked for still stored?
-
-    text: revision of the text, among what names the point.
-    """
-    lm, _ = _model(model, device)
-    ids, starts, answers, _, full = scored_instances(
-        "needle", depth, instances, length, model, dataset, device, split, seed
-    )
-    rows: list[dict] = []
-    for part, counts in zip(ids.split(BATCH), _split(answers)):
-        cache = make_cache(lm.config, length=length, **method)
-        found = answer(lm, part, counts, cache)
-        stored = [cache.kept_positions(layer).cpu() for layer in range(len(cache.layers))]
-        assert cache.evicted_tokens > 0
-        for row, (exact, loglik) in enumerate(found):
-            i = len(rows)
-            hidden = _hidden(part[row], starts[i], answers[i])
-            kept = (
-                torch.cat([(positions[row][..., None] == hidden).any(1) for positions in stored])
-                .float()
-                .mean()
-                .item()
-            )
-            rows.append(
-                {
-                    "depth": depth,
-                    "instance": i,
-                    "kept": kept,
-                    "loglik": loglik,
-                    "loglik_full": full[i][1],
-                    "exact": exact,
-                    "exact_full": full[i][0],
-                }
-            )
-    return rows
-
-
-def _hidden(ids, start, answer):
-    """Positions of the answer's tokens where the fact has them: the text ends with the fact, up to its closing quote."""
-    size = next(
-        n for n in range((len(ids) - start) // 2, 0, -1) if torch.equal(ids[start : start + n], ids[-n:])
-    )
-    return torch.arange(start + size - answer, start + size)
-
-
-def _split(values):
-    return [values[i : i + BATCH] for i in range(0, len(values), BATCH)]
+        )
+        | common
+        for i, (name, start, count, (exact, loglik), (exact_full, loglik_full)) in enumerate(rows)
+    ]
 
 
 def answer(lm, ids, counts, cache):
@@ -272,3 +183,50 @@ def answer(lm, ids, counts, cache):
         (int(right[i, longest - n :].all()), logprobs[i, longest - n :].mean().item())
         for i, n in enumerate(counts)
     ]
+
+
+def shares(answers, cap):
+    """Answers near and far, of each method and the full cache: a DataFrame (`FAR_COLUMNS`).
+
+    answers: rows of `recall` with the column "method"; every method is asked the same.
+    """
+    full = answers[answers.method == answers.method.iloc[0]].assign(
+        method="full", exact=lambda t: t.exact_full
+    )
+    rows = []
+    for (name, far), part in pd.concat([full, answers]).groupby(
+        ["method", pd.concat([full, answers]).distance > cap], sort=False
+    ):
+        right, n = int(part.exact.sum()), len(part)
+        rows.append(
+            (name, "far" if far else "near", right, n, right / n, *binomtest(right, n).proportion_ci())
+        )
+    return pd.DataFrame(rows, columns=list(FAR_COLUMNS))
+
+
+def caption(found, cap, length, labels):
+    """What the picture of `shares` says. A cache with an index ("recall") asks its keys; all others keep what they scored."""
+    far = found[found["where"] == "far"].set_index("method")
+    scored = far.drop(["full", "recall"], errors="ignore")
+    best, n, full = scored.right.idxmax(), far.n["full"], far.right["full"]
+    kept = f"scores alone keep {scored.right[best] or 'none'} of {n} facts beyond the cap"
+    lost = scored[scored.right == 0]
+    return (
+        f"{f'An index finds {far.right.recall}, ' if 'recall' in far.index else ''}{kept}. The full cache answers {full}; "
+        f"{len(lost)} of {len(scored)} caches without an index answer none"
+        f"{f' (upper limit {lost.high.max():.0%})' if len(lost) else f', {labels[best]} most'}. Filled: facts more than {cap} "
+        f"tokens back; hollow: nearer ones. Bars: exact binomial 95 % intervals; three tasks, texts of {length} tokens."
+    )
+
+
+def note_all(run, answers, found, cap, length):
+    """The facts recall_*."""
+    run.fact("recall_instances", int(answers.instance.nunique()))
+    run.fact("recall_tokens", length)
+    run.fact("recall_cap", cap)
+    far = found[found["where"] == "far"]
+    run.fact("recall_far", int(far.n.iloc[0]))
+    run.fact("recall_far_best", float(far[~far.method.isin(["full", "recall"])].share.max()))
+    for row in found.itertuples():
+        for part, value in (("mean", row.share), ("low", row.low), ("high", row.high)):
+            run.fact(f"recall_{row.where}_{row.method}_{part}", float(value))

@@ -8,11 +8,10 @@ FORMER = (
     | {
         "summary_slots": "summary=Summary({value}), from sketchkv.summary import Summary",
         "quantizer": "bits= alone; ranges per group are in sketchkv.study.extras",
-        "kind": "a policy of sketchkv.study.extras",
-        "counters": "a policy of sketchkv.study.extras",
+        "counters": "policy=SmallSketch(), from sketchkv.study.extras.sketches",
         "store": "index=KeyIndex(store={value!r}), from sketchkv.index import KeyIndex",
     }
-    | dict.fromkeys(("coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping")
+    | dict.fromkeys(("kind", "coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping")
 )
 
 

@@ -20,7 +20,7 @@ from sketchkv.study.extras.expected import ExpectedAttention
 from sketchkv.study.extras.kivi import KiviCache
 from sketchkv.study.extras.lending import AdaptiveCache
 from sketchkv.study.extras.ranges import ranges
-from sketchkv.study.extras.sketch_policies import AnySketch, QuerySketch
+from sketchkv.study.extras.sketches import SmallSketch
 from sketchkv.summary import Summary
 from sketchkv.support import text_config
 
@@ -36,6 +36,7 @@ POLICIES = {
     "snapkv": SnapKV,
     "expected": ExpectedAttention,
     "sketch": Sketch,
+    "small_sketch": SmallSketch,
 }
 CACHES = ("full", "kivi", "compact", "recall", "adaptive")
 
@@ -74,11 +75,6 @@ def make_cache(config, method, length=None, **options):
     if method == "window":
         options = {"num_sinks": 0} | options
     kind = POLICIES[method]
-    if kind is Sketch and options.get("key") == "query":
-        kind = QuerySketch
-        del options["key"]
-    elif kind is Sketch and {"kind", "counters"} & options.keys():
-        kind = AnySketch
     own = inspect.signature(kind).parameters
     if "config" in own:
         options["config"] = config

@@ -134,7 +134,7 @@ def kept(table, visible, cap):
     layers = sorted({0, len(visible) // 2, len(visible) - 1})
     fig, axes = plt.subplots(1, len(layers), figsize=figures.FULL, sharey=True, squeeze=False)
     for axis, layer in zip(axes[0], layers):
-        seen = visible[layer][0, 0].cpu()
+        seen = visible[layer][0, 0].cpu().numpy()
         axis.imshow(seen, cmap="Greys", aspect="auto", interpolation="nearest", vmin=0, vmax=1.3)
         axis.set(xlabel="position in the text", title=f"layer {layer}, head 0")
         axis.grid(False)
@@ -192,7 +192,7 @@ def heavy_hitters(table, seed=0):
         axis.annotate(label, (mean.index[0], mean.iloc[0]), (-8, 0), color=colour, **beside)
     axis.plot(mean.index, mean.index, color="0.5", linestyle="--", linewidth=1)
     axis.annotate("all tokens alike", (mean.index[0], mean.index[0]), (-8, 0), color="0.4", **beside)
-    ticks(axis, mean.index, words=lambda share: f"{100 * share:.0f} %")
+    ticks(axis, [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], words=lambda share: f"{100 * share:.0f} %")
     axis.set_xlim(0.0016, 1.1)
     axis.set(xlabel="share of the tokens", ylabel="share of the attention", ylim=(-0.02, 1.04))
     tenth = table[table.tokens == 0.1].groupby(["document", "chosen"]).mass.mean().unstack()

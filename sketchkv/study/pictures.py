@@ -222,9 +222,13 @@ def retained(table, labels, cap, length, seed=0):
     right.set(xlabel=LOSS, xlim=(min(0, cost.low.min()), 1.1 * cost.high.max()))
     wide = table.pivot(index="document", columns="policy", values="retained")
     gap = stats.paired_interval(100 * (wide["sketch"] - wide["decayed"]).to_numpy(copy=True), seed)
-    verdict = "more than" if gap[1] > 0 else "less than" if gap[2] < 0 else "as much as"
+    verdict = (
+        "about as much as"
+        if gap[1] <= 0 <= gap[2]
+        else f"{abs(gap[0]):.1f} points {'more' if gap[0] > 0 else 'less'} than"
+    )
     return fig, (
-        f"The sketch retains {held['mean']['sketch']:.0f} % of the attention, {verdict} the exact scores it estimates. Paired difference "
+        f"The sketch retains {held['mean']['sketch']:.0f} % of the attention, {verdict} exact scores. Paired difference "
         f"{gap[0]:+.2f} points ({gap[1]:+.2f} to {gap[2]:+.2f}). The oracle knows the future and retains {held['mean']['oracle']:.0f} %; no "
         f"choice retains more than {ceiling:.0f} % (dashed). {cap} of {length} tokens, queries after the first eviction. Dots: documents "
         f"(n = {len(wide)}). {BARS}."

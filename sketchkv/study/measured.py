@@ -32,7 +32,7 @@ COUNTS = 20  # right answers of the full cache, of 30, from which a cell counts
 _INT4 = {"bits": 4, "rounding": "range"}
 BOUNDED: dict[str, dict] = {
     "compact": {"method": "compact"},
-    "recall": {"method": "recall", "store": "device"},
+    "recall": {"method": "recall", "store": "device"},  # in 6 and 5 bits, the preset's
     "decayed": {"method": "decayed", "bits": 16},
     "sketch": {"method": "sketch", "width": 512, "depth": 4, "bits": 16},
     "streaming": {"method": "streaming", "bits": 16},
@@ -52,6 +52,8 @@ BOUNDED: dict[str, dict] = {
     "plain_sums": {"method": "h2o", "bits": 16},
     "sketch_small": {"method": "sketch", "width": 128, "depth": 2, "bits": 16},
 }
+# Chosen on 8 + 8 development documents, where another size asks for another setting.
+FROZEN = {("recall", 1 / 16): {"bits": (5, 4)}}
 WHOLE = {"kivi4": {"method": "kivi", "bits": 4}, "kivi2": {"method": "kivi", "bits": 2}}
 FIRST = ("compact", "recall", "decayed", "sketch", "streaming")
 ASKED = ("full", "compact", "recall", "decayed", "streaming", "kivi2", "sketch")
@@ -167,7 +169,7 @@ def settled(config, name, share, tokens):
     if name not in BOUNDED:
         return None
     budget = int(share * full_nbytes(config, tokens))
-    method = BOUNDED[name]
+    method = BOUNDED[name] | FROZEN.get((name, share), {})
     return method | {"max_cache_size": fit(config, budget, torch.float32, length=tokens, **method)}
 
 

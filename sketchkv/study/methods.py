@@ -140,7 +140,7 @@ def nbytes(config, length=None, dtype=torch.float32, **method):
     for layer in cache.layers:
         layer.lazy_initialization(keys[:, :, :0], keys[:, :, :0])
         if hasattr(layer, "index") and length:  # an index grows with the text
-            layer.index.add(keys, torch.arange(length, dtype=torch.int32)[None])
+            layer.index.add(keys)
     return cache.nbytes()
 
 

@@ -7,15 +7,17 @@ is the finding, of at most 90 characters, worded by what the numbers say.
 import matplotlib.pyplot as plt
 import numpy as np
 
-from sketchkv.study import figures, stats, why
+from sketchkv.study import stats, why
 from sketchkv.study.figures import PALETTE
 from sketchkv.study.stats import percent
 
 LOSS = "perplexity above the full cache, % (left is better)"
+WIDTH = 7.0  # inches of every figure: its smallest type is then 8 pixels high on a phone
+SMALL = 12  # points of what is written beside points and lines
 BARS = "Bars: bootstrap 95 % intervals"
 
 
-def label_ends(axis, ends, gap=13):
+def label_ends(axis, ends, gap=15):
     """Writes each label of `ends`, {label: (x, y, colour)}, right of its point, at least `gap` points from the next."""
     axis.figure.draw_without_rendering()  # places the axes
     points = 72 / axis.figure.dpi
@@ -31,7 +33,7 @@ def label_ends(axis, ends, gap=13):
             textcoords="offset points",
             va="center",
             color=colour,
-            fontsize="small",
+            fontsize=SMALL,
         )
 
 
@@ -65,7 +67,7 @@ def model_context(table, seed=0):
     """Perplexity of the same tokens from contexts of growing length."""
     wide = table.pivot(index="document", columns="context", values="nll")
     perplexity, last = np.exp(wide.mean()), wide.columns[-1]
-    fig, axis = plt.subplots(figsize=figures.HALF)
+    fig, axis = plt.subplots(figsize=(WIDTH, 4.0))
     axis.plot(perplexity.index, perplexity, marker="o", color=PALETTE[0])
     ticks(axis, list(perplexity.index))
     axis.set(
@@ -84,7 +86,7 @@ def model_context(table, seed=0):
 
 def model_collapse(table, cap, seed=0):
     """A window with and without the first tokens."""
-    fig, axis = plt.subplots(figsize=(7.4, 2.8))
+    fig, axis = plt.subplots(figsize=(WIDTH, 2.8))
     order = ["4 sinks", "1 sinks", "0 sinks"]
     shown = dots(axis, table, "cache", order, seed)
     axis.set_yticks(range(3), ["4 sinks", "1 sink", "no sink"])
@@ -103,7 +105,7 @@ def model_collapse(table, cap, seed=0):
 
 def fill(table, cap, evict_every):
     """Tokens and bytes as a text passes."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=figures.FULL)
+    fig, (left, right) = plt.subplots(2, 1, figsize=(WIDTH, 6.6), sharex=True)
     colours = dict(zip(table.cache.unique(), ("0.2", PALETTE[0], PALETTE[9], PALETTE[3])))
     last, ends = table.step.max(), ({}, {})
     for name, line in table.groupby("cache", sort=False):
@@ -114,7 +116,7 @@ def fill(table, cap, evict_every):
             left.plot(line.step, line.stored, color=colours[name])
             ends[0]["full" if name == "full" else "bounded"] = (last, line.stored.iloc[-1], colours[name])
     left.axhline(cap, color="0.4", linewidth=1, linestyle=":")
-    left.set(xlabel="tokens fed", ylabel="tokens stored per layer and head", ylim=(0, None))
+    left.set(ylabel="tokens per layer and head", ylim=(0, None))
     right.set(xlabel="tokens fed", ylabel="KiB held, all layers", ylim=(0, None))
     for axis, labels in zip((left, right), ends):
         label_ends(axis, labels)
@@ -132,21 +134,23 @@ def fill(table, cap, evict_every):
 def kept(table, visible, cap):
     """Which tokens three heads hold while a text passes."""
     layers = sorted({0, len(visible) // 2, len(visible) - 1})
-    fig, axes = plt.subplots(1, len(layers), figsize=figures.FULL, sharey=True, squeeze=False)
+    fig, axes = plt.subplots(1, len(layers), figsize=(WIDTH, 3.8), sharey=True, squeeze=False)
     for axis, layer in zip(axes[0], layers):
         seen = visible[layer][0, 0].cpu().numpy()
         axis.imshow(seen, cmap="Greys", aspect="auto", interpolation="nearest", vmin=0, vmax=1.3)
-        axis.set(xlabel="position in the text", title=f"layer {layer}, head 0")
+        axis.set_title(f"layer {layer}, head 0", fontsize=SMALL)
+        axis.xaxis.set_major_locator(plt.MaxNLocator(2))
         axis.grid(False)
     tokens = len(seen)
+    fig.supxlabel("position in the text")
     axes[0, 0].set_ylabel("step of decoding")
     arrow = {"arrowstyle": "-|>", "color": PALETTE[3]}
     for words, at, text in (
-        ("recent window", (0.52, 0.53), (0.66, 0.25)),
+        ("recent\nwindow", (0.62, 0.63), (0.62, 0.28)),
         ("sinks", (0.006, 0.3), (0.2, 0.12)),
     ):
         at, text = ((x * tokens, y * tokens) for x, y in (at, text))
-        axes[0, 0].annotate(words, at, text, arrowprops=arrow, color=PALETTE[3], fontsize="small")
+        axes[0, 0].annotate(words, at, text, arrowprops=arrow, color=PALETTE[3], fontsize=SMALL)
     low, high, middle = table.old_tokens.min(), table.old_tokens.max(), table.old_tokens.median()
     return fig, (
         f"Each head keeps its own old tokens: between {low} and {high} of {cap}. Dark: held. A column ends where its token is "
@@ -159,7 +163,7 @@ def kept(table, visible, cap):
 def quality(table, cap, length, seed=0):
     """What the choice of tokens costs, at equal slots."""
     order = list(stats.intervals(table, "cache", "loss").sort_values("mean").cache)
-    fig, axis = plt.subplots(figsize=(7.4, 4.2))
+    fig, axis = plt.subplots(figsize=(WIDTH, 4.2))
     shown = dots(axis, table, "cache", order, seed)
     axis.set(xlabel=LOSS, xlim=(min(0, shown.low.min()), 1.25 * shown.high.max()))
     wide = table.pivot(index="document", columns="cache", values="loss")
@@ -184,16 +188,16 @@ def heavy_hitters(table, seed=0):
         "hindsight": "best fixed set",
         "foresight": "by past attention",
     }
-    fig, axis = plt.subplots(figsize=(7.4, 4.2))
+    fig, axis = plt.subplots(figsize=(WIDTH, 4.2))
     for (way, label), colour in zip(ways.items(), (PALETTE[2], PALETTE[0], PALETTE[3])):
         mean = table[table.chosen == way].groupby("tokens").mass.mean()
         axis.plot(mean.index, mean, color=colour, marker="o")
-        beside = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": "small"}
+        beside = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": SMALL}
         axis.annotate(label, (mean.index[0], mean.iloc[0]), (-8, 0), color=colour, **beside)
     axis.plot(mean.index, mean.index, color="0.5", linestyle="--", linewidth=1)
     axis.annotate("all tokens alike", (mean.index[0], mean.index[0]), (-8, 0), color="0.4", **beside)
     ticks(axis, [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], words=lambda share: f"{100 * share:.0f} %")
-    axis.set_xlim(0.0016, 1.1)
+    axis.set_xlim(0.001, 1.1)
     axis.set(xlabel="share of the tokens", ylabel="share of the attention", ylim=(-0.02, 1.04))
     tenth = table[table.tokens == 0.1].groupby(["document", "chosen"]).mass.mean().unstack()
     top = tenth.mean()
@@ -212,14 +216,15 @@ def heavy_hitters(table, seed=0):
 def retained(table, labels, cap, length, seed=0):
     """How much of the attention each policy keeps, and what it loses."""
     order = list(stats.intervals(table, "policy", "retained").sort_values("mean", ascending=False).policy)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(figures.FULL[0], 4.6), sharey=True)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDTH, 5.0), sharey=True)
     held = dots(left, table, "policy", order, seed, "retained", lambda share: 100 * share)
     cost = dots(right, table, "policy", order, seed)
     left.set_yticks(range(len(order)), [labels.get(name, name) for name in order])
     ceiling = 100 * table.bound.mean()
     left.axvline(ceiling, color="0.4", linestyle="--", linewidth=1)
-    left.set(xlabel="attention retained, % (right is better)")
-    right.set(xlabel=LOSS, xlim=(min(0, cost.low.min()), 1.1 * cost.high.max()))
+    left.set_xlabel("attention retained, %\n(right is better)")
+    right.set_xlabel("perplexity above full, %\n(left is better)")
+    right.set_xlim(min(0, cost.low.min()), 1.1 * cost.high.max())
     wide = table.pivot(index="document", columns="policy", values="retained")
     gap = stats.paired_interval(100 * (wide["sketch"] - wide["decayed"]).to_numpy(copy=True), seed)
     verdict = (
@@ -238,7 +243,7 @@ def retained(table, labels, cap, length, seed=0):
 def ladder(table, worth, length):
     """The loss of a small cache taken apart, step by step."""
     slots = sorted(worth.slots.unique())
-    fig, axes = plt.subplots(1, len(slots), figsize=(figures.FULL[0], 4.0), sharey=True, squeeze=False)
+    fig, axes = plt.subplots(len(slots), 1, figsize=(WIDTH, 3.6 * len(slots)), squeeze=False)
     rungs = list(why.LABELS)
     words = [
         "random",
@@ -249,7 +254,7 @@ def ladder(table, worth, length):
         "→ full cache",
     ]
     colours = (PALETTE[7], PALETTE[1], PALETTE[0], "0.75")
-    for axis, count in zip(axes[0], slots):
+    for axis, count in zip(axes[:, 0], slots):
         mean = table[table.slots == count].groupby("method").loss.mean()
         level = [percent(mean.get(name, 0.0)) for name in rungs]
         steps = worth[worth.slots == count].set_index("foot")
@@ -265,13 +270,13 @@ def ladder(table, worth, length):
                 axis.plot(
                     [level[row - 1]] * 2, [row - 1.3, row + 0.3], color="0.5", linewidth=0.8
                 ) if row > 1 else None
-            axis.text(high + 0.015 * level[0], row, text, va="center", fontsize="small")
+            axis.text(high + 0.015 * level[0], row, text, va="center", fontsize=SMALL)
         axis.set(
             xlim=(0, 1.45 * level[0]), ylim=(len(rungs) - 0.5, -0.6), title=f"{count} of {length} tokens"
         )
-        axis.set_xlabel("perplexity above the full cache, %")
+        axis.set_yticks(range(len(rungs)), words)
         axis.grid(axis="y", visible=False)
-    axes[0, 0].set_yticks(range(len(rungs)), words)
+    axis.set_xlabel("perplexity above the full cache, %")
     first = worth[worth.slots == slots[0]].set_index("step")
     most = first.share.idxmax()
     said = {

@@ -4,9 +4,9 @@ import math
 
 import matplotlib.pyplot as plt
 
-from sketchkv.study import figures, stats
+from sketchkv.study import stats
 from sketchkv.study.figures import PALETTE
-from sketchkv.study.pictures import BARS, label_ends, ticks
+from sketchkv.study.pictures import BARS, SMALL, WIDTH, label_ends, ticks
 from sketchkv.study.stats import percent
 
 
@@ -18,7 +18,7 @@ def size(count):
 
 def sketch_error(table, vocabulary, length):
     """The error beside its bound, for two kinds of stream."""
-    fig, axes = plt.subplots(1, 2, figsize=figures.FULL, sharex=True, sharey=True)
+    fig, axes = plt.subplots(2, 1, figsize=(WIDTH, 7.0), sharex=True, sharey=True)
     for axis, (stream, part) in zip(axes, table.groupby("stream", sort=False)):
         ends = {}
         for colour, (depth, line) in zip(PALETTE, part.groupby("depth")):
@@ -28,9 +28,11 @@ def sketch_error(table, vocabulary, length):
         axis.plot(line.width, line.bound, color="black", linestyle="--")
         ends["bound e / width"] = (line.width.iloc[-1], line.bound.iloc[-1], "black")
         ticks(axis, line.width)
-        axis.set(yscale="log", xlabel="width (counters per row)", title=f"{stream} stream")
+        ticks(axis, [0.001, 0.01, 0.1], "y", lambda share: f"{100 * share:g} %")
+        axis.set_title(f"{stream} stream")
         label_ends(axis, ends)
-    axes[0].set_ylabel("over-estimate / total weight")
+    axis.set_xlabel("width (counters per row)")
+    fig.supylabel("over-estimate, % of the total weight")
     inside = (table.p95 < table.bound).where(table.depth > 1, True).all()
     worst = table.loc[(table.misses / table.allowed).idxmax()]
     return fig, (
@@ -43,7 +45,7 @@ def sketch_error(table, vocabulary, length):
 
 def sketch_topk(table, k, vocabulary):
     """How many of the heaviest ids a sketch finds."""
-    fig, axis = plt.subplots(figsize=(7.4, 4.2))
+    fig, axis = plt.subplots(figsize=(WIDTH, 4.2))
     ends = {}
     for colour, (exponent, line) in zip(
         ("0.5", PALETTE[9], PALETTE[0], PALETTE[2]), table.groupby("exponent")
@@ -67,7 +69,7 @@ def sketch_topk(table, k, vocabulary):
 def sketch_memory(table, cap, head_dim):
     """Bytes of what could remember importance."""
     wide = table.pivot(index="distinct", columns="store", values="bytes")
-    fig, axis = plt.subplots(figsize=(7.6, 4.4))
+    fig, axis = plt.subplots(figsize=(WIDTH, 4.4))
     colours = dict.fromkeys(wide, PALETTE[0]) | {
         "exact, every id": PALETTE[2],
         "exact, stored slots": PALETTE[1],
@@ -91,7 +93,7 @@ def sketch_memory(table, cap, head_dim):
 
 def sketch_of_keys(errors, recall, k, tokens, seed=0):
     """The index of keys: its error beside the bound, and the heavy tokens that it finds."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=figures.FULL)
+    fig, (left, right) = plt.subplots(2, 1, figsize=(WIDTH, 7.6))
     by, ends = errors.groupby(["bits", "dim"]).error, {}
     for colour, (bits, line) in zip((PALETTE[0], PALETTE[9], PALETTE[2]), by.mean().groupby("bits")):
         left.plot(line[bits].index, line[bits], color=colour, marker="o")
@@ -114,7 +116,7 @@ def sketch_of_keys(errors, recall, k, tokens, seed=0):
         spread = [line["mean"] - line.low, line.high - line["mean"]]
         right.errorbar(line.bits, line["mean"], yerr=spread, color=colour, marker="o", capsize=3)
     for row in index.itertuples():
-        at = {"textcoords": "offset points", "ha": "right", "fontsize": "small", "color": PALETTE[0]}
+        at = {"textcoords": "offset points", "ha": "right", "fontsize": SMALL, "color": PALETTE[0]}
         right.annotate(row.how.removeprefix("index, "), (row.bits, row.mean), (-6, 5), **at)
     right.axhline(past["mean"], color=PALETTE[1], linestyle="--")
     first = index.iloc[0]
@@ -133,16 +135,16 @@ def sketch_of_keys(errors, recall, k, tokens, seed=0):
     )
     return fig, (
         f"One sign per coordinate finds {first['mean']:.0%} of what a query looks for, exact past scores {past['mean']:.0%}. The best "
-        f"sketch of past attention: {counted['mean'].max():.0%}. Left: root mean square error; one bit reaches {root.min():.2f} to "
+        f"sketch of past attention: {counted['mean'].max():.0%}. Above: root mean square error; one bit reaches {root.min():.2f} to "
         f"{root.max():.2f} of the bound. It has no bias: the slope on the true product lies within {slope.low.min():.3f} to "
-        f"{slope.high.max():.3f} in all dimensions (95 % intervals, n = {slope.n.min()} draws). Right: {first.bits:.0f} bits per token hold "
+        f"{slope.high.max():.3f} in all dimensions (95 % intervals, n = {slope.n.min()} draws). Below: {first.bits:.0f} bits per token hold "
         f"signs, factor and centre; sinks and the 16 newest tokens are no candidates. {BARS}, n = {past.n} documents of {tokens} tokens."
     )
 
 
 def sweep_use(summary, shape, full_bytes):
     """What each use of the sketch's memory costs, at one shape, and all configurations by their bytes."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=figures.FULL)
+    fig, (left, right) = plt.subplots(2, 1, figsize=(WIDTH, 7.4))
     named = summary.use.where(summary.use == "aggregate", "top " + summary.attend_topk.astype(str))
     shown = summary.assign(uses=named, **{x: percent(summary[x]) for x in ("mean", "low", "high")})
     one = shown[(shown.width == shape[0]) & (shown.depth == shape[1])]
@@ -163,7 +165,8 @@ def sweep_use(summary, shape, full_bytes):
         every = shown[shown.uses == uses]
         right.scatter(100 * every.bytes_total / full_bytes, every["mean"], s=22, color=colour, alpha=0.7)
     ticks(left, sorted(one.max_cache_size.unique()))
-    left.set(xlabel="tokens held", ylabel="perplexity above full, %", title=f"sketch {shape[0]} x {shape[1]}")
+    fig.supylabel("perplexity above the full cache, % (lower is better)", fontsize=SMALL)
+    left.set(xlabel="tokens held", title=f"sketch {shape[0]} x {shape[1]}")
     label_ends(left, ends)
     right.set(xlabel="bytes held, % of the full cache", title="all configurations")
     cap = one.max_cache_size.max()
@@ -175,7 +178,7 @@ def sweep_use(summary, shape, full_bytes):
     return fig, (
         f"{'Leaving out stored tokens costs; remembering evicted ones pays' if pays else 'The uses differ little here'}. With {cap} tokens: "
         f"attention over the top 32 costs {at['mean']['top 32']:.0f} %, over the {k} {at['mean'][k]:.0f} %, over all and a summary of the "
-        f"evicted ones (aggregate) {at['mean']['aggregate']:.0f} %. Left: {BARS.lower()}, n = {summary.n.min()} documents. Right: all "
+        f"evicted ones (aggregate) {at['mean']['aggregate']:.0f} %. Above: {BARS.lower()}, n = {summary.n.min()} documents. Below: all "
         f"{len(summary)} configurations, bytes of the sketch included; the full cache is 100 %. A k above the cap is the cap."
     )
 
@@ -183,7 +186,7 @@ def sweep_use(summary, shape, full_bytes):
 def sketch_regimes(found, length):
     """The sketch beside exact scores in every regime, at equal slots and at equal bytes."""
     order = list(found.regime.unique())
-    fig, axis = plt.subplots(figsize=(9.0, 1.4 + 0.62 * len(order)))
+    fig, axis = plt.subplots(figsize=(WIDTH, 1.4 + 0.62 * len(order)))
     looks = {"equal slots": (PALETTE[9], "o", -0.16), "equal bytes": (PALETTE[0], "s", 0.16)}
     for name, (colour, marker, shift) in looks.items():
         part = found[found.method == name].set_index("regime").loc[order]
@@ -194,13 +197,13 @@ def sketch_regimes(found, length):
             axis.plot([low, high], [row + shift] * 2, color=colour, linewidth=2)
             axis.plot(mean, row + shift, marker, color=colour)
             if not row:
-                where = {"textcoords": "offset points", "va": "center", "fontsize": "small", "color": colour}
+                where = {"textcoords": "offset points", "va": "center", "fontsize": SMALL, "color": colour}
                 axis.annotate(name, (high, row + shift), (8, 0), **where)
     axis.axvline(0, color="0.2", linestyle="--", linewidth=1)
-    axis.set_yticks(range(len(order)), order)
+    axis.set_yticks(range(len(order)), [name.replace(" that", "\nthat") for name in order])
     axis.set(
         ylim=(len(order) - 0.5, -0.6),
-        xlabel="perplexity of the sketch above that of exact scores, % (left is better)",
+        xlabel="perplexity above exact scores, % (left is better)",
     )
     axis.grid(axis="y", visible=False)
     bytes_, slots = (found[found.method == f"equal {kind}"].verdict for kind in ("bytes", "slots"))

@@ -8,10 +8,11 @@ FORMER = (
     | {
         "summary_slots": "summary=Summary({value}), from sketchkv.summary import Summary",
         "quantizer": "bits= alone; ranges per group are in sketchkv.study.extras",
-        "counters": "policy=SmallSketch(), from sketchkv.study.extras.sketches",
         "store": "index=KeyIndex(store={value!r}), from sketchkv.index import KeyIndex",
     }
-    | dict.fromkeys(("kind", "coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping")
+    | dict.fromkeys(
+        ("kind", "counters", "coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping"
+    )
 )
 
 

@@ -213,7 +213,9 @@ def compare(model, input_ids, maps, policies, max_cache_size, evict_every=16, **
 def survey(model, docs, policies, max_cache_size, evict_every, sinks=4, recent=16, batch=4):
     """Two DataFrames, `CURVES` and `KEPT`: how few tokens hold the attention, and what each of `policies` (name to policy)
     and the "oracle" keep of it under the same protection."""
-    curves, rows, first = [], [], max_cache_size + evict_every
+    curves: list[tuple] = []
+    rows: list[tuple] = []
+    first = max_cache_size + evict_every
     for start in range(0, len(docs.names), batch):
         ids, names = docs.input_ids[start : start + batch].to(model.device), docs.names[start : start + batch]
         maps = attention_maps(model, ids)

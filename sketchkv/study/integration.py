@@ -105,7 +105,8 @@ def losses(model, docs, make_caches, skip):
 
 def facts(table, seed=0):
     """{name: number or word} of `losses` under the caches of the notebook: each loss, and what the sketch loses less."""
-    wide, found = table.pivot(index="document", columns="cache", values="loss"), {}
+    wide = table.pivot(index="document", columns="cache", values="loss")
+    found: dict[str, object] = {}
     for name in table.cache.unique():
         key = name.replace(", ", "_").replace(" + ", "_").replace(" ", "_")
         found |= stats.named(f"loss_{key}", stats.paired_interval(wide[name].to_numpy(copy=True), seed))

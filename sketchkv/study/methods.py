@@ -20,7 +20,6 @@ from sketchkv.study.extras.expected import ExpectedAttention
 from sketchkv.study.extras.kivi import KiviCache
 from sketchkv.study.extras.lending import AdaptiveCache
 from sketchkv.study.extras.ranges import ranges
-from sketchkv.study.extras.sketches import SmallSketch
 from sketchkv.summary import Summary
 from sketchkv.support import text_config
 
@@ -36,7 +35,6 @@ POLICIES = {
     "snapkv": SnapKV,
     "expected": ExpectedAttention,
     "sketch": Sketch,
-    "small_sketch": SmallSketch,
 }
 CACHES = ("full", "kivi", "compact", "recall", "adaptive")
 

@@ -17,24 +17,21 @@ SMALL = 12  # points of what is written beside points and lines
 BARS = "Bars: bootstrap 95 % intervals"
 
 
+def write(axis, words, at, shift, colour, ha="left"):
+    """Writes `words` so many points (`shift`) from the point `at`."""
+    beside = {"textcoords": "offset points", "va": "center"}
+    axis.annotate(words, at, shift, ha=ha, color=colour, fontsize=SMALL, **beside)
+
+
 def label_ends(axis, ends, gap=15):
     """Writes each label of `ends`, {label: (x, y, colour)}, right of its point, at least `gap` points from the next."""
     axis.figure.draw_without_rendering()  # places the axes
     points = 72 / axis.figure.dpi
-    at = {label: axis.transData.transform((x, y))[1] * points for label, (x, y, _) in ends.items()}
+    heights = {label: axis.transData.transform(at[:2])[1] * points for label, at in ends.items()}
     previous = -np.inf
-    for label in sorted(ends, key=at.get):
-        x, y, colour = ends[label]
-        previous = max(at[label], previous + gap)
-        axis.annotate(
-            label,
-            (x, y),
-            (7, previous - at[label]),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontsize=SMALL,
-        )
+    for label, height in sorted(heights.items(), key=lambda item: item[1]):
+        previous = max(height, previous + gap)
+        write(axis, label, ends[label][:2], (7, previous - height), ends[label][2])
 
 
 def dots(axis, table, by, order, seed=0, value="loss", scale=percent):
@@ -107,7 +104,7 @@ def fill(table, cap, evict_every):
     """Tokens and bytes as a text passes."""
     fig, (left, right) = plt.subplots(2, 1, figsize=(WIDTH, 6.6), sharex=True)
     colours = dict(zip(table.cache.unique(), ("0.2", PALETTE[0], PALETTE[9], PALETTE[3])))
-    last, ends = table.step.max(), ({}, {})
+    last, ends = table.step.max(), [dict[str, tuple]() for _ in range(2)]
     for name, line in table.groupby("cache", sort=False):
         kib = line.total / 1024
         right.plot(line.step, kib, color=colours[name])
@@ -192,10 +189,9 @@ def heavy_hitters(table, seed=0):
     for (way, label), colour in zip(ways.items(), (PALETTE[2], PALETTE[0], PALETTE[3])):
         mean = table[table.chosen == way].groupby("tokens").mass.mean()
         axis.plot(mean.index, mean, color=colour, marker="o")
-        beside = {"textcoords": "offset points", "ha": "right", "va": "center", "fontsize": SMALL}
-        axis.annotate(label, (mean.index[0], mean.iloc[0]), (-8, 0), color=colour, **beside)
+        write(axis, label, (mean.index[0], mean.iloc[0]), (-8, 0), colour, "right")
     axis.plot(mean.index, mean.index, color="0.5", linestyle="--", linewidth=1)
-    axis.annotate("all tokens alike", (mean.index[0], mean.index[0]), (-8, 0), color="0.4", **beside)
+    write(axis, "all tokens alike", (mean.index[0], mean.index[0]), (-8, 0), "0.4", "right")
     ticks(axis, [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], words=lambda share: f"{100 * share:.0f} %")
     axis.set_xlim(0.001, 1.1)
     axis.set(xlabel="share of the tokens", ylabel="share of the attention", ylim=(-0.02, 1.04))

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 
 from sketchkv.study import stats
 from sketchkv.study.figures import PALETTE
-from sketchkv.study.pictures import BARS, SMALL, WIDTH, label_ends, ticks
+from sketchkv.study.pictures import BARS, SMALL, WIDTH, label_ends, ticks, write
 from sketchkv.study.stats import percent
 
 
@@ -116,8 +116,7 @@ def sketch_of_keys(errors, recall, k, tokens, seed=0):
         spread = [line["mean"] - line.low, line.high - line["mean"]]
         right.errorbar(line.bits, line["mean"], yerr=spread, color=colour, marker="o", capsize=3)
     for row in index.itertuples():
-        at = {"textcoords": "offset points", "ha": "right", "fontsize": SMALL, "color": PALETTE[0]}
-        right.annotate(row.how.removeprefix("index, "), (row.bits, row.mean), (-6, 5), **at)
+        write(right, row.how.removeprefix("index, "), (row.bits, row.mean), (-7, 7), PALETTE[0], "right")
     right.axhline(past["mean"], color=PALETTE[1], linestyle="--")
     first = index.iloc[0]
     right.set(xlabel="bits per token and head", ylabel=f"share of a query's top {k} found", ylim=(0, 1.04))
@@ -197,8 +196,7 @@ def sketch_regimes(found, length):
             axis.plot([low, high], [row + shift] * 2, color=colour, linewidth=2)
             axis.plot(mean, row + shift, marker, color=colour)
             if not row:
-                where = {"textcoords": "offset points", "va": "center", "fontsize": SMALL, "color": colour}
-                axis.annotate(name, (high, row + shift), (8, 0), **where)
+                write(axis, name, (high, row + shift), (8, 0), colour)
     axis.axvline(0, color="0.2", linestyle="--", linewidth=1)
     axis.set_yticks(range(len(order)), [name.replace(" that", "\nthat") for name in order])
     axis.set(

@@ -11,10 +11,10 @@ from sketchkv.study.evaluate import BATCH, _model, evaluate
 from sketchkv.study.methods import fit, make_cache, nbytes
 from sketchkv.texts import documents as read_documents
 
-# At equal slots a wide sketch. At equal bytes one so small that it leaves room for tokens: shape and counters of 8 bits
-# were chosen on the development documents.
+# At equal slots a wide sketch. At equal bytes one so small that it leaves room for tokens: the best of nine shapes that were
+# tried (data/archive/sketch_gains_shapes.csv), where counters of 16 and of 8 bits made no difference.
 WIDE = {"method": "sketch", "width": 512, "depth": 4}
-SMALL = {"method": "small_sketch", "width": 64, "depth": 2}
+SMALL = {"method": "sketch", "width": 64, "depth": 2}
 
 # Each regime as (cap of exact accumulators, recent window, what the text is). Longer texts are none: beyond the positions
 # that it has seen with short contexts the embedded model fails under every bounded cache, random eviction included.

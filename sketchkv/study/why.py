@@ -165,7 +165,8 @@ def layers(table, seed=0):
 
 def facts(table, worth, seed=0):
     """{name: number or word} for the report: the shares of the steps of the fewest and the most slots, and the worst layer."""
-    found, ends = {}, {"small": worth.slots.min(), "large": worth.slots.max()}
+    found: dict[str, object] = {}
+    ends = {"small": worth.slots.min(), "large": worth.slots.max()}
     for size, slots in ends.items():
         at = worth[worth.slots == slots]
         for row in at.itertuples():

@@ -28,7 +28,7 @@ def test_of_what_comes_back_only_the_return_is_scored(gpt2, monkeypatch):
     first = torch.randint(1, VOCABULARY, (3, 40), generator=torch.Generator().manual_seed(3))
     monkeypatch.setattr(regimes, "_model", lambda *a: (gpt2, None))
     monkeypatch.setattr(regimes, "read_documents", lambda *a: Documents(first, ["a", "b", "c"]))
-    method = regimes.methods(gpt2.config, torch.float32, 32, 8)["exact"]
+    method = {"method": "decayed", "bits": 16, "recent_window": 8, "max_cache_size": 32}
     rows = regimes.point(method, text="returning", revision="", documents=3, length=120)
     for i, row in enumerate(rows):
         text = torch.cat([first[i], first[(i + 1) % 3], first[i]])[None]

@@ -67,9 +67,8 @@ def model_context(table, seed=0):
     fig, axis = plt.subplots(figsize=(WIDTH, 4.0))
     axis.plot(perplexity.index, perplexity, marker="o", color=PALETTE[0])
     ticks(axis, list(perplexity.index))
-    axis.set(
-        xlabel="tokens of context", ylabel="perplexity of the same tokens", ylim=(0, 1.1 * perplexity.max())
-    )
+    axis.set(xlabel="tokens of context", ylabel="perplexity of the same tokens")
+    axis.set_ylim(0, 1.1 * perplexity.max())
     base = 128
     gain = stats.paired_interval((wide[last] - wide[base]).to_numpy(copy=True), seed)
     mean, low, high = (percent(x) for x in gain)
@@ -102,20 +101,20 @@ def model_collapse(table, cap, seed=0):
 
 def fill(table, cap, evict_every):
     """Tokens and bytes as a text passes."""
-    fig, (left, right) = plt.subplots(2, 1, figsize=(WIDTH, 6.6), sharex=True)
+    fig, (upper, lower) = plt.subplots(2, 1, figsize=(WIDTH, 6.6), sharex=True)
     colours = dict(zip(table.cache.unique(), ("0.2", PALETTE[0], PALETTE[9], PALETTE[3])))
     last, ends = table.step.max(), [dict[str, tuple]() for _ in range(2)]
     for name, line in table.groupby("cache", sort=False):
         kib = line.total / 1024
-        right.plot(line.step, kib, color=colours[name])
+        lower.plot(line.step, kib, color=colours[name])
         ends[1][name] = (last, kib.iloc[-1], colours[name])
         if name in ("full", "sketch 512 x 4"):
-            left.plot(line.step, line.stored, color=colours[name])
+            upper.plot(line.step, line.stored, color=colours[name])
             ends[0]["full" if name == "full" else "bounded"] = (last, line.stored.iloc[-1], colours[name])
-    left.axhline(cap, color="0.4", linewidth=1, linestyle=":")
-    left.set(ylabel="tokens per layer and head", ylim=(0, None))
-    right.set(xlabel="tokens fed", ylabel="KiB held, all layers", ylim=(0, None))
-    for axis, labels in zip((left, right), ends):
+    upper.axhline(cap, color="0.4", linewidth=1, linestyle=":")
+    upper.set(ylabel="tokens per layer and head", ylim=(0, None))
+    lower.set(xlabel="tokens fed", ylabel="KiB held, all layers", ylim=(0, None))
+    for axis, labels in zip((upper, lower), ends):
         label_ends(axis, labels)
     end = table[table.step == last].set_index("cache")
     share = end.sketch["sketch 512 x 4"] / end.kv["sketch 512 x 4"]
@@ -223,11 +222,9 @@ def retained(table, labels, cap, length, seed=0):
     right.set_xlim(min(0, cost.low.min()), 1.1 * cost.high.max())
     wide = table.pivot(index="document", columns="policy", values="retained")
     gap = stats.paired_interval(100 * (wide["sketch"] - wide["decayed"]).to_numpy(copy=True), seed)
-    verdict = (
-        "about as much as"
-        if gap[1] <= 0 <= gap[2]
-        else f"{abs(gap[0]):.1f} points {'more' if gap[0] > 0 else 'less'} than"
-    )
+    verdict = f"{abs(gap[0]):.1f} points {'more' if gap[0] > 0 else 'less'} than"
+    if gap[1] <= 0 <= gap[2]:
+        verdict = "about as much as"
     return fig, (
         f"The sketch retains {held['mean']['sketch']:.0f} % of the attention, {verdict} exact scores. Paired difference "
         f"{gap[0]:+.2f} points ({gap[1]:+.2f} to {gap[2]:+.2f}). The oracle knows the future and retains {held['mean']['oracle']:.0f} %; no "
@@ -241,14 +238,8 @@ def ladder(table, worth, length):
     slots = sorted(worth.slots.unique())
     fig, axes = plt.subplots(len(slots), 1, figsize=(WIDTH, 3.6 * len(slots)), squeeze=False)
     rungs = list(why.LABELS)
-    words = [
-        "random",
-        "sketch",
-        "→ exact scores",
-        "→ choice by an oracle",
-        "→ + mean of the rest",
-        "→ full cache",
-    ]
+    better = ("exact scores", "choice by an oracle", "+ mean of the rest", "full cache")
+    words = ["random", "sketch", *(f"→ {step}" for step in better)]
     colours = (PALETTE[7], PALETTE[1], PALETTE[0], "0.75")
     for axis, count in zip(axes[:, 0], slots):
         mean = table[table.slots == count].groupby("method").loss.mean()
@@ -262,14 +253,11 @@ def ladder(table, worth, length):
             else:
                 high, text = level[row], f"{level[row]:.0f} %"
                 axis.barh(row, high, color="0.45", height=0.62)
-            if row:
-                axis.plot(
-                    [level[row - 1]] * 2, [row - 1.3, row + 0.3], color="0.5", linewidth=0.8
-                ) if row > 1 else None
+            if row > 1:
+                axis.plot([level[row - 1]] * 2, [row - 1.3, row + 0.3], color="0.5", linewidth=0.8)
             axis.text(high + 0.015 * level[0], row, text, va="center", fontsize=SMALL)
-        axis.set(
-            xlim=(0, 1.45 * level[0]), ylim=(len(rungs) - 0.5, -0.6), title=f"{count} of {length} tokens"
-        )
+        axis.set(xlim=(0, 1.45 * level[0]), ylim=(len(rungs) - 0.5, -0.6))
+        axis.set_title(f"{count} of {length} tokens")
         axis.set_yticks(range(len(rungs)), words)
         axis.grid(axis="y", visible=False)
     axis.set_xlabel("perplexity above the full cache, %")
@@ -286,7 +274,7 @@ def ladder(table, worth, length):
         for row in first.itertuples()
     )
     return fig, (
-        f"The largest part of the loss {said[most]}. Shares of the sketch's loss with {slots[0]} slots: {'; '.join(shares)}. Each arrow makes one thing better: exact "
-        "scores for the sketch, the attention that the future will give (an oracle, greedy and so no bound) for the past's, then one slot "
-        f"for the mean of what is evicted. 95 % intervals, n = {table.document.nunique()} documents."
+        f"The largest part of the loss {said[most]}. Shares of the sketch's loss with {slots[0]} slots: {'; '.join(shares)}. Each "
+        "arrow makes one thing better: exact scores, then attention that the future will give (a greedy oracle, no bound), then one "
+        f"slot for the mean of what is evicted. 95 % intervals, n = {table.document.nunique()} documents."
     )

@@ -39,7 +39,7 @@ def sketch_error(table, vocabulary, length):
         f"With two rows or more the error stays {'below' if inside else 'near'} its bound, and shrinks with the width. "
         f"Lines: what 95 % of the {vocabulary} ids stay below, median over seeds; bands: 95 % of the seeds (n = {worst.seeds}); "
         f"{length} items. At {worst.width} x {worst.depth} counters {worst.misses:.2%} of the ids exceed the bound on the {worst.stream} "
-        f"stream, where theory allows {worst.allowed:.1%}: no setting uses more of what it is allowed."
+        f"stream, where theory allows {worst.allowed:.1%}: none comes nearer to its limit."
     )
 
 
@@ -47,9 +47,8 @@ def sketch_topk(table, k, vocabulary):
     """How many of the heaviest ids a sketch finds."""
     fig, axis = plt.subplots(figsize=(WIDTH, 4.2))
     ends = {}
-    for colour, (exponent, line) in zip(
-        ("0.5", PALETTE[9], PALETTE[0], PALETTE[2]), table.groupby("exponent")
-    ):
+    colours = ("0.5", PALETTE[9], PALETTE[0], PALETTE[2])
+    for colour, (exponent, line) in zip(colours, table.groupby("exponent")):
         axis.fill_between(line.bytes, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
         axis.plot(line.bytes, line["mean"], color=colour, marker="o")
         label = f"Zipf {exponent:g}" if exponent else "uniform stream"
@@ -93,17 +92,17 @@ def sketch_memory(table, cap, head_dim):
 
 def sketch_of_keys(errors, recall, k, tokens, seed=0):
     """The index of keys: its error beside the bound, and the heavy tokens that it finds."""
-    fig, (left, right) = plt.subplots(2, 1, figsize=(WIDTH, 7.6))
+    fig, (upper, lower) = plt.subplots(2, 1, figsize=(WIDTH, 7.6))
     by, ends = errors.groupby(["bits", "dim"]).error, {}
     for colour, (bits, line) in zip((PALETTE[0], PALETTE[9], PALETTE[2]), by.mean().groupby("bits")):
-        left.plot(line[bits].index, line[bits], color=colour, marker="o")
+        upper.plot(line[bits].index, line[bits], color=colour, marker="o")
         ends[f"{bits} bit{'s' * (bits > 1)}"] = (line[bits].index[-1], line[bits].iloc[-1], colour)
     dims = line[bits].index.to_numpy()
-    left.plot(dims, dims**-0.5, color="black", linestyle="--")
-    ticks(left, dims)
-    ticks(left, [0.01, 0.03, 0.1, 0.2], "y")
-    left.set(xlabel="coordinates of a key (d)", ylabel="error / (|q| |k|)", title="random keys")
-    label_ends(left, ends | {"bound 1 / √d": (dims[-1], dims[-1] ** -0.5, "black")})
+    upper.plot(dims, dims**-0.5, color="black", linestyle="--")
+    ticks(upper, dims)
+    ticks(upper, [0.01, 0.03, 0.1, 0.2], "y")
+    upper.set(xlabel="coordinates of a key (d)", ylabel="error / (|q| |k|)", title="random keys")
+    label_ends(upper, ends | {"bound 1 / √d": (dims[-1], dims[-1] ** -0.5, "black")})
 
     shown = stats.intervals(recall, ["how", "bits"], "recall", seed)
     past = shown[shown.bits.isna()].iloc[0]
@@ -114,24 +113,22 @@ def sketch_of_keys(errors, recall, k, tokens, seed=0):
     ends = {}
     for line, colour in ((counted, PALETTE[3]), (index, PALETTE[0])):
         spread = [line["mean"] - line.low, line.high - line["mean"]]
-        right.errorbar(line.bits, line["mean"], yerr=spread, color=colour, marker="o", capsize=3)
+        lower.errorbar(line.bits, line["mean"], yerr=spread, color=colour, marker="o", capsize=3)
     for row in index.itertuples():
-        write(right, row.how.removeprefix("index, "), (row.bits, row.mean), (-7, 7), PALETTE[0], "right")
-    right.axhline(past["mean"], color=PALETTE[1], linestyle="--")
+        write(lower, row.how.removeprefix("index, "), (row.bits, row.mean), (-7, 7), PALETTE[0], "right")
+    lower.axhline(past["mean"], color=PALETTE[1], linestyle="--")
     first = index.iloc[0]
-    right.set(xlabel="bits per token and head", ylabel=f"share of a query's top {k} found", ylim=(0, 1.04))
-    ticks(right, [2**n for n in range(3, 10) if 2**n < 1.3 * shown.bits.max()])
-    right.set(title="a trained model's keys")
+    lower.set(xlabel="bits per token and head", ylabel=f"share of a query's top {k} found", ylim=(0, 1.04))
+    ticks(lower, [2**n for n in range(3, 10) if 2**n < 1.3 * shown.bits.max()])
+    lower.set(title="a trained model's keys")
     last = shown.bits.max()
     ends = {
         "index of keys": (*index.iloc[-1][["bits", "mean"]], PALETTE[0]),
         "exact past scores": (last, past["mean"], PALETTE[1]),
     }
-    label_ends(right, ends | {"sketch of the past": (*counted.iloc[-1][["bits", "mean"]], PALETTE[3])})
-    slope, root = (
-        stats.intervals(errors[errors.bits == 1], "dim", "slope", seed),
-        by.mean().loc[1] * dims**0.5,
-    )
+    label_ends(lower, ends | {"sketch of the past": (*counted.iloc[-1][["bits", "mean"]], PALETTE[3])})
+    slope = stats.intervals(errors[errors.bits == 1], "dim", "slope", seed)
+    root = by.mean().loc[1] * dims**0.5
     return fig, (
         f"One sign per coordinate finds {first['mean']:.0%} of what a query looks for, exact past scores {past['mean']:.0%}. The best "
         f"sketch of past attention: {counted['mean'].max():.0%}. Above: root mean square error; one bit reaches {root.min():.2f} to "
@@ -143,41 +140,40 @@ def sketch_of_keys(errors, recall, k, tokens, seed=0):
 
 def sweep_use(summary, shape, full_bytes):
     """What each use of the sketch's memory costs, at one shape, and all configurations by their bytes."""
-    fig, (left, right) = plt.subplots(2, 1, figsize=(WIDTH, 7.4))
+    fig, (upper, lower) = plt.subplots(2, 1, figsize=(WIDTH, 7.4))
     named = summary.use.where(summary.use == "aggregate", "top " + summary.attend_topk.astype(str))
     shown = summary.assign(uses=named, **{x: percent(summary[x]) for x in ("mean", "low", "high")})
     one = shown[(shown.width == shape[0]) & (shown.depth == shape[1])]
-    colours, ends = (
-        dict(
-            zip(
-                ("top 32", "top 64", "top 128", "aggregate"), (PALETTE[3], PALETTE[1], PALETTE[4], PALETTE[0])
-            )
-        ),
-        {},
-    )
+    colours = {"top 32": PALETTE[3], "top 64": PALETTE[1], "top 128": PALETTE[4], "aggregate": PALETTE[0]}
+    ends = {}
     for step, (uses, colour) in enumerate(colours.items()):
         line = one[one.uses == uses].sort_values("max_cache_size")
         x = line.max_cache_size * 1.03 ** (step - 1.5)
         bars = [line["mean"] - line.low, line.high - line["mean"]]
-        left.errorbar(x, line["mean"], yerr=bars, color=colour, marker="o", capsize=3)
+        upper.errorbar(x, line["mean"], yerr=bars, color=colour, marker="o", capsize=3)
         ends[uses] = (x.iloc[-1], line["mean"].iloc[-1], colour)
         every = shown[shown.uses == uses]
-        right.scatter(100 * every.bytes_total / full_bytes, every["mean"], s=22, color=colour, alpha=0.7)
-    ticks(left, sorted(one.max_cache_size.unique()))
+        lower.scatter(100 * every.bytes_total / full_bytes, every["mean"], s=22, color=colour, alpha=0.7)
+    ticks(upper, sorted(one.max_cache_size.unique()))
     fig.supylabel("perplexity above the full cache, % (lower is better)", fontsize=SMALL)
-    left.set(xlabel="tokens held", title=f"sketch {shape[0]} x {shape[1]}")
-    label_ends(left, ends)
-    right.set(xlabel="bytes held, % of the full cache", title="all configurations")
+    upper.set(xlabel="tokens held", title=f"sketch {shape[0]} x {shape[1]}")
+    label_ends(upper, ends)
+    lower.set(xlabel="bytes held, % of the full cache", title="all configurations")
     cap = one.max_cache_size.max()
     at, k = (
-        one[one.max_cache_size == cap].set_index("uses"),
-        f"top {max(min(x, cap) for x in one.attend_topk)}",
+        one[one.max_cache_size == cap].set_index("uses")["mean"],
+        f"top {one.attend_topk.clip(upper=cap).max()}",
     )
-    pays = at["mean"]["aggregate"] < at["mean"][k] < at["mean"]["top 32"]
+    pays = at["aggregate"] < at[k] < at["top 32"]
+    said = (
+        "Leaving out stored tokens costs; remembering evicted ones pays"
+        if pays
+        else "The uses differ little here"
+    )
     return fig, (
-        f"{'Leaving out stored tokens costs; remembering evicted ones pays' if pays else 'The uses differ little here'}. With {cap} tokens: "
-        f"attention over the top 32 costs {at['mean']['top 32']:.0f} %, over the {k} {at['mean'][k]:.0f} %, over all and a summary of the "
-        f"evicted ones (aggregate) {at['mean']['aggregate']:.0f} %. Above: {BARS.lower()}, n = {summary.n.min()} documents. Below: all "
+        f"{said}. With {cap} tokens: "
+        f"attention over the top 32 costs {at['top 32']:.0f} %, over the {k} {at[k]:.0f} %, over all and a summary of the "
+        f"evicted ones (aggregate) {at['aggregate']:.0f} %. Above: {BARS.lower()}, n = {summary.n.min()} documents. Below: all "
         f"{len(summary)} configurations, bytes of the sketch included; the full cache is 100 %. A k above the cap is the cap."
     )
 
@@ -190,19 +186,15 @@ def sketch_regimes(found, length):
     for name, (colour, marker, shift) in looks.items():
         part = found[found.method == name].set_index("regime").loc[order]
         for row, line in enumerate(part.itertuples()):
-            mean, low, high = (
-                percent(-x) for x in (line.mean, line.high, line.low)
-            )  # how much more it loses
+            more = (-line.mean, -line.high, -line.low)  # than exact scores lose
+            mean, low, high = map(percent, more)
             axis.plot([low, high], [row + shift] * 2, color=colour, linewidth=2)
             axis.plot(mean, row + shift, marker, color=colour)
             if not row:
                 write(axis, name, (high, row + shift), (8, 0), colour)
     axis.axvline(0, color="0.2", linestyle="--", linewidth=1)
     axis.set_yticks(range(len(order)), [name.replace(" that", "\nthat") for name in order])
-    axis.set(
-        ylim=(len(order) - 0.5, -0.6),
-        xlabel="perplexity above exact scores, % (left is better)",
-    )
+    axis.set(ylim=(len(order) - 0.5, -0.6), xlabel="perplexity above exact scores, % (left is better)")
     axis.grid(axis="y", visible=False)
     bytes_, slots = (found[found.method == f"equal {kind}"].verdict for kind in ("bytes", "slots"))
     better, worse = int((bytes_ == "better than").sum()), int((bytes_ == "worse than").sum())

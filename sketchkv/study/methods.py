@@ -18,7 +18,6 @@ from sketchkv.study.extras.device_store import DeviceStore
 from sketchkv.study.extras.expected import ExpectedAttention
 from sketchkv.study.extras.kivi import KiviCache
 from sketchkv.study.extras.ranges import ranges
-from sketchkv.study.extras.sketch_policies import AnySketch, QuerySketch
 from sketchkv.summary import Summary
 from sketchkv.support import text_config
 
@@ -152,11 +151,6 @@ def make_cache(config, method, length=None, **options):
     if method == "window":
         options = {"num_sinks": 0} | options
     kind = POLICIES[method]
-    if kind is Sketch and options.get("key") == "query":
-        kind = QuerySketch
-        del options["key"]
-    elif kind is Sketch and {"kind", "counters"} & options.keys():
-        kind = AnySketch
     own = inspect.signature(kind).parameters
     if "config" in own:
         options["config"] = config

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import build
+from conftest import build, named
 from test_fast import both
 
 import sketchkv
@@ -134,7 +134,7 @@ SHAPES = [
 
 
 @compiles
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=named)
 def test_steps_equal_attention_in_float64(shape):
     run(**shape)
 
@@ -174,6 +174,13 @@ def test_the_reference_sees_small_faults(monkeypatch, tmp_path, old, new):
 def tokens_of(model, cache, ids):
     """Greedy tokens after a prompt."""
     return model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
+
+
+@compiles
+def test_a_processor_without_wide_registers_gives_the_same(monkeypatch):
+    monkeypatch.setattr(native, "TUNED", (("-march=x86-64-v2",), ()))
+    monkeypatch.setattr(cpu, "library", native.library.__wrapped__)
+    run(newest=5, sinks=2, summary=Summary())
 
 
 @compiles

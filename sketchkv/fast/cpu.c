@@ -97,51 +97,84 @@ static void turned(const float *x, const float *matrix, float *out)
         add(out, x[i], matrix + i * DIM);
 }
 
-/* The layout of `sketchkv.quantize.pack`: low bits first in parts of 8, 4, 2 or 1, of which a byte holds as many as fit. */
-INLINE void unpack(const uint8_t *packed, int bits, uint8_t *codes)
+/* Does EACH with every part of a packed vector: its bits are `width`, `shift` above the lowest, in `stretch` bytes from `offset`
+ * on, of which each holds as many codes as fit (`sketchkv.quantize.pack`). */
+#define EACH_PART(bits, EACH)                                                \
+    for (int width = 8, shift = 0, offset = 0; width; width /= 2)            \
+        if ((bits) & width) {                                                \
+            const int stretch = DIM * width / 8;                             \
+            EACH;                                                            \
+            shift += width;                                                  \
+            offset += stretch;                                               \
+        }
+
+#ifdef __AVX512F__ /* a table look-up of 16 numbers in one instruction, for which C has no words: three times as fast */
+#include <immintrin.h>
+#define WIDE(bits) ((bits) <= 5 && DIM % 64 == 0)
+
+/* What 16 channels from `start` on have in a part, as 16 numbers. */
+INLINE __m512i part_of(const uint8_t *packed, int start, int stretch, int width)
 {
-    int shift = 0;
-    for (int width = 8; width; width /= 2) {
-        if (!(bits & width))
-            continue;
-        int stretch = DIM * width / 8;
-        for (int part = 0; part < 8 / width; part++)
-            for (int j = 0; j < stretch; j++) {
-                uint8_t found = (uint8_t)((packed[j] >> part * width & ((1 << width) - 1)) << shift);
-                codes[part * stretch + j] = shift ? codes[part * stretch + j] | found : found;
-            }
-        packed += stretch;
-        shift += width;
+    const __m512i second = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
+    __m512i shift = _mm512_set1_epi32(start / stretch * width), mask = _mm512_set1_epi32((1 << width) - 1);
+    __m128i bytes;
+    if (stretch >= 16)
+        memcpy(&bytes, packed + start % stretch, 16);
+    else { /* 8 bytes twice: they hold the channels of both halves */
+        int64_t word;
+        memcpy(&word, packed, 8);
+        bytes = _mm_set1_epi64x(word);
+        shift = _mm512_add_epi32(shift, _mm512_mullo_epi32(second, _mm512_set1_epi32(width)));
     }
+    return _mm512_and_epi32(_mm512_srlv_epi32(_mm512_cvtepu8_epi32(bytes), shift), mask);
 }
 
-INLINE void pack(const uint8_t *codes, int bits, uint8_t *packed)
+INLINE void read_wide(const uint8_t *packed, int bits, const float *table, float *levels)
 {
-    int shift = 0;
-    for (int width = 8; width; width /= 2) {
-        if (!(bits & width))
-            continue;
-        int stretch = DIM * width / 8;
-        for (int j = 0; j < stretch; j++) {
-            int byte = 0;
-            for (int part = 0; part < 8 / width; part++)
-                byte |= (codes[part * stretch + j] >> shift & ((1 << width) - 1)) << part * width;
-            packed[j] = (uint8_t)byte;
-        }
-        packed += stretch;
-        shift += width;
+    const int size = 1 << bits;
+    const __mmask16 few = (__mmask16)(size < 16 ? (1 << size) - 1 : 0xffff);
+    const __m512 low = _mm512_maskz_loadu_ps(few, table), high = size > 16 ? _mm512_loadu_ps(table + 16) : low;
+    for (int start = 0; start < DIM; start += 16) {
+        __m512i code = _mm512_setzero_si512();
+        EACH_PART(bits, code = _mm512_or_epi32(
+                            code, _mm512_slli_epi32(part_of(packed + offset, start, stretch, width), (unsigned)shift)))
+        _mm512_storeu_ps(levels + start, size > 16 ? _mm512_permutex2var_ps(low, code, high) : _mm512_permutexvar_ps(code, low));
     }
 }
+#else
+#define WIDE(bits) 0
+INLINE void read_wide(const uint8_t *packed, int bits, const float *table, float *levels)
+{
+    (void)packed, (void)bits, (void)table, (void)levels;
+}
+#endif
 
 /* The levels of the codes at `at`; returns their scale. */
 INLINE float read(const Coded *coded, int64_t at, int bits, float *levels)
 {
-    uint8_t codes[DIM];
-    unpack(coded->codes + at * (DIM * bits / 8), bits, codes);
+    const uint8_t *packed = coded->codes + at * (DIM * bits / 8);
+    const int block = DIM * (bits & -bits) / 8; /* the shortest stretch of channels that lie in order */
+    if (WIDE(bits))
+        read_wide(packed, bits, coded->levels, levels);
+    for (int start = 0; start < DIM && !WIDE(bits); start += block) {
 #pragma omp simd
-    for (int c = 0; c < DIM; c++)
-        levels[c] = coded->levels[codes[c]];
+        for (int j = 0; j < block; j++) {
+            int code = 0;
+            EACH_PART(bits, code |= (packed[offset + start % stretch + j] >> start / stretch * width & ((1 << width) - 1)) << shift)
+            levels[start + j] = coded->levels[code];
+        }
+    }
     return from_half(coded->scales[at]);
+}
+
+INLINE void pack(const uint8_t *codes, int bits, uint8_t *packed)
+{
+    EACH_PART(bits, for (int j = 0; j < stretch; j++) {
+        int byte = 0;
+        for (int part = 0; part < 8 / width; part++)
+            byte |= (codes[part * stretch + j] >> shift & ((1 << width) - 1)) << part * width;
+        packed[offset + j] = (uint8_t)byte;
+    })
 }
 
 /* Codes the vector x at `at`, as `Normal.encode` does; what is read from there then goes to `found`. */

@@ -87,7 +87,7 @@ BEST_COLUMNS = {
 def at_budget(config, method, budget, length, dtype):
     """`method` (settings) with the largest cap whose bytes in all are at most the share `budget` of a float16 full cache of
     `length` tokens. Raises ValueError if none fits, or if it would hold the whole text."""
-    cap = fit(config, int(budget * full_nbytes(config, length)), dtype, **method)
+    cap = fit(config, int(budget * full_nbytes(config, length)), dtype, length=length, **method)
     if cap + method.get("evict_every", 16) > length:
         raise ValueError(
             f"{method} holds all {length} tokens in a share of {budget} of the full cache's bytes"

@@ -52,6 +52,10 @@ class KnobError(ValueError):
     """A knob (MODEL, DATASET, DEVICE, PROFILE) or a parameter of a notebook has a value that does not
     exist."""
 
+    def _render_traceback_(self):
+        """What IPython shows: the message alone."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class WriteError(OSError):
     """A result can't be written; the message names the file and the way out."""

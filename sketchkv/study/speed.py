@@ -42,7 +42,7 @@ def committed(run, folder=FOLDER):
 
 def verdicts(frames):
     """One row (`COLUMNS`) per question: of the first device of its kind that has the row."""
-    rows = []
+    rows: list = []
     for question, kind, name, goal in pd.read_csv(GOALS).itertuples(index=False):
         for device, frame in frames.items():
             found = frame[frame.row == name]

@@ -80,7 +80,8 @@ def repetition(tokens, n=4):
 
 def compared(lm, tokenizer, texts, prompts, truth, names):
     """One row (`COLUMNS`) per text of `texts`, {(method, mode): tokens}: a DataFrame."""
-    rows, count, start = [], len(names), prompts.shape[1] - 1
+    rows: list = []
+    count, start = len(names), prompts.shape[1] - 1
     for (method, mode), tokens in texts.items():
         reference = texts["full", mode]
         equal, first = agreement(tokens, reference)

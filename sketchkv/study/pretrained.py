@@ -188,7 +188,9 @@ class Run:
 
         No group begins that, by those before it, would not end in time. One worker is a thread of this process.
         """
-        end, due, left, flying = time.monotonic() + seconds, measured.groups(piece), [], []
+        end, due = time.monotonic() + seconds, measured.groups(piece)
+        left: list = []
+        flying: list = []
         took: dict[str, float] = {}
         counts = [0, 0]  # failed, done
         make = multiprocessing.get_context("spawn").Pool if workers > 1 else ThreadPool

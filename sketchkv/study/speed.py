@@ -42,7 +42,7 @@ def committed(run, folder=FOLDER):
 
 def verdicts(frames):
     """One row (`COLUMNS`) per question: of the first device of its kind that has the row."""
-    rows = []
+    rows: list = []
     for question, kind, name, goal in pd.read_csv(GOALS).itertuples(index=False):
         for device, frame in frames.items():
             found = frame[frame.row == name]
@@ -83,6 +83,15 @@ def picture(axis, rows):
         style = figures.method_style(STYLES[cache])
         if kind == "predicted":
             axis.plot(part.context, part["median"], color=style["color"], linewidth=1, linestyle="--")
+            first, below = part.iloc[0], cache != _FULL
+            axis.annotate(
+                f"predicted, {LABELS[cache]}",
+                (first.context, first["median"]),
+                (0, -9 if below else 4),
+                textcoords="offset points",
+                color=style["color"],
+                fontsize="xx-small",
+            )
             continue
         axis.errorbar(
             part.context,
@@ -94,13 +103,18 @@ def picture(axis, rows):
         axis.annotate(
             LABELS[cache],
             (last.context, last["median"]),
-            (8, -3),
+            (8, -9 if cache == _FULL else 1),
             textcoords="offset points",
             color=style["color"],
             fontsize="small",
         )
     contexts = sorted(rows.context.unique())
-    axis.set(xscale="log", xlabel="tokens seen", ylim=(0, None), xlim=(0.9 * contexts[0], 1.7 * contexts[-1]))
+    axis.set(
+        xscale="log",
+        xlabel="tokens seen",
+        ylim=(0, 1.05 * rows.high.max()),
+        xlim=(0.9 * contexts[0], 1.7 * contexts[-1]),
+    )
     axis.set_xticks(contexts, [str(each) for each in contexts])
     axis.minorticks_off()
 

@@ -6,6 +6,8 @@ evictions, so each eviction is paid for by the tokens that it serves.
 
 import copy
 import traceback
+from functools import partial
+from typing import Any
 
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache, StaticCache
@@ -40,7 +42,9 @@ class Bench:
 
     def __init__(self, table, shape, device="cpu", batch=1, **settings):
         self.table, self.shape, self.device, self.batch, self.settings = table, shape, device, batch, settings
-        config = dict(num_key_value_heads=KV_HEADS[shape], max_position_embeddings=2**17) | SHAPES[shape]
+        config: dict[str, Any] = (
+            dict(num_key_value_heads=KV_HEADS[shape], max_position_embeddings=2**17) | SHAPES[shape]
+        )
         config = {"tie_word_embeddings": True, "eos_token_id": None, "bos_token_id": None} | config
         dtype = torch.bfloat16 if device == "cuda" else torch.float32
         before = torch.get_default_dtype()
@@ -118,7 +122,7 @@ class Bench:
         return run
 
     def _static(self, seen, ids):
-        cache = StaticCache(config=self.config, max_cache_len=seen + CYCLE)
+        cache: Any = StaticCache(config=self.config, max_cache_len=seen + CYCLE)
         heads, width = self.config.num_key_value_heads, self.config.head_dim
         cache.early_initialization(self.batch, heads, width, self.plain.dtype, self.plain.device)
         for layer in cache.layers:
@@ -177,20 +181,19 @@ class Bench:
         where = f"{seen} seen, batch {self.batch}"
         self.begin(seen=seen, caps=caps, methods=[self.method(name, caps[0]) for name in (*fast, *plain)])
         makers = {
-            FULL: lambda: self.full(seen),
-            "StaticCache, compiled": lambda: self.full(seen, "StaticCache"),
+            FULL: partial(self.full, seen),
+            "StaticCache, compiled": partial(self.full, seen, "StaticCache"),
         }
         kinds = [
             "QuantizedCache, quanto",
             "QuantizedCache, hqq",
             *["OffloadedCache"] * (self.device == "cuda"),
         ]
-        makers |= {kind: lambda kind=kind: self.full(seen, kind) for kind in kinds}
+        makers |= {kind: partial(self.full, seen, kind) for kind in kinds}
         for cap in caps:
-            makers |= {f"{n}, cap {cap}": lambda n=n, c=cap: self.cycle(n, seen, c) for n in plain}
+            makers |= {f"{n}, cap {cap}": partial(self.cycle, n, seen, cap) for n in plain}
             makers |= {
-                f"{n}, cap {cap}, compiled": lambda n=n, c=cap: self.cycle(n, seen, c, fast=True)
-                for n in fast
+                f"{n}, cap {cap}, compiled": partial(self.cycle, n, seen, cap, fast=True) for n in fast
             }
         runs = self._there({f"{name}, {where}": make for name, make in makers.items()})
         self.time(runs)
@@ -226,11 +229,13 @@ class Bench:
         self.begin(prompt=prompt, new=new, methods=[self.method(name, cap) for name in names])
         ids = self.ids(prompt)
         own = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
-        runs = {f"generate, {FULL}": lambda: self.plain.generate(ids, **own)}
-        for name in names:
-            runs[f"generate, {name}"] = lambda name=name: self.model.generate(
-                ids, past_key_values=self.bounded(name, cap, prefill_chunk=CHUNK), **own
-            )
+
+        def bounded(name):
+            cache = self.bounded(name, cap, prefill_chunk=CHUNK)
+            self.model.generate(ids, past_key_values=cache, **own)
+
+        runs = {f"generate, {FULL}": partial(self.plain.generate, ids, **own)}
+        runs |= {f"generate, {name}": partial(bounded, name) for name in names}
         self.time(runs, per=new)
         for name in names:
             self.table.ratio(f"generate, {name}", f"generate, {FULL}")
@@ -238,14 +243,20 @@ class Bench:
     def prompts(self, counts, cap=512, names=("sketch", "compact")):
         """A prompt as the preset takes it, and evicting once per chunk (`prefill_chunk`), against a plain prompt."""
         self.begin(counts=counts, methods=[self.method(name, cap) for name in names])
+
+        def full(count):
+            self.prompt(self.plain, DynamicCache(config=self.config), count, count)
+
+        def bounded(count, name, own):
+            self.prompt(self.model, self.bounded(name, cap, **own), count)
+
         for count in counts:
             plain = f"prompt of {count}, {FULL}"
-            runs = {plain: lambda n=count: self.prompt(self.plain, DynamicCache(config=self.config), n, n)}
+            runs = {plain: partial(full, count)}
             for name in names:
-                for label, own in (("", {}), (", once per chunk", {"prefill_chunk": CHUNK})):
-                    runs[f"prompt of {count}, {name}{label}"] = lambda name=name, own=own, n=count: (
-                        self.prompt(self.model, self.bounded(name, cap, **own), n)
-                    )
+                row = f"prompt of {count}, {name}"
+                runs[row] = partial(bounded, count, name, {})
+                runs[f"{row}, once per chunk"] = partial(bounded, count, name, {"prefill_chunk": CHUNK})
             self.time(runs, per=1)
             for row in list(runs)[1:]:
                 self.table.ratio(row, plain)

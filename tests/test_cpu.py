@@ -240,6 +240,26 @@ def test_several_processes_may_compile_at_once(tmp_path):
 
 
 @compiles
+def test_arrays_that_were_put_in_place_of_others_are_found():
+    model = sketchkv.enable(build("llama"))
+    cache, other = (SketchCache.compact(model.config, 24, recent_window=4) for _ in "ab")
+    ids, one = torch.randint(1, 97, (1, 42)), torch.ones(1, 1, dtype=torch.int64)
+    for each in (cache, other):
+        model(ids, past_key_values=each)
+        model(one, past_key_values=each)
+    slots = cache.layers[0].slots
+    for name in ("keys", "mass"):
+        slots.arrays[name] = slots.arrays[name].clone()
+    held = slots["mass"].clone()
+    assert torch.equal(model(one, past_key_values=cache).logits, model(one, past_key_values=other).logits)
+    assert not torch.equal(slots["mass"][..., :-1], held)
+    for name in ("keys", "mass"):  # and C does not read what lies otherwise
+        slots.arrays[name] = slots.arrays[name].transpose(1, 2).contiguous().transpose(1, 2)
+    found = model(one, past_key_values=cache).logits
+    torch.testing.assert_close(found, model(one, past_key_values=other).logits, atol=1e-3, rtol=1e-3)
+
+
+@compiles
 def test_a_number_that_is_not_finite_is_found():
     model = sketchkv.enable(build("llama"))
     cache = SketchCache.compact(model.config, 24, recent_window=4, evict_every=4)

@@ -73,6 +73,7 @@ def test_the_wheel_holds_the_package_and_asks_for_five(wheel):
         names = archive.namelist()
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("METADATA"))
     assert {name.split("/")[0].split("-")[0] for name in names} == {"sketchkv"}
+    assert "sketchkv/fast/cpu.c" in names
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sketchkv").rglob("*.py")}
     assert modules == {name for name in names if name.endswith(".py")}
     plain = [line for line in re.findall(r"^Requires-Dist: (.*)", metadata, re.M) if "extra ==" not in line]

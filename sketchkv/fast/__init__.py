@@ -1,6 +1,6 @@
-"""The same decode steps in less time: fused operations, steps recorded as CUDA graphs, and torch.compile.
+"""The same decode steps in less time: fused operations on a GPU, C on a CPU, steps recorded as CUDA graphs, and torch.compile.
 
-Nothing outside imports this folder but `generate(graph=True)` and `generate(compile=True)`.
+Nothing outside imports this folder but `sketchkv.devices`, `generate(graph=True)` and `generate(compile=True)`.
 """
 
 from typing import Any

@@ -53,8 +53,8 @@ class Coded(Eager):
         view, slots = _view(layer, keys), layer.slots
         if view is None:
             return super().append(layer, keys, values, tokens)
-        first, positions, used = tokens.first, tokens.positions, slots.used
-        begins = first.contiguous() if isinstance(first, torch.Tensor) else None
+        first, positions, used = tokens.first, tokens.positions.int(), slots.used
+        begins = first.int().contiguous() if isinstance(first, torch.Tensor) else None
         key, value = _flat(keys), _flat(values)
         view.append(
             used,
@@ -76,11 +76,11 @@ class Coded(Eager):
             codec = slots.codec
             return codec.turn_back(super().attend(layer, codec.turn(query, query, query)[0], tokens, form))
         # A subclass that observes in its own way is asked to.
-        accumulates = type(policy).observe is AttentionMass.observe
+        accumulates = type(policy).observe is AttentionMass.observe and view.tensors["mass"] is not None
         received = None
         if policy.uses_attention and not accumulates:
             received = query.new_empty(*slots.shape, 1, slots.used)
-        given, positions = _flat(query), tokens.positions.contiguous() if tokens.padded else None
+        given, positions = _flat(query), tokens.positions.int().contiguous() if tokens.padded else None
         output = torch.empty(query.shape, dtype=query.dtype)
         done = view.attend(
             slots.used,
@@ -120,7 +120,9 @@ class _View:
                 )
         turn, back = _rotation(codec.rotations["keys"])
         tensors |= {"positions": slots.positions, "centre": codec.centre, "turn": turn, "back": back}
-        tensors |= {"span": ring.span if ring else None, "mass": slots.arrays.get("mass")}
+        mass = slots.arrays.get("mass")
+        mass = mass if mass is not None and mass.dtype == torch.float32 else None
+        tensors |= {"span": ring.span if ring else None, "mass": mass}
         if summary:
             tensors |= {"means": summary.keys, "value_means": summary.values, "counts": summary.counts}
         self.tensors, self.arrays = tensors, dict(slots.arrays)
@@ -162,7 +164,10 @@ def _view(layer, vectors):
         compiled = _compiled(slots) if _is_coded(layer) else None
         if compiled is None:
             return None
-        view = _views[slots] = _View(layer, compiled)
+        view = _View(layer, compiled)
+        if not all(array.is_contiguous() for array in view.arrays.values()):  # someone put others there
+            return None
+        _views[slots] = view
     return view
 
 

@@ -30,6 +30,10 @@ class Eager:
         """What attention took from values that were turned."""
         return layer.slots.codec.turn_back(output)
 
+    def widened(self, slots, capacity):
+        """A copy of slots for as long as a prompt passes."""
+        return slots.widened(capacity)
+
     def append(self, layer, keys, values, tokens):
         """Stores new tokens in the layer's slots; returns the slots as a slice."""
         return layer.slots.append(keys, values, tokens.positions, tokens.first)

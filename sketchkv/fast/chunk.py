@@ -1,0 +1,445 @@
+"""Many new tokens in codes: they are turned, coded and stored in one launch, which leaves them decoded for the attention that
+follows; what was stored before them is decoded in another.
+
+Attention reads a token from its code, or where it is near to the query (`sketchkv.ring`) from code and ring together. `Fine`
+holds the second kind of vectors, ready to be multiplied: first a row for each row of the ring as it was before, then one for
+each new token.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from sketchkv.fast.codes import bits_of, levels_of, rests_of, ring_row, stored
+from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.quantize import TINY
+
+
+class Fine(NamedTuple):
+    """What the queries of a pass read of tokens that are near to them.
+
+    keys, values: `[batch, num_kv_heads, rows + n, width]`.
+    places: positions of these tokens, -1 where there is none, int32 `[batch, num_kv_heads, rows + n]`.
+    positions: of all slots, int32 `[batch, num_kv_heads, capacity]`.
+    first: position of each row's first real token, int32 `[batch, 1, 1]`, or 0 for all.
+    seen: position of the first new token.
+    newest, sinks: of the ring. rows: those that stand before the new tokens'.
+    """
+
+    keys: Any
+    values: Any
+    places: Any
+    positions: Any
+    first: Any
+    seen: int
+    newest: int
+    sinks: int
+    rows: int
+
+
+@jit
+def _code(x, levels, bounds, LEAST: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
+    """(codes, levels, scales float16) of vectors x [rows, DIM], float32."""
+    norm = tl.sqrt(tl.sum(x * x, 1) / DIM)
+    relative = x / tl.maximum(norm, LEAST)[:, None]
+    code = (x > x).to(tl.int32)  # zeros
+    for step in tl.static_range(BITS):  # halves what is left
+        further = code + (1 << (BITS - 1 - step))
+        code = tl.where(relative > tl.load(bounds + further - 1), further, code)
+    level = tl.load(levels + code)
+    scale = (tl.sum(x * level, 1) / tl.sum(level * level, 1)).to(tl.float16)
+    return code, level, scale
+
+
+@jit
+def _put_plane(
+    codes, code, target, held, ROWS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr
+):
+    SHIFT: tl.constexpr = BITS // (2 * PART) * (2 * PART)
+    STRETCH: tl.constexpr = DIM * PART // 8
+    PARTS: tl.constexpr = 8 // PART
+    part = tl.reshape((code >> SHIFT) & ((1 << PART) - 1), [ROWS, PARTS, STRETCH])
+    byte = tl.sum(part << (tl.arange(0, PARTS) * PART)[None, :, None], 1)
+    address = codes + target[:, None] * (DIM * BITS // 8) + SHIFT * DIM // 8 + tl.arange(0, STRETCH)[None, :]
+    tl.store(address, byte.to(tl.uint8), mask=held[:, None])
+
+
+@jit
+def _put(codes, scales, code, scale, target, held, ROWS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
+    """Stores codes [ROWS, DIM] and scales in the slots `target` that are `held`."""
+    tl.store(scales + target, scale, mask=held)
+    if BITS & 8:
+        _put_plane(codes, code, target, held, ROWS, DIM, BITS, 8)
+    if BITS & 4:
+        _put_plane(codes, code, target, held, ROWS, DIM, BITS, 4)
+    if BITS & 2:
+        _put_plane(codes, code, target, held, ROWS, DIM, BITS, 2)
+    if BITS & 1:
+        _put_plane(codes, code, target, held, ROWS, DIM, BITS, 1)
+
+
+@jit
+def _enter(
+    new,  # of one head, [n, DIM]
+    stride,
+    index,
+    inside,
+    rotation,
+    factor,
+    middle,
+    target,
+    codes,
+    scales,
+    levels,
+    bounds,
+    rest_codes,
+    rest_scales,
+    rest_levels,
+    rest_bounds,
+    near,
+    held,
+    coarse,
+    fine,
+    coarse_row,
+    fine_row,
+    NEWEST: tl.constexpr,
+    REST_BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """Keys or values of ROWS new tokens: coded, stored, and decoded again, with the ring's part and without."""
+    column = tl.arange(0, DIM)
+    x = tl.load(new + index[:, None] * stride + column[None, :], mask=inside[:, None], other=0.0)
+    kind = x.dtype
+    x = (tl.dot(x, rotation, input_precision="ieee") * factor).to(kind).to(tl.float32) - middle[None, :]
+    code, level, scale = _code(x, levels, bounds, LEAST, DIM, BITS)
+    _put(codes, scales, code, scale, target, inside, ROWS, DIM, BITS)
+    told = level * scale.to(tl.float32)[:, None]
+    whole = told + middle[None, :]
+    tl.store(coarse + coarse_row[:, None] * DIM + column[None, :], whole.to(kind), mask=inside[:, None])
+    if NEWEST:
+        code, level, scale = _code(x - told, rest_levels, rest_bounds, LEAST, DIM, REST_BITS)
+        _put(rest_codes, rest_scales, code, scale, near, held & inside, ROWS, DIM, REST_BITS)
+        whole += level * scale.to(tl.float32)[:, None]
+        tl.store(fine + fine_row[:, None] * DIM + column[None, :], whole.to(kind), mask=inside[:, None])
+
+
+@jit(do_not_specialize=["count", "before", "end", "rows"])
+def _store(
+    key,
+    value,
+    turn,
+    position,
+    first,
+    keys,
+    key_scales,
+    key_levels,
+    key_bounds,
+    centre,
+    values,
+    value_scales,
+    value_levels,
+    value_bounds,
+    positions,
+    rest_keys,
+    rest_key_scales,
+    rest_key_levels,
+    rest_key_bounds,
+    rest_values,
+    rest_value_scales,
+    rest_value_levels,
+    rest_value_bounds,
+    span,
+    coarse_keys,
+    coarse_values,
+    fine_keys,
+    fine_values,
+    places,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    p_batch,
+    kv_heads,
+    capacity,
+    count,
+    before,
+    end,
+    rows,
+    factor,
+    NEWEST: tl.constexpr,
+    SINKS: tl.constexpr,
+    REST_BITS: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """One program: ROWS new tokens of one KV head of one sequence."""
+    line = tl.program_id(0).to(tl.int64)
+    batch, head = line // kv_heads, line % kv_heads
+    index, column = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
+    inside = index < count
+    at = tl.load(position + batch * p_batch + index, mask=inside, other=-1)
+    target = line * capacity + before + index
+    tl.store(positions + target, at, mask=inside)
+    coarse_row = line * (before + count) + before + index
+    fine_row = line * (rows + count) + rows + index
+    begins = 0
+    if PADDED:
+        begins = tl.load(first + batch)
+    near, held = target, inside
+    if NEWEST:
+        near, held = ring_row(at, begins, end, NEWEST, SINKS)
+        near = line * (NEWEST + SINKS) + near
+        tl.store(places + fine_row, at, mask=inside)
+        if tl.program_id(1) == 0:
+            tl.store(span + 2 * batch, begins)
+            tl.store(span + 2 * batch + 1, end)
+    rotation = tl.load(turn + column[:, None] * DIM + column[None, :]).to(key.dtype.element_ty)
+    middle = tl.load(centre + line * DIM + column).to(tl.float32)
+    _enter(
+        key + batch * k_batch + head * k_head,
+        k_row,
+        index,
+        inside,
+        rotation,
+        factor,
+        middle,
+        target,
+        keys,
+        key_scales,
+        key_levels,
+        key_bounds,
+        rest_keys,
+        rest_key_scales,
+        rest_key_levels,
+        rest_key_bounds,
+        near,
+        held,
+        coarse_keys,
+        fine_keys,
+        coarse_row,
+        fine_row,
+        NEWEST,
+        REST_BITS,
+        ROWS,
+        DIM,
+        KEY_BITS,
+        LEAST,
+    )
+    _enter(
+        value + batch * v_batch + head * v_head,
+        v_row,
+        index,
+        inside,
+        rotation,
+        factor,
+        middle * 0.0,
+        target,
+        values,
+        value_scales,
+        value_levels,
+        value_bounds,
+        rest_values,
+        rest_value_scales,
+        rest_value_levels,
+        rest_value_bounds,
+        near,
+        held,
+        coarse_values,
+        fine_values,
+        coarse_row,
+        fine_row,
+        NEWEST,
+        REST_BITS,
+        ROWS,
+        DIM,
+        VALUE_BITS,
+        LEAST,
+    )
+
+
+@jit
+def vectors(codes, scales, levels, slot, held, DIM: tl.constexpr, BITS: tl.constexpr):
+    """Vectors [rows, DIM], float32, of the codes in the slots `slot` that are `held`, zero elsewhere."""
+    level = levels_of(codes, levels, slot, held, tl.arange(0, DIM), DIM, BITS)
+    return level * tl.load(scales + slot, mask=held, other=0.0).to(tl.float32)[:, None]
+
+
+@jit(do_not_specialize=["before", "count", "seen", "tiles"])
+def _read(
+    first,
+    keys,
+    key_scales,
+    key_levels,
+    centre,
+    values,
+    value_scales,
+    value_levels,
+    positions,
+    rest_keys,
+    rest_key_scales,
+    rest_key_levels,
+    rest_values,
+    rest_value_scales,
+    rest_value_levels,
+    span,
+    coarse_keys,
+    coarse_values,
+    fine_keys,
+    fine_values,
+    places,
+    kv_heads,
+    capacity,
+    before,
+    count,
+    seen,
+    tiles,
+    NEWEST: tl.constexpr,
+    SINKS: tl.constexpr,
+    REST_BITS: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+):
+    """One program: ROWS slots of one KV head of one sequence, or, from the number `tiles` on, ROWS rows of its ring."""
+    line = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    index, column = tl.arange(0, ROWS), tl.arange(0, DIM)
+    positions += line * capacity
+    slot = tile * ROWS + index
+    held = slot < before
+    row = slot
+    if NEWEST:
+        if tile >= tiles:  # which slot holds the token of each row?
+            row = (tile - tiles) * ROWS + index
+            begins = 0
+            if PADDED:
+                begins = tl.load(first + line // kv_heads)
+            slot = tl.full([ROWS], -1, tl.int32)
+            for begin in range(0, before, BLOCK):
+                each = begin + tl.arange(0, BLOCK)
+                at = tl.load(positions + each, mask=each < before, other=-1)
+                its, near = ring_row(at, begins, seen, NEWEST, SINKS)
+                fits = near[None, :] & (its[None, :] == row[:, None])
+                slot = tl.maximum(slot, tl.max(tl.where(fits, each[None, :], -1), 1))
+            held = (slot >= 0) & (row < NEWEST + SINKS)
+            slot = tl.maximum(slot, 0)
+    middle = tl.load(centre + line * DIM + column).to(tl.float32)
+    target = keys + line * capacity * (DIM * KEY_BITS // 8)
+    key = (
+        vectors(target, key_scales + line * capacity, key_levels, slot, held, DIM, KEY_BITS) + middle[None, :]
+    )
+    target = values + line * capacity * (DIM * VALUE_BITS // 8)
+    value = vectors(target, value_scales + line * capacity, value_levels, slot, held, DIM, VALUE_BITS)
+    kind = coarse_keys.dtype.element_ty
+    if tile < tiles:
+        target = (line * (before + count) + row)[:, None] * DIM + column[None, :]
+        tl.store(coarse_keys + target, key.to(kind), mask=held[:, None])
+        tl.store(coarse_values + target, value.to(kind), mask=held[:, None])
+    if NEWEST:
+        if tile >= tiles:
+            its = line * (NEWEST + SINKS) + row
+            inside = row < NEWEST + SINKS
+            key += vectors(rest_keys, rest_key_scales, rest_key_levels, its, held, DIM, REST_BITS)
+            value += vectors(rest_values, rest_value_scales, rest_value_levels, its, held, DIM, REST_BITS)
+            target = line * (NEWEST + SINKS + count) + row
+            at = tl.load(positions + slot, mask=held, other=-1)
+            tl.store(places + target, at, mask=inside)
+            target = target[:, None] * DIM + column[None, :]
+            tl.store(fine_keys + target, key.to(kind), mask=inside[:, None])
+            tl.store(fine_values + target, value.to(kind), mask=inside[:, None])
+
+
+def append(key, value, slots, tokens, seen):
+    """Codes and stores n new tokens in the next slots of all heads; Python's count of the slots is left as it is.
+
+    key, value: `[batch, num_kv_heads, n, width]`, not turned.
+    slots: `sketchkv.slots.Slots` with a codec that is `served`.
+    tokens: `sketchkv.passes.Tokens`.
+    seen: tokens that passed before them.
+    Returns (keys, values, `Fine` or None): what attention reads of all slots, `[batch, num_kv_heads, used + n, width]`, in
+    turned coordinates.
+    """
+    (batch, kv_heads), dim, before, count = slots.shape, slots.widths[0], slots.used, key.shape[2]
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    rests, sizes = rests_of(slots)
+    padded = isinstance(tokens.first, torch.Tensor)
+    first = tokens.first if padded else slots.positions
+    kind = dict(dtype=key.dtype, device=key.device)
+    coarse = torch.empty(2, batch, kv_heads, before + count, dim, **kind)
+    rows, fine = 0, None
+    if sizes["NEWEST"]:
+        rows = sizes["NEWEST"] + sizes["SINKS"] if before else 0
+        vectors = torch.empty(2, batch, kv_heads, rows + count, dim, **kind)
+        places = torch.empty(batch, kv_heads, rows + count, dtype=torch.int32, device=key.device)
+        span = seen, sizes["NEWEST"], sizes["SINKS"], rows
+        fine = Fine(vectors[0], vectors[1], places, slots.positions, tokens.first, *span)
+        left = vectors[0], vectors[1], places
+    else:
+        left = coarse[0], coarse[1], slots.positions
+    sizes |= bits_of(slots) | dict(PADDED=padded, DIM=dim, num_warps=4)
+    if before:  # before the ring takes in new tokens
+        tile = 16
+        tiles = triton.cdiv(before, tile)
+        _read[(batch * kv_heads, tiles + triton.cdiv(rows, tile))](
+            first,
+            *stored(slots, "keys"),
+            slots.codec.centre,
+            *stored(slots, "values"),
+            slots.positions,
+            *rests,
+            coarse[0],
+            coarse[1],
+            *left,
+            kv_heads,
+            slots.capacity,
+            before,
+            count,
+            seen,
+            tiles,
+            ROWS=tile,
+            BLOCK=128,
+            **sizes,
+        )
+    rests, _ = rests_of(slots, "bounds")
+    position = tokens.positions
+    _store[(batch * kv_heads, triton.cdiv(count, 16))](
+        key,
+        value,
+        slots.codec.rotations["keys"],
+        position,
+        first,
+        *stored(slots, "keys", "bounds"),
+        slots.codec.centre,
+        *stored(slots, "values", "bounds"),
+        slots.positions,
+        *rests,
+        coarse[0],
+        coarse[1],
+        *left,
+        *key.stride()[:3],
+        *value.stride()[:3],
+        position.stride(0) if position.shape[0] > 1 else 0,
+        kv_heads,
+        slots.capacity,
+        count,
+        before,
+        seen + count,
+        rows,
+        dim**-0.5,
+        ROWS=16,
+        LEAST=TINY,
+        **sizes,
+    )
+    return coarse[0], coarse[1], fine

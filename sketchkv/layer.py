@@ -141,7 +141,7 @@ class BoundedLayer(CacheLayerMixin):
             self.seen += count
             outputs.append(self.ops.turn_back(self, self.ops.attend(self, parts[0], now, form)))
             if self.seen == codec.settles_after:
-                codec.settle(self.slots, now.first + self.num_sinks)
+                self.ops.settle(self, now)
             if not self.slots.room:
                 used = self.slots.used
                 self.ops.evict(self, now)

@@ -85,6 +85,10 @@ class Eager:
             layer.policy.observe(slots, received)
         return output.view(batch, -1, count, values.shape[-1])
 
+    def settle(self, layer, tokens):
+        """The codec looks at the tokens that have come, once per text."""
+        layer.slots.codec.settle(layer.slots, tokens.first + layer.num_sinks)
+
     def evict(self, layer, tokens):
         """Back to `max_cache_size` tokens: the lowest scores go, padding first, sinks and the recent window never. Of the
         tokens that stay, all but the `attend_topk` highest are left out of attention until the next eviction. Those that go

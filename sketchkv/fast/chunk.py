@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sketchkv.fast.codes import bits_of, levels_of, rests_of, ring_row, stored
+from sketchkv.fast.codes import bits_of, rests_of, ring_row, stored
+from sketchkv.fast.coding import code_of, put, vectors
 from sketchkv.fast.launch import jit, tl, triton
 from sketchkv.quantize import TINY
 
@@ -35,47 +36,6 @@ class Fine(NamedTuple):
     newest: int
     sinks: int
     rows: int
-
-
-@jit
-def _code(x, levels, bounds, LEAST: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
-    """(codes, levels, scales float16) of vectors x [rows, DIM], float32."""
-    norm = tl.sqrt(tl.sum(x * x, 1) / DIM)
-    relative = x / tl.maximum(norm, LEAST)[:, None]
-    code = (x > x).to(tl.int32)  # zeros
-    for step in tl.static_range(BITS):  # halves what is left
-        further = code + (1 << (BITS - 1 - step))
-        code = tl.where(relative > tl.load(bounds + further - 1), further, code)
-    level = tl.load(levels + code)
-    scale = (tl.sum(x * level, 1) / tl.sum(level * level, 1)).to(tl.float16)
-    return code, level, scale
-
-
-@jit
-def _put_plane(
-    codes, code, target, held, ROWS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr
-):
-    SHIFT: tl.constexpr = BITS // (2 * PART) * (2 * PART)
-    STRETCH: tl.constexpr = DIM * PART // 8
-    PARTS: tl.constexpr = 8 // PART
-    part = tl.reshape((code >> SHIFT) & ((1 << PART) - 1), [ROWS, PARTS, STRETCH])
-    byte = tl.sum(part << (tl.arange(0, PARTS) * PART)[None, :, None], 1)
-    address = codes + target[:, None] * (DIM * BITS // 8) + SHIFT * DIM // 8 + tl.arange(0, STRETCH)[None, :]
-    tl.store(address, byte.to(tl.uint8), mask=held[:, None])
-
-
-@jit
-def _put(codes, scales, code, scale, target, held, ROWS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
-    """Stores codes [ROWS, DIM] and scales in the slots `target` that are `held`."""
-    tl.store(scales + target, scale, mask=held)
-    if BITS & 8:
-        _put_plane(codes, code, target, held, ROWS, DIM, BITS, 8)
-    if BITS & 4:
-        _put_plane(codes, code, target, held, ROWS, DIM, BITS, 4)
-    if BITS & 2:
-        _put_plane(codes, code, target, held, ROWS, DIM, BITS, 2)
-    if BITS & 1:
-        _put_plane(codes, code, target, held, ROWS, DIM, BITS, 1)
 
 
 @jit
@@ -114,14 +74,14 @@ def _enter(
     x = tl.load(new + index[:, None] * stride + column[None, :], mask=inside[:, None], other=0.0)
     kind = x.dtype
     x = (tl.dot(x, rotation, input_precision="ieee") * factor).to(kind).to(tl.float32) - middle[None, :]
-    code, level, scale = _code(x, levels, bounds, LEAST, DIM, BITS)
-    _put(codes, scales, code, scale, target, inside, ROWS, DIM, BITS)
+    code, level, scale = code_of(x, levels, bounds, LEAST, DIM, BITS)
+    put(codes, scales, code, scale, target, inside, ROWS, DIM, BITS)
     told = level * scale.to(tl.float32)[:, None]
     whole = told + middle[None, :]
     tl.store(coarse + coarse_row[:, None] * DIM + column[None, :], whole.to(kind), mask=inside[:, None])
     if NEWEST:
-        code, level, scale = _code(x - told, rest_levels, rest_bounds, LEAST, DIM, REST_BITS)
-        _put(rest_codes, rest_scales, code, scale, near, held & inside, ROWS, DIM, REST_BITS)
+        code, level, scale = code_of(x - told, rest_levels, rest_bounds, LEAST, DIM, REST_BITS)
+        put(rest_codes, rest_scales, code, scale, near, held & inside, ROWS, DIM, REST_BITS)
         whole += level * scale.to(tl.float32)[:, None]
         tl.store(fine + fine_row[:, None] * DIM + column[None, :], whole.to(kind), mask=inside[:, None])
 
@@ -264,13 +224,6 @@ def _store(
         VALUE_BITS,
         LEAST,
     )
-
-
-@jit
-def vectors(codes, scales, levels, slot, held, DIM: tl.constexpr, BITS: tl.constexpr):
-    """Vectors [rows, DIM], float32, of the codes in the slots `slot` that are `held`, zero elsewhere."""
-    level = levels_of(codes, levels, slot, held, tl.arange(0, DIM), DIM, BITS)
-    return level * tl.load(scales + slot, mask=held, other=0.0).to(tl.float32)[:, None]
 
 
 @jit(do_not_specialize=["before", "count", "seen", "tiles"])

@@ -9,7 +9,18 @@ from functools import lru_cache
 import torch
 
 from sketchkv.checks import checked_scores
-from sketchkv.fast import attention, chunk, coded, codes, eviction, prompt, storage, survivors
+from sketchkv.fast import (
+    attention,
+    chunk,
+    coded,
+    codes,
+    coding,
+    columns,
+    eviction,
+    prompt,
+    storage,
+    survivors,
+)
 from sketchkv.layer import BoundedLayer
 from sketchkv.ops import Eager
 from sketchkv.policies import AttentionMass, Policy
@@ -137,14 +148,19 @@ class Fused(Eager):
                 weights = weights * (tokens.positions >= 0)
             given = query, keys, normaliser, weights, *alike, fine
             if type(policy).receive is AttentionMass.receive:
-                prompt.receive(*given, slots["mass"], policy.decay**count)
+                columns.receive(*given, slots["mass"], policy.decay**count)
             else:
-                policy.receive(slots, prompt.receive(*given), count)
+                policy.receive(slots, columns.receive(*given), count)
         return output
 
     def _stretch(self, slots, name):
         """The slots that a kernel may look at: the occupied ones, or all where the device knows which are."""
         return slots[name] if self.filled is None else slots.arrays[name]
+
+    def settle(self, layer, tokens):
+        if not _is_coded(layer) or layer.slots.used > coding.MOST_SETTLED:
+            return super().settle(layer, tokens)
+        coding.settle(layer.slots, tokens, layer.seen, layer.num_sinks)
 
     def evict(self, layer, tokens):
         slots, summary = layer.slots, layer.summary
@@ -181,7 +197,10 @@ class Fused(Eager):
         if importance.stride(-1) != 1:
             importance = importance.contiguous()
         ranks, best, index = survivors.chosen(importance, slots, tokens, layer)
-        self.look(layer, tokens)
+        if (
+            layer.nan.device.type == "cpu"
+        ):  # elsewhere evictions of later steps look: here the host would wait for each layer
+            self.look(layer, tokens)
         if summary:
             survivors.fold(summary, slots, ranks, best)
         survivors.move(slots, layer.home, layer.max_cache_size, index)

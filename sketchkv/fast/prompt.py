@@ -1,29 +1,28 @@
-"""Attention of many new tokens over the slots and themselves, in two Triton kernels: no score reaches memory.
+"""Attention of many new tokens over the slots and themselves, in one Triton kernel: no score reaches memory.
 
-The first is FlashAttention-2's forward pass (Dao 2023, arXiv 2307.08691), which also gives each query's normaliser. With that
-a second pass over the keys adds up what each slot receives: attention is the exponential of logit minus normaliser.
+FlashAttention-2's forward pass (Dao 2023, arXiv 2307.08691), which also gives each query's normaliser, for
+`sketchkv.fast.columns`. Tokens that are near to a query are left out where codes are read and read in a pass of their own.
 """
 
 import torch
 
 from sketchkv.fast.attention import LOG2E, MASKED, _tile
-from sketchkv.fast.codes import ring_row
 from sketchkv.fast.launch import jit, tl, triton
-
-PROGRAMS = 264  # two for each multiprocessor of a large chip
 
 
 @jit
-def _capped(logits, softcap, CAPPED: tl.constexpr):
+def capped(logits, softcap, CAPPED: tl.constexpr):
     if CAPPED:  # tanh(x) = 2 / (1 + exp(-2 x)) - 1
         logits = softcap * (2.0 / (1.0 + tl.exp2(-2.8853900817779268 * logits)) - 1.0)
     return logits
 
 
 @jit
-def _logits(q, k, hidden, slot, row, before, used, scale, softcap, CAPPED: tl.constexpr, HIDES: tl.constexpr):
+def logits_of(
+    q, k, hidden, slot, row, before, used, scale, softcap, CAPPED: tl.constexpr, HIDES: tl.constexpr
+):
     """Logits to base 2 of queries and slots, [queries, slots]: -inf for what came later, MASKED for what is hidden."""
-    logits = _capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, CAPPED)
+    logits = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, CAPPED)
     if HIDES:
         away = tl.load(hidden + slot, mask=slot < used, other=1) != 0
         logits = tl.where(away[None, :], MASKED, logits)
@@ -32,7 +31,7 @@ def _logits(q, k, hidden, slot, row, before, used, scale, softcap, CAPPED: tl.co
 
 
 @jit
-def _near(place, query, sinks_end, NEWEST: tl.constexpr):
+def near_to(place, query, sinks_end, NEWEST: tl.constexpr):
     """Whether tokens at `place` are near to queries (`sketchkv.ring.Near`)."""
     return (place >= 0) & ((place > query - NEWEST) | (place < sinks_end))
 
@@ -124,7 +123,7 @@ def _attend(
         mean = tl.load(means + kv * KEYS + key_column, mask=key_column < KEYS, other=0.0)
         other = tl.sum(q.to(tl.float32) * mean[None, :], 1) * scale
         evicted = tl.log2(tl.load(counts + kv))
-        other = _capped(other + evicted / softcap, softcap, CAPPED)
+        other = capped(other + evicted / softcap, softcap, CAPPED)
         higher = tl.maximum(top, other)
         share = tl.exp2(other - higher)
         total = total * tl.exp2(top - higher) + share
@@ -136,10 +135,10 @@ def _attend(
         slot = at + tl.arange(0, BLOCK)
         k = _tile(keys, slot, key_column, k_slot, 1, end, KEYS, KEY_WIDTH)
         v = _tile(values, slot, value_column, v_slot, 1, end, VALUES, VALUE_WIDTH)
-        logits = _logits(q, k, hidden, slot, row, before, used, scale, softcap, CAPPED, HIDES)
+        logits = logits_of(q, k, hidden, slot, row, before, used, scale, softcap, CAPPED, HIDES)
         if NEWEST:  # these are read below
             place = tl.load(positions + slot, mask=slot < end, other=-1)
-            near = _near(place[None, :], seen + row[:, None], sinks_end, NEWEST)
+            near = near_to(place[None, :], seen + row[:, None], sinks_end, NEWEST)
             logits = tl.where(near, -float("inf"), logits)
         top, total, sums = _add(logits, v, top, total, sums)
     if NEWEST:
@@ -163,116 +162,14 @@ def _attend(
             place = tl.load(places + which, mask=inside, other=-1)
             k = _tile(fine_keys, which, key_column, KEYS, 1, rows + count, KEYS, KEY_WIDTH)
             v = _tile(fine_values, which, value_column, VALUES, 1, rows + count, VALUES, VALUE_WIDTH)
-            logits = _capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, CAPPED)
-            near = _near(place[None, :], seen + row[:, None], sinks_end, NEWEST)
+            logits = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, CAPPED)
+            near = near_to(place[None, :], seen + row[:, None], sinks_end, NEWEST)
             near = near & ((index[None, :] <= row[:, None]) | (number < held))
             top, total, sums = _add(tl.where(near, logits, -float("inf")), v, top, total, sums)
     inside = (row[:, None] < count) & (value_column[None, :] < VALUES)
     address = output + ((batch * count + row[:, None]) * heads + head) * VALUES + value_column[None, :]
     tl.store(address, (sums / total[:, None]).to(output.dtype.element_ty), mask=inside)
     tl.store(normaliser + line * count + row, top + tl.log2(total), mask=row < count)
-
-
-@jit(do_not_specialize=["count", "used", "seen", "rows"])
-def _receive(
-    query,
-    keys,
-    hidden,
-    fine_keys,
-    positions,
-    first,
-    normaliser,
-    weights,
-    received,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_slot,
-    w_batch,
-    p_head,
-    r_head,
-    kv_heads,
-    count,
-    used,
-    seen,
-    rows,
-    scale,
-    softcap,
-    fade,
-    GROUP: tl.constexpr,
-    KEYS: tl.constexpr,
-    KEY_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-    CAPPED: tl.constexpr,
-    HIDES: tl.constexpr,
-    NEWEST: tl.constexpr,
-    SINKS: tl.constexpr,
-    PADDED: tl.constexpr,
-    ADD: tl.constexpr,
-):
-    """One program: what BLOCK slots of one KV head of one sequence receive."""
-    begin = tl.program_id(0) * BLOCK  # the longest ones first: all queries see the first slots
-    line = tl.program_id(1).to(tl.int64)
-    batch, head = line // kv_heads, line % kv_heads
-    query += batch * q_batch + head * GROUP * q_head
-    keys += batch * k_batch + head * k_head
-    hidden += line * used
-    normaliser += line * GROUP * count
-    weights += batch * w_batch
-    sinks_end = SINKS
-    if PADDED:
-        sinks_end += tl.load(first + batch)
-    slot, column = begin + tl.arange(0, BLOCK), tl.arange(0, KEY_WIDTH)
-    k = _tile(keys, slot, column, k_slot, 1, used, KEYS, KEY_WIDTH)
-    sums = tl.zeros([BLOCK], tl.float32)
-    before = used - count
-    start = tl.maximum(begin - before, 0) // ROWS * ROWS  # queries before see none of these slots
-    place = slot
-    if NEWEST:
-        place = tl.load(positions + line * p_head + slot, mask=slot < used, other=-1)
-    tiles = (count - start + ROWS - 1) // ROWS
-    for number in tl.range(0, GROUP * tiles, num_stages=STAGES):
-        each, row = number // tiles, start + number % tiles * ROWS + tl.arange(0, ROWS)
-        q = _tile(query + each * q_head, row, column, q_row, 1, count, KEYS, KEY_WIDTH)
-        weight = tl.load(weights + row, mask=row < count, other=0.0)
-        total = tl.load(normaliser + each * count + row, mask=row < count, other=0.0)
-        logits = _logits(q, k, hidden, slot, row, before, used, scale, softcap, CAPPED, HIDES)
-        if NEWEST:
-            near = _near(place[None, :], seen + row[:, None], sinks_end, NEWEST)
-            logits = tl.where(near, -float("inf"), logits)
-        sums += tl.sum(tl.exp2(logits - total[:, None]) * weight[:, None], 0)
-    if NEWEST:
-        which, held = ring_row(place, sinks_end - SINKS, seen, NEWEST, SINKS)
-        own = slot >= before
-        which = tl.where(own, rows + slot - before, which)
-        held = (held | own) & (place >= 0)
-        fine_keys += line * (rows + count) * KEYS
-        k = _tile(
-            fine_keys, tl.where(held, which, rows + count), column, KEYS, 1, rows + count, KEYS, KEY_WIDTH
-        )
-        last = (
-            tl.max(tl.where(held, place, -1), 0) + NEWEST - seen
-        )  # the first query that is near to none but sinks
-        last = tl.where(tl.max((held & (place < sinks_end)).to(tl.int32), 0) > 0, count, last)
-        tiles = (tl.minimum(tl.maximum(last - start, 0), count - start) + ROWS - 1) // ROWS
-        for number in tl.range(0, GROUP * tiles, num_stages=STAGES):
-            each, row = number // tiles, start + number % tiles * ROWS + tl.arange(0, ROWS)
-            q = _tile(query + each * q_head, row, column, q_row, 1, count, KEYS, KEY_WIDTH)
-            weight = tl.load(weights + row, mask=row < count, other=0.0)
-            total = tl.load(normaliser + each * count + row, mask=row < count, other=0.0)
-            logits = _capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, CAPPED)
-            near = _near(place[None, :], seen + row[:, None], sinks_end, NEWEST) & held[None, :]
-            near = near & (slot[None, :] <= before + row[:, None])
-            logits = tl.where(near, logits, -float("inf"))
-            sums += tl.sum(tl.exp2(logits - total[:, None]) * weight[:, None], 0)
-    address = received + line * r_head + slot
-    if ADD:
-        sums += fade * tl.load(address, mask=slot < used, other=0.0)
-    tl.store(address, sums, mask=slot < used)
 
 
 def attend(query, keys, values, scaling, softcap=None, hidden=None, beside=None, summary=None, fine=None):
@@ -293,8 +190,8 @@ def attend(query, keys, values, scaling, softcap=None, hidden=None, beside=None,
     query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
     output = torch.empty(batch, count, heads, values.shape[-1], dtype=query.dtype, device=query.device)
     normaliser = torch.empty(batch, heads, count, dtype=torch.float32, device=query.device)
-    rows, block, stages, warps = _tiles(query, values)
-    near, (seen, before), sizes = _fine(fine, normaliser)
+    rows, block, stages, warps = tiles(query, values)
+    near, (seen, before), sizes = parts_of(fine, normaliser)
     _attend[(triton.cdiv(count, rows), batch * heads)](
         query,
         keys,
@@ -314,12 +211,12 @@ def attend(query, keys, values, scaling, softcap=None, hidden=None, beside=None,
         used,
         seen,
         before,
-        *_factors(scaling, softcap),
+        *factors(scaling, softcap),
         GROUP=heads // keys.shape[1],
         KEYS=keys.shape[-1],
-        KEY_WIDTH=_width(keys),
+        KEY_WIDTH=width_of(keys),
         VALUES=values.shape[-1],
-        VALUE_WIDTH=_width(values),
+        VALUE_WIDTH=width_of(values),
         ROWS=rows,
         BLOCK=block,
         STAGES=stages,
@@ -333,61 +230,7 @@ def attend(query, keys, values, scaling, softcap=None, hidden=None, beside=None,
     return output.transpose(1, 2), normaliser
 
 
-def receive(
-    query, keys, normaliser, weights, scaling, softcap=None, hidden=None, fine=None, received=None, fade=1.0
-):
-    """What each slot receives from n queries: the sum of their attention, float32 `[batch, num_kv_heads, used]`.
-
-    weights: float32 `[batch or 1, n]`, how much each query counts; other parameters as of `attend`.
-    received: if given, it becomes `fade * received` and the sum, in place, and is returned; contiguous in the slots.
-    """
-    (batch, heads, count, _), (kv_heads, used) = query.shape, keys.shape[1:3]
-    query, keys, weights = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, weights))
-    add = received is not None
-    if not add:
-        received = torch.empty(batch, kv_heads, used, dtype=torch.float32, device=query.device)
-    rows, block, stages, warps = _tiles(query, keys)
-    if triton.cdiv(used, block) * batch * kv_heads < PROGRAMS:
-        block = 32
-    near, (seen, before), sizes = _fine(fine, normaliser)
-    _receive[(triton.cdiv(used, block), batch * kv_heads)](
-        query,
-        keys,
-        normaliser if hidden is None else hidden,
-        near[0],
-        near[3],
-        near[4],
-        normaliser,
-        weights,
-        received,
-        *query.stride()[:3],
-        *keys.stride()[:3],
-        weights.stride(0) if weights.shape[0] > 1 else 0,
-        near[3].stride(1),
-        received.stride(1),
-        kv_heads,
-        count,
-        used,
-        seen,
-        before,
-        *_factors(scaling, softcap),
-        fade,
-        GROUP=heads // kv_heads,
-        KEYS=keys.shape[-1],
-        KEY_WIDTH=_width(keys),
-        ROWS=rows,
-        BLOCK=block,
-        STAGES=stages,
-        CAPPED=softcap is not None,
-        HIDES=hidden is not None,
-        ADD=add,
-        num_warps=warps,
-        **sizes,
-    )
-    return received
-
-
-def _fine(fine, unused):
+def parts_of(fine, unused):
     """Tensors, numbers and sizes that kernels take of `Fine`; of None, any tensor."""
     if fine is None:
         return (unused,) * 5, (0, 0), dict(NEWEST=0, SINKS=0, PADDED=False)
@@ -396,18 +239,18 @@ def _fine(fine, unused):
     return tensors, (fine.seen, fine.rows), dict(NEWEST=fine.newest, SINKS=fine.sinks, PADDED=padded)
 
 
-def _factors(scaling, softcap):
+def factors(scaling, softcap):
     """Of products, and of what is capped: either way logits come out to base 2."""
     return (scaling * LOG2E, 1.0) if softcap is None else (scaling / softcap, softcap * LOG2E)
 
 
-def _width(vectors):
+def width_of(vectors):
     return max(16, triton.next_power_of_2(vectors.shape[-1]))
 
 
-def _tiles(query, other):
+def tiles(query, other):
     """Queries and slots of a tile, stages and warps: what fits in the memory of a multiprocessor."""
-    row = max(_width(query), _width(other)) * query.element_size()  # bytes of a vector
+    row = max(width_of(query), width_of(other)) * query.element_size()  # bytes of a vector
     if row <= 128:
         return 128, 64, 3, 4
     if row <= 256:

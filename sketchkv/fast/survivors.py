@@ -3,8 +3,8 @@ chosen, by one selection of the highest ranks, and moved into the steady slots i
 
 import torch
 
-from sketchkv.fast.chunk import vectors
 from sketchkv.fast.codes import bits_of, stored
+from sketchkv.fast.coding import vectors
 from sketchkv.fast.eviction import ranked
 from sketchkv.fast.launch import jit, tl, triton
 from sketchkv.slots import Slots

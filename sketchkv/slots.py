@@ -70,6 +70,7 @@ class Slots:
     widths: of key and value vectors.
     """
 
+    served: Any = None  # (policy, whether kernels work on codes that it chooses among)
     coming: Any = None  # what a kernel that stored many tokens left for the attention that comes for them
 
     def __init__(self, shape, capacity, widths, codec):

@@ -78,12 +78,15 @@ def _enter(
     put(codes, scales, code, scale, target, inside, ROWS, DIM, BITS)
     told = level * scale.to(tl.float32)[:, None]
     whole = told + middle[None, :]
-    tl.store(coarse + coarse_row[:, None] * DIM + column[None, :], whole.to(kind), mask=inside[:, None])
+    back = tl.trans(rotation)
+    vector = (tl.dot(whole.to(kind), back, input_precision="ieee") * factor).to(kind)
+    tl.store(coarse + coarse_row[:, None] * DIM + column[None, :], vector, mask=inside[:, None])
     if NEWEST:
         code, level, scale = code_of(x - told, rest_levels, rest_bounds, LEAST, DIM, REST_BITS)
         put(rest_codes, rest_scales, code, scale, near, held & inside, ROWS, DIM, REST_BITS)
         whole += level * scale.to(tl.float32)[:, None]
-        tl.store(fine + fine_row[:, None] * DIM + column[None, :], whole.to(kind), mask=inside[:, None])
+        vector = (tl.dot(whole.to(kind), back, input_precision="ieee") * factor).to(kind)
+        tl.store(fine + fine_row[:, None] * DIM + column[None, :], vector, mask=inside[:, None])
 
 
 @jit(do_not_specialize=["count", "before", "end", "rows"])
@@ -228,6 +231,8 @@ def _store(
 
 @jit(do_not_specialize=["before", "count", "seen", "tiles"])
 def _read(
+    turn,
+    factor,
     first,
     keys,
     key_scales,
@@ -296,10 +301,9 @@ def _read(
     target = values + line * capacity * (DIM * VALUE_BITS // 8)
     value = vectors(target, value_scales + line * capacity, value_levels, slot, held, DIM, VALUE_BITS)
     kind = coarse_keys.dtype.element_ty
-    if tile < tiles:
-        target = (line * (before + count) + row)[:, None] * DIM + column[None, :]
-        tl.store(coarse_keys + target, key.to(kind), mask=held[:, None])
-        tl.store(coarse_values + target, value.to(kind), mask=held[:, None])
+    back = tl.load(turn + column[None, :] * DIM + column[:, None]).to(kind)
+    target = line * (before + count) + row
+    inside = held
     if NEWEST:
         if tile >= tiles:
             its = line * (NEWEST + SINKS) + row
@@ -307,11 +311,13 @@ def _read(
             key += vectors(rest_keys, rest_key_scales, rest_key_levels, its, held, DIM, REST_BITS)
             value += vectors(rest_values, rest_value_scales, rest_value_levels, its, held, DIM, REST_BITS)
             target = line * (NEWEST + SINKS + count) + row
-            at = tl.load(positions + slot, mask=held, other=-1)
-            tl.store(places + target, at, mask=inside)
-            target = target[:, None] * DIM + column[None, :]
-            tl.store(fine_keys + target, key.to(kind), mask=inside[:, None])
-            tl.store(fine_values + target, value.to(kind), mask=inside[:, None])
+            tl.store(places + target, tl.load(positions + slot, mask=held, other=-1), mask=inside)
+            coarse_keys, coarse_values = fine_keys, fine_values
+    target = target[:, None] * DIM + column[None, :]
+    key = tl.dot(key.to(kind), back, input_precision="ieee") * factor
+    tl.store(coarse_keys + target, key.to(kind), mask=inside[:, None])
+    value = tl.dot(value.to(kind), back, input_precision="ieee") * factor
+    tl.store(coarse_values + target, value.to(kind), mask=inside[:, None])
 
 
 def append(key, value, slots, tokens, seen):
@@ -321,8 +327,8 @@ def append(key, value, slots, tokens, seen):
     slots: `sketchkv.slots.Slots` with a codec that is `served`.
     tokens: `sketchkv.passes.Tokens`.
     seen: tokens that passed before them.
-    Returns (keys, values, `Fine` or None): what attention reads of all slots, `[batch, num_kv_heads, used + n, width]`, in
-    turned coordinates.
+    Returns (keys, values, `Fine` or None): what attention reads of all slots, `[batch, num_kv_heads, used + n, width]`, turned
+    back.
     """
     (batch, kv_heads), dim, before, count = slots.shape, slots.widths[0], slots.used, key.shape[2]
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
@@ -346,6 +352,8 @@ def append(key, value, slots, tokens, seen):
         tile = 16
         tiles = triton.cdiv(before, tile)
         _read[(batch * kv_heads, tiles + triton.cdiv(rows, tile))](
+            slots.codec.rotations["keys"],
+            dim**-0.5,
             first,
             *stored(slots, "keys"),
             slots.codec.centre,

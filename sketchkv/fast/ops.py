@@ -25,7 +25,7 @@ from sketchkv.layer import BoundedLayer
 from sketchkv.ops import Eager
 from sketchkv.policies import AttentionMass, Policy
 from sketchkv.prompts import needs_no_scores
-from sketchkv.quantize import Normal, Quantized, matrix
+from sketchkv.quantize import Normal, Quantized
 from sketchkv.sketch import CountMinSketch
 from sketchkv.sketch_policy import Sketch
 from sketchkv.slots import Plain
@@ -47,21 +47,14 @@ class Fused(Eager):
 
     def turn(self, layer, query, key, value):
         """Kernels turn what they take to codes themselves."""
-        if not _is_coded(layer):
-            return super().turn(layer, query, key, value)
-        if query.shape[2] == 1:
+        if _is_coded(layer) and (query.shape[2] == 1 or _adds_up(layer)):
             return query, key, value
-        if _adds_up(layer):
-            return query @ _matrix(layer.slots.codec.rotations["keys"], query.dtype), key, value
         return super().turn(layer, query, key, value)
 
     def turn_back(self, layer, output):
-        if not _is_coded(layer):
-            return super().turn_back(layer, output)
-        if output.shape[2] == 1:
+        if _is_coded(layer) and (output.shape[2] == 1 or _adds_up(layer)):
             return output
-        back = _matrix(layer.slots.codec.rotations["values"], output.dtype).T
-        return (output.transpose(1, 2) @ back).transpose(1, 2)  # as it lies in memory
+        return super().turn_back(layer, output)
 
     def widened(self, slots, capacity):
         return survivors.widened(slots, capacity)
@@ -124,6 +117,7 @@ class Fused(Eager):
         """Attention of many new tokens: the output in one launch, in another what slots receive, no score in memory."""
         slots, policy, summary = layer.slots, layer.policy, layer.summary
         (batch, kv_heads), (heads, count) = slots.shape, query.shape[1:3]
+        turn = slots.codec.rotations["keys"] if slots.coming else None
         (keys, values, fine), slots.coming = slots.coming or (slots["keys"], slots["values"], None), None
         away, beside = None, []
         if tokens.padded or layer.selective:
@@ -137,7 +131,7 @@ class Fused(Eager):
             beside.append(form.sink_column(batch, kv_heads, count))
         others = torch.cat(beside, -1).logsumexp(-1).view(batch, heads, count) if beside else None
         alike = form.scaling, form.softcap, away
-        output, normaliser = prompt.attend(query, keys, values, *alike, others, inside, fine)
+        output, normaliser = prompt.attend(query, keys, values, *alike, others, inside, turn, fine)
         if summary and not inside:
             total = normaliser.view(batch * kv_heads, -1, 1) / attention.LOG2E
             behind = summary.output((beside[0] - total).exp()).view(output.shape)
@@ -210,12 +204,6 @@ class Fused(Eager):
 fused = Fused()
 
 
-@lru_cache
-def _matrix(rotation, dtype):
-    """`matrix`, once for all layers."""
-    return matrix(rotation, dtype)
-
-
 @lru_cache(16)
 def _weights_of(decay, count, device):
     return AttentionMass(decay).weights(count, device)[None]
@@ -269,7 +257,15 @@ def _is_plain(layer):
 
 
 def _is_coded(layer):
-    """Whether kernels work on the layer's codes: of vectors as wide as a power of two, with one summary slot at most."""
+    """Whether kernels work on the layer's codes: of vectors as wide as a power of two, with one summary slot at most. Looked at
+    once for the slots and the policy at hand."""
+    slots, policy = layer.slots, layer.policy
+    if slots.served is None or slots.served[0] is not policy:
+        slots.served = policy, _serves_codes(layer)
+    return slots.served[1]
+
+
+def _serves_codes(layer):
     codec, summary, (width, other) = layer.slots.codec, layer.summary, layer.slots.widths
     return (
         type(codec) is Quantized

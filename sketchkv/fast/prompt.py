@@ -45,6 +45,16 @@ def _add(logits, v, top, total, sums):
     return higher, total, tl.dot(new.to(v.dtype), v, sums * old[:, None], input_precision="ieee")
 
 
+@jit
+def _mean(means, turn, column, COLUMNS: tl.constexpr, TURN: tl.constexpr):
+    """A mean, turned back if need be: then it has as many channels as a power of two."""
+    mean = tl.load(means + column, mask=column < COLUMNS, other=0.0)
+    if TURN:
+        rotation = tl.load(turn + column[:, None] * COLUMNS + column[None, :]).to(tl.float32)
+        mean = tl.sum(rotation * mean[None, :], 1) / tl.sqrt(tl.full([1], COLUMNS, tl.float32))
+    return mean
+
+
 @jit(do_not_specialize=["count", "used", "seen", "rows"])
 def _attend(
     query,
@@ -52,6 +62,7 @@ def _attend(
     values,
     hidden,
     beside,
+    turn,
     means,
     value_means,
     counts,
@@ -91,6 +102,7 @@ def _attend(
     HIDES: tl.constexpr,
     BESIDE: tl.constexpr,
     SUMMARY: tl.constexpr,
+    TURN: tl.constexpr,
     NEWEST: tl.constexpr,
     SINKS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -120,14 +132,14 @@ def _attend(
         top = tl.maximum(top, other)
         total = tl.exp2(other - top)
     if SUMMARY:  # one slot that stands for all that was evicted
-        mean = tl.load(means + kv * KEYS + key_column, mask=key_column < KEYS, other=0.0)
+        mean = _mean(means + kv * KEYS, turn, key_column, KEYS, TURN)
         other = tl.sum(q.to(tl.float32) * mean[None, :], 1) * scale
         evicted = tl.log2(tl.load(counts + kv))
         other = capped(other + evicted / softcap, softcap, CAPPED)
         higher = tl.maximum(top, other)
         share = tl.exp2(other - higher)
         total = total * tl.exp2(top - higher) + share
-        mean = tl.load(value_means + kv * VALUES + value_column, mask=value_column < VALUES, other=0.0)
+        mean = _mean(value_means + kv * VALUES, turn, value_column, VALUES, TURN)
         sums = share[:, None] * mean[None, :]
         top = higher
     end = tl.minimum(before + begin + ROWS, used)
@@ -172,7 +184,9 @@ def _attend(
     tl.store(normaliser + line * count + row, top + tl.log2(total), mask=row < count)
 
 
-def attend(query, keys, values, scaling, softcap=None, hidden=None, beside=None, summary=None, fine=None):
+def attend(
+    query, keys, values, scaling, softcap=None, hidden=None, beside=None, summary=None, turn=None, fine=None
+):
     """Attention of n new queries over the slots, the last n of which are their own tokens: `(output, normaliser)`.
 
     query: `[batch, num_heads, n, width]`.
@@ -181,6 +195,7 @@ def attend(query, keys, values, scaling, softcap=None, hidden=None, beside=None,
     hidden: uint8 `[batch, num_kv_heads, used]`, contiguous, 1 for slots that are not looked at; None: none.
     beside: float32 `[batch, num_heads, n]`, the log-sum-exp of each query's logits of what gives nothing; None: nothing.
     summary: `sketchkv.summary.Summary` with one slot; None: none.
+    turn: int8 rotation (`sketchkv.quantize.rotation`) of what the summary holds, and nothing else here; None: none.
     fine: `sketchkv.fast.chunk.Fine`, read in place of `keys` and `values` where they are near to a query; None: none are.
 
     output: `[batch, num_heads, n, width of values]`, the query's dtype, heads side by side in memory.
@@ -198,6 +213,7 @@ def attend(query, keys, values, scaling, softcap=None, hidden=None, beside=None,
         values,
         normaliser if hidden is None else hidden,
         normaliser if beside is None else (beside * LOG2E).contiguous(),
+        normaliser if turn is None else turn,
         *((normaliser,) * 3 if summary is None else (summary.keys, summary.values, summary.counts)),
         *near,
         output,
@@ -224,6 +240,7 @@ def attend(query, keys, values, scaling, softcap=None, hidden=None, beside=None,
         HIDES=hidden is not None,
         BESIDE=beside is not None,
         SUMMARY=summary is not None,
+        TURN=turn is not None,
         num_warps=warps,
         **sizes,
     )

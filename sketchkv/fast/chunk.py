@@ -6,36 +6,13 @@ holds the second kind of vectors, ready to be multiplied: first a row for each r
 each new token.
 """
 
-from typing import Any, NamedTuple
-
 import torch
 
 from sketchkv.fast.codes import bits_of, rests_of, ring_row, stored
 from sketchkv.fast.coding import code_of, put, vectors
 from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.prompt import Fine
 from sketchkv.quantize import TINY
-
-
-class Fine(NamedTuple):
-    """What the queries of a pass read of tokens that are near to them.
-
-    keys, values: `[batch, num_kv_heads, rows + n, width]`.
-    places: positions of these tokens, -1 where there is none, int32 `[batch, num_kv_heads, rows + n]`.
-    positions: of all slots, int32 `[batch, num_kv_heads, capacity]`.
-    first: position of each row's first real token, int32 `[batch, 1, 1]`, or 0 for all.
-    seen: position of the first new token.
-    newest, sinks: of the ring. rows: those that stand before the new tokens'.
-    """
-
-    keys: Any
-    values: Any
-    places: Any
-    positions: Any
-    first: Any
-    seen: int
-    newest: int
-    sinks: int
-    rows: int
 
 
 @jit

@@ -4,10 +4,34 @@ FlashAttention-2's forward pass (Dao 2023, arXiv 2307.08691), which also gives e
 `sketchkv.fast.columns`. Tokens that are near to a query are left out where codes are read and read in a pass of their own.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 
 from sketchkv.fast.attention import LOG2E, MASKED, _tile
 from sketchkv.fast.launch import jit, tl, triton
+
+
+class Fine(NamedTuple):
+    """What the queries of a pass read of tokens that are near to them.
+
+    keys, values: `[batch, num_kv_heads, rows + n, width]`.
+    places: positions of these tokens, -1 where there is none, int32 `[batch, num_kv_heads, rows + n]`.
+    positions: of all slots, int32 `[batch, num_kv_heads, capacity]`.
+    first: position of each row's first real token, int32 `[batch, 1, 1]`, or 0 for all.
+    seen: position of the first new token.
+    newest, sinks: of the ring. rows: those that stand before the new tokens'.
+    """
+
+    keys: Any
+    values: Any
+    places: Any
+    positions: Any
+    first: Any
+    seen: int
+    newest: int
+    sinks: int
+    rows: int
 
 
 @jit
@@ -196,7 +220,7 @@ def attend(
     beside: float32 `[batch, num_heads, n]`, the log-sum-exp of each query's logits of what gives nothing; None: nothing.
     summary: `sketchkv.summary.Summary` with one slot; None: none.
     turn: int8 rotation (`sketchkv.quantize.rotation`) of what the summary holds, and nothing else here; None: none.
-    fine: `sketchkv.fast.chunk.Fine`, read in place of `keys` and `values` where they are near to a query; None: none are.
+    fine: `Fine`, read in place of `keys` and `values` where they are near to a query; None: none are.
 
     output: `[batch, num_heads, n, width of values]`, the query's dtype, heads side by side in memory.
     normaliser: float32 `[batch, num_heads, n]`, the log-sum-exp of all logits, to base 2.

@@ -141,10 +141,12 @@ class BoundedLayer(CacheLayerMixin):
             self.seen += count
             outputs.append(self.ops.turn_back(self, self.ops.attend(self, parts[0], now, form)))
             if self.seen == codec.settles_after:
-                codec.settle(self.slots, now.first + self.num_sinks)
+                self.ops.settle(self, now)
             if not self.slots.room:
+                used = self.slots.used
                 self.ops.evict(self, now)
-                self.evicted += self._narrow()
+                self._narrow()
+                self.evicted += used - self.slots.used
             start += count
         self.waiting = False
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
@@ -168,15 +170,13 @@ class BoundedLayer(CacheLayerMixin):
         """Room for the tokens of a prompt that are yet to come, `prefill_chunk` beyond the cap at most."""
         needed = min(self.slots.used + coming, self.max_cache_size + self.prefill_chunk)
         if needed > self.slots.capacity:
-            self.slots = self.slots.widened(needed)
+            self.slots = self.ops.widened(self.slots, needed)
 
     def _narrow(self):
-        """Back to the steady slots after an eviction; returns how many tokens it freed."""
-        freed = self.slots.capacity - self.slots.used
+        """Back to the steady slots after an eviction."""
         if self.slots is not self.home:
             self.home.adopt(self.slots)
             self.slots = self.home
-        return freed
 
     def advance(self):
         """What one step changes on Python's side: for a step that runs on the device alone (`sketchkv.fast.graphs`)."""

@@ -30,6 +30,10 @@ class Eager:
         """What attention took from values that were turned."""
         return layer.slots.codec.turn_back(output)
 
+    def widened(self, slots, capacity):
+        """A copy of slots for as long as a prompt passes."""
+        return slots.widened(capacity)
+
     def append(self, layer, keys, values, tokens):
         """Stores new tokens in the layer's slots; returns the slots as a slice."""
         return layer.slots.append(keys, values, tokens.positions, tokens.first)
@@ -80,6 +84,10 @@ class Eager:
                 received = received * (tokens.positions >= 0)[:, None, :, None]
             layer.policy.observe(slots, received)
         return output.view(batch, -1, count, values.shape[-1])
+
+    def settle(self, layer, tokens):
+        """The codec looks at the tokens that have come, once per text."""
+        layer.slots.codec.settle(layer.slots, tokens.first + layer.num_sinks)
 
     def evict(self, layer, tokens):
         """Back to `max_cache_size` tokens: the lowest scores go, padding first, sinks and the recent window never. Of the

@@ -195,9 +195,9 @@ class Ring:
 
     def renew(self, slots, rest):
         """The stored keys have new codes, which lack `rest`."""
-        at, _ = self.places(slots["positions"], self.span)
+        at, present = self.places(slots["positions"], self.span)
         for held, new in zip(self.parts["keys"], self.coders["keys"].encode(gather(rest, at)), strict=True):
-            held.copy_(new)
+            held.copy_(new.where(present[..., None], held))
 
     def tensors(self):
         """All state, the batch first."""

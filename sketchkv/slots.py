@@ -1,5 +1,7 @@
 """Fixed storage for the tokens that one layer keeps."""
 
+from typing import Any
+
 import torch
 
 EMPTY = -1
@@ -67,6 +69,9 @@ class Slots:
     shape: (batch, num_kv_heads).
     widths: of key and value vectors.
     """
+
+    served: Any = None  # (policy, whether kernels work on codes that it chooses among)
+    coming: Any = None  # what a kernel that stored many tokens left for the attention that comes for them
 
     def __init__(self, shape, capacity, widths, codec):
         self.shape, self.widths, self.codec = tuple(shape), tuple(widths), codec

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sketchkv
 from sketchkv import SketchCache, Window, prompts
-from sketchkv.fast import prompt
+from sketchkv.fast import columns, prompt
 from sketchkv.fast.ops import Fused
 from sketchkv.passes import Tokens
 
@@ -178,7 +178,7 @@ def test_kernels_equal_float64(size, dtype, kind):
     weights = torch.rand(1 if kind == "plain" else batch, count, device=DEVICE)
     form = width**-0.5, softcap, hidden
     output, normaliser = prompt.attend(query, keys, values, *form, beside)
-    received = prompt.receive(query, keys, normaliser, weights, *form)
+    received = columns.receive(query, keys, normaliser, weights, *form)
     expected = reference(query, keys, values, *form, beside, weights)
     assert output.dtype == dtype and normaliser.dtype == received.dtype == torch.float32
     assert_near(output, expected[0], dtype)
@@ -194,5 +194,5 @@ def test_kernels_attend_evenly_where_all_is_hidden():
     output, normaliser = prompt.attend(query, keys, values, 1.0, hidden=hidden)
     expected = values.cumsum(2) / torch.arange(1, 21, device=DEVICE)[:, None]
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
-    received = prompt.receive(query, keys, normaliser, torch.zeros(1, 20, device=DEVICE), 1.0, None, hidden)
+    received = columns.receive(query, keys, normaliser, torch.zeros(1, 20, device=DEVICE), 1.0, None, hidden)
     assert received.eq(0).all()

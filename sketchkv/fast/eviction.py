@@ -106,6 +106,20 @@ def _remember(
         tl.store(scores + row * used + slot, estimate, mask=inside)
 
 
+@jit
+def ranked(score, position, sinks_end, end, recent_window, nan):
+    """Integers in the order of (score, position), padding first, sinks and the recent window last; sets `nan` if a score is."""
+    empty = position < 0
+    protected = (position < sinks_end) | (position >= end - recent_window)
+    broken = tl.max(((score != score) & (protected == 0) & (empty == 0)).to(tl.int32), 0)
+    tl.store(nan, True, mask=broken > 0)
+    score = tl.minimum(tl.maximum(score, -1e30), 1e30) + 0.0
+    score = tl.where(empty, -float("inf"), tl.where(protected, float("inf"), score))
+    bits = score.to(tl.int32, bitcast=True)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats fall as their bits rise
+    return (bits.to(tl.int64) << 32) + position
+
+
 @jit(do_not_specialize=["used", "end"])
 def _lowest(
     scores,
@@ -140,15 +154,7 @@ def _lowest(
     sinks_end = num_sinks
     if PADDED:
         sinks_end += tl.load(first + batch)
-    empty = position < 0
-    protected = (position < sinks_end) | (position >= end - recent_window)
-    broken = tl.max(((score != score) & (protected == 0) & (empty == 0)).to(tl.int32), 0)
-    tl.store(nan, True, mask=broken > 0)
-    score = tl.minimum(tl.maximum(score, -1e30), 1e30) + 0.0
-    score = tl.where(empty, -float("inf"), tl.where(protected, float("inf"), score))
-    bits = score.to(tl.int32, bitcast=True)
-    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats fall as their bits rise
-    rank = (bits.to(tl.int64) << 32) + position
+    rank = ranked(score, position, sinks_end, end, recent_window, nan)
     rank = tl.where(inside, rank, 0x7FFFFFFFFFFFFFFF)
     for index in range(COUNT):
         least = tl.min(rank, 0)

@@ -4,10 +4,23 @@ Each method falls back on the eager rule where a kernel does not serve: several 
 that computes in a way of its own.
 """
 
+from functools import lru_cache
+
 import torch
 
 from sketchkv.checks import checked_scores
-from sketchkv.fast import attention, coded, codes, eviction, prompt, storage
+from sketchkv.fast import (
+    attention,
+    chunk,
+    coded,
+    codes,
+    coding,
+    columns,
+    eviction,
+    prompt,
+    storage,
+    survivors,
+)
 from sketchkv.layer import BoundedLayer
 from sketchkv.ops import Eager
 from sketchkv.policies import AttentionMass, Policy
@@ -34,16 +47,25 @@ class Fused(Eager):
 
     def turn(self, layer, query, key, value):
         """Kernels turn what they take to codes themselves."""
-        if query.shape[2] == 1 and _is_coded(layer):
+        if _is_coded(layer) and (query.shape[2] == 1 or _adds_up(layer)):
             return query, key, value
         return super().turn(layer, query, key, value)
 
     def turn_back(self, layer, output):
-        return output if output.shape[2] == 1 and _is_coded(layer) else super().turn_back(layer, output)
+        if _is_coded(layer) and (output.shape[2] == 1 or _adds_up(layer)):
+            return output
+        return super().turn_back(layer, output)
+
+    def widened(self, slots, capacity):
+        return survivors.widened(slots, capacity)
 
     def append(self, layer, keys, values, tokens):
-        slots = layer.slots
-        if keys.shape[2] > 1 or not (type(slots.codec) is Plain or _is_coded(layer)):
+        slots, count = layer.slots, keys.shape[2]
+        if count > 1 and _is_coded(layer) and _adds_up(layer):
+            slots.coming = chunk.append(keys, values, slots, tokens, layer.seen)
+            slots.used += count
+            return slice(slots.used - count, slots.used)
+        if count > 1 or not (type(slots.codec) is Plain or _is_coded(layer)):
             return super().append(layer, keys, values, tokens)
         if type(slots.codec) is Plain:
             storage.append(keys, values, tokens.positions, slots, self.filled)
@@ -58,8 +80,10 @@ class Fused(Eager):
     def attend(self, layer, query, tokens, form):
         slots, policy = layer.slots, layer.policy
         if query.shape[2] > 1:
-            alone = query.shape[2] == slots.used and needs_no_scores(layer, tokens, form)
-            many = self._attend_many if _adds_up(layer) and not alone else super().attend
+            flash = (
+                slots.coming is None and query.shape[2] == slots.used and needs_no_scores(layer, tokens, form)
+            )
+            many = super().attend if flash or not _adds_up(layer) else self._attend_many
             return many(layer, query, tokens, form)
         plain = _is_plain(layer)
         if not (plain or _is_coded(layer)):
@@ -93,37 +117,50 @@ class Fused(Eager):
         """Attention of many new tokens: the output in one launch, in another what slots receive, no score in memory."""
         slots, policy, summary = layer.slots, layer.policy, layer.summary
         (batch, kv_heads), (heads, count) = slots.shape, query.shape[1:3]
+        turn = slots.codec.rotations["keys"] if slots.coming else None
+        (keys, values, fine), slots.coming = slots.coming or (slots["keys"], slots["values"], None), None
         away, beside = None, []
         if tokens.padded or layer.selective:
             away = slots["positions"] < 0
             away = (away | slots["unattended"] if layer.selective else away).to(torch.uint8)
-        if summary:
+        inside = summary if summary and summary.count == 1 and not summary.spread else None
+        if summary and not inside:
             grouped = query.reshape(batch * kv_heads, -1, query.shape[-1])
             beside.append(form.capped(summary.logits(grouped, form.scaling)))
         if form.sinks is not None:
             beside.append(form.sink_column(batch, kv_heads, count))
         others = torch.cat(beside, -1).logsumexp(-1).view(batch, heads, count) if beside else None
-        keys, values = slots["keys"], slots["values"]
         alike = form.scaling, form.softcap, away
-        output, normaliser = prompt.attend(query, keys, values, *alike, others)
-        if summary:
+        output, normaliser = prompt.attend(query, keys, values, *alike, others, inside, turn, fine)
+        if summary and not inside:
             total = normaliser.view(batch * kv_heads, -1, 1) / attention.LOG2E
             behind = summary.output((beside[0] - total).exp()).view(output.shape)
             output = (output + behind).to(query.dtype)
         if policy.uses_attention:
-            weights = policy.weights(count, query.device)[None]
+            weights = _weights(policy, count, query.device)
             if tokens.padded:
                 weights = weights * (tokens.positions >= 0)
-            policy.receive(slots, prompt.receive(query, keys, normaliser, weights, *alike), count)
+            given = query, keys, normaliser, weights, *alike, fine
+            if type(policy).receive is AttentionMass.receive:
+                columns.receive(*given, slots["mass"], policy.decay**count)
+            else:
+                policy.receive(slots, columns.receive(*given), count)
         return output
 
     def _stretch(self, slots, name):
         """The slots that a kernel may look at: the occupied ones, or all where the device knows which are."""
         return slots[name] if self.filled is None else slots.arrays[name]
 
+    def settle(self, layer, tokens):
+        if not _is_coded(layer) or layer.slots.used > coding.MOST_SETTLED:
+            return super().settle(layer, tokens)
+        coding.settle(layer.slots, tokens, layer.seen, layer.num_sinks)
+
     def evict(self, layer, tokens):
         slots, summary = layer.slots, layer.summary
         count = slots.used - layer.max_cache_size
+        if slots is not layer.home and _leaves_at_once(layer):
+            return self._evict_many(layer, tokens)
         served = (
             (type(slots.codec) is Plain or _is_coded(layer))
             and not (layer.selective or (summary and summary.protects))
@@ -147,8 +184,48 @@ class Fused(Eager):
             summary.fold(*taken, slots["positions"].gather(-1, index))
         storage.compact(slots, evicted)
 
+    def _evict_many(self, layer, tokens):
+        """Those that stay go back to the steady slots."""
+        slots, summary = layer.slots, layer.summary
+        importance = checked_scores(_score(layer, tokens), layer).to(slots.device, torch.float32)
+        if importance.stride(-1) != 1:
+            importance = importance.contiguous()
+        ranks, best, index = survivors.chosen(importance, slots, tokens, layer)
+        if (
+            layer.nan.device.type == "cpu"
+        ):  # elsewhere evictions of later steps look: here the host would wait for each layer
+            self.look(layer, tokens)
+        if summary:
+            survivors.fold(summary, slots, ranks, best)
+        survivors.move(slots, layer.home, layer.max_cache_size, index)
+        layer.slots = layer.home
+
 
 fused = Fused()
+
+
+@lru_cache(16)
+def _weights_of(decay, count, device):
+    return AttentionMass(decay).weights(count, device)[None]
+
+
+def _weights(policy, count, device):
+    """`policy.weights`, float32 `[1, count]`, once for all layers."""
+    if type(policy).weights is AttentionMass.weights:
+        return _weights_of(policy.decay, count, device)
+    return policy.weights(count, device)[None]
+
+
+def _leaves_at_once(layer):
+    """Whether what a prompt leaves is chosen and moved by kernels."""
+    plain = type(layer.slots.codec) is Plain and not layer.summary
+    return (
+        (plain or _is_coded(layer))
+        and layer.policy.recordable  # not one that draws a number for each slot: their order changes
+        and not (layer.selective or (layer.summary and layer.summary.protects))
+        and type(layer).on_evict is BoundedLayer.on_evict
+        and type(layer)._narrow is BoundedLayer._narrow
+    )
 
 
 def grows(layer, padded=False):
@@ -168,7 +245,7 @@ def _adds_up(layer):
         (not policy.uses_attention or policy.observe is AttentionMass.observe)
         and policy.query is Policy.query
         and type(layer).hide is BoundedLayer.hide
-        and getattr(layer.slots.codec, "ring", None) is None
+        and (getattr(layer.slots.codec, "ring", None) is None or _is_coded(layer))
     )
 
 
@@ -180,7 +257,15 @@ def _is_plain(layer):
 
 
 def _is_coded(layer):
-    """Whether kernels work on the layer's codes: of vectors as wide as a power of two, with one summary slot at most."""
+    """Whether kernels work on the layer's codes: of vectors as wide as a power of two, with one summary slot at most. Looked at
+    once for the slots and the policy at hand."""
+    slots, policy = layer.slots, layer.policy
+    if slots.served is None or slots.served[0] is not policy:
+        slots.served = policy, _serves_codes(layer)
+    return slots.served[1]
+
+
+def _serves_codes(layer):
     codec, summary, (width, other) = layer.slots.codec, layer.summary, layer.slots.widths
     return (
         type(codec) is Quantized

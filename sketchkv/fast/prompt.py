@@ -1,8 +1,10 @@
-"""Attention of many new tokens over the slots and themselves, in two Triton kernels: no score reaches memory.
+"""Attention of many new tokens over the slots and themselves, in one Triton kernel: no score reaches memory.
 
-The first is FlashAttention-2's forward pass (Dao 2023, arXiv 2307.08691), which also gives each query's normaliser. With that
-a second pass over the keys adds up what each slot receives: attention is the exponential of logit minus normaliser.
+FlashAttention-2's forward pass (Dao 2023, arXiv 2307.08691), which also gives each query's normaliser, for
+`sketchkv.fast.columns`. Tokens that are near to a query are left out where codes are read and read in a pass of their own.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,12 +12,41 @@ from sketchkv.fast.attention import LOG2E, MASKED, _tile
 from sketchkv.fast.launch import jit, tl, triton
 
 
+class Fine(NamedTuple):
+    """What the queries of a pass read of tokens that are near to them.
+
+    keys, values: `[batch, num_kv_heads, rows + n, width]`.
+    places: positions of these tokens, -1 where there is none, int32 `[batch, num_kv_heads, rows + n]`.
+    positions: of all slots, int32 `[batch, num_kv_heads, capacity]`.
+    first: position of each row's first real token, int32 `[batch, 1, 1]`, or 0 for all.
+    seen: position of the first new token.
+    newest, sinks: of the ring. rows: those that stand before the new tokens'.
+    """
+
+    keys: Any
+    values: Any
+    places: Any
+    positions: Any
+    first: Any
+    seen: int
+    newest: int
+    sinks: int
+    rows: int
+
+
 @jit
-def _logits(q, k, hidden, slot, row, before, used, scale, softcap, CAPPED: tl.constexpr, HIDES: tl.constexpr):
-    """Logits to base 2 of queries and slots, [queries, slots]: -inf for what came later, MASKED for what is hidden."""
-    logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+def capped(logits, softcap, CAPPED: tl.constexpr):
     if CAPPED:  # tanh(x) = 2 / (1 + exp(-2 x)) - 1
         logits = softcap * (2.0 / (1.0 + tl.exp2(-2.8853900817779268 * logits)) - 1.0)
+    return logits
+
+
+@jit
+def logits_of(
+    q, k, hidden, slot, row, before, used, scale, softcap, CAPPED: tl.constexpr, HIDES: tl.constexpr
+):
+    """Logits to base 2 of queries and slots, [queries, slots]: -inf for what came later, MASKED for what is hidden."""
+    logits = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, CAPPED)
     if HIDES:
         away = tl.load(hidden + slot, mask=slot < used, other=1) != 0
         logits = tl.where(away[None, :], MASKED, logits)
@@ -23,13 +54,47 @@ def _logits(q, k, hidden, slot, row, before, used, scale, softcap, CAPPED: tl.co
     return tl.where(seen, logits, -float("inf"))
 
 
-@jit(do_not_specialize=["count", "used"])
+@jit
+def near_to(place, query, sinks_end, NEWEST: tl.constexpr):
+    """Whether tokens at `place` are near to queries (`sketchkv.ring.Near`)."""
+    return (place >= 0) & ((place > query - NEWEST) | (place < sinks_end))
+
+
+@jit
+def _add(logits, v, top, total, sums):
+    """The online softmax takes in a tile."""
+    higher = tl.maximum(top, tl.max(logits, 1))
+    old, new = tl.exp2(top - higher), tl.exp2(logits - higher[:, None])
+    total = total * old + tl.sum(new, 1)
+    return higher, total, tl.dot(new.to(v.dtype), v, sums * old[:, None], input_precision="ieee")
+
+
+@jit
+def _mean(means, turn, column, COLUMNS: tl.constexpr, TURN: tl.constexpr):
+    """A mean, turned back if need be: then it has as many channels as a power of two."""
+    mean = tl.load(means + column, mask=column < COLUMNS, other=0.0)
+    if TURN:
+        rotation = tl.load(turn + column[:, None] * COLUMNS + column[None, :]).to(tl.float32)
+        mean = tl.sum(rotation * mean[None, :], 1) / tl.sqrt(tl.full([1], COLUMNS, tl.float32))
+    return mean
+
+
+@jit(do_not_specialize=["count", "used", "seen", "rows"])
 def _attend(
     query,
     keys,
     values,
     hidden,
     beside,
+    turn,
+    means,
+    value_means,
+    counts,
+    fine_keys,
+    fine_values,
+    places,
+    positions,
+    first,
     output,
     normaliser,
     q_batch,
@@ -41,9 +106,12 @@ def _attend(
     v_batch,
     v_head,
     v_slot,
+    p_head,
     heads,
     count,
     used,
+    seen,
+    rows,
     scale,
     softcap,
     GROUP: tl.constexpr,
@@ -57,192 +125,173 @@ def _attend(
     CAPPED: tl.constexpr,
     HIDES: tl.constexpr,
     BESIDE: tl.constexpr,
+    SUMMARY: tl.constexpr,
+    TURN: tl.constexpr,
+    NEWEST: tl.constexpr,
+    SINKS: tl.constexpr,
+    PADDED: tl.constexpr,
 ):
     """One program: ROWS queries of one head of one sequence."""
     begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS  # the longest ones first
     line = tl.program_id(1).to(tl.int64)
     batch, head = line // heads, line % heads
+    kv = batch * (heads // GROUP) + head // GROUP
     query += batch * q_batch + head * q_head
     keys += batch * k_batch + head // GROUP * k_head
     values += batch * v_batch + head // GROUP * v_head
-    hidden += (batch * (heads // GROUP) + head // GROUP) * used
+    hidden += kv * used
+    positions += kv * p_head
     row = begin + tl.arange(0, ROWS)
     key_column, value_column = tl.arange(0, KEY_WIDTH), tl.arange(0, VALUE_WIDTH)
     before = used - count
+    sinks_end = SINKS
+    if PADDED:
+        sinks_end += tl.load(first + batch)
     q = _tile(query, row, key_column, q_row, 1, count, KEYS, KEY_WIDTH)
     top = tl.full([ROWS], MASKED, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    if BESIDE:
-        first = tl.load(beside + line * count + row, mask=row < count, other=0.0)
-        top = tl.maximum(top, first)
-        total = tl.exp2(first - top)
     sums = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
+    if BESIDE:
+        other = tl.load(beside + line * count + row, mask=row < count, other=0.0)
+        top = tl.maximum(top, other)
+        total = tl.exp2(other - top)
+    if SUMMARY:  # one slot that stands for all that was evicted
+        mean = _mean(means + kv * KEYS, turn, key_column, KEYS, TURN)
+        other = tl.sum(q.to(tl.float32) * mean[None, :], 1) * scale
+        evicted = tl.log2(tl.load(counts + kv))
+        other = capped(other + evicted / softcap, softcap, CAPPED)
+        higher = tl.maximum(top, other)
+        share = tl.exp2(other - higher)
+        total = total * tl.exp2(top - higher) + share
+        mean = _mean(value_means + kv * VALUES, turn, value_column, VALUES, TURN)
+        sums = share[:, None] * mean[None, :]
+        top = higher
     end = tl.minimum(before + begin + ROWS, used)
     for at in tl.range(0, end, BLOCK, num_stages=STAGES):
         slot = at + tl.arange(0, BLOCK)
         k = _tile(keys, slot, key_column, k_slot, 1, end, KEYS, KEY_WIDTH)
         v = _tile(values, slot, value_column, v_slot, 1, end, VALUES, VALUE_WIDTH)
-        logits = _logits(q, k, hidden, slot, row, before, used, scale, softcap, CAPPED, HIDES)
-        higher = tl.maximum(top, tl.max(logits, 1))
-        old, new = tl.exp2(top - higher), tl.exp2(logits - higher[:, None])
-        total = total * old + tl.sum(new, 1)
-        sums = tl.dot(new.to(v.dtype), v, sums * old[:, None], input_precision="ieee")
-        top = higher
+        logits = logits_of(q, k, hidden, slot, row, before, used, scale, softcap, CAPPED, HIDES)
+        if NEWEST:  # these are read below
+            place = tl.load(positions + slot, mask=slot < end, other=-1)
+            near = near_to(place[None, :], seen + row[:, None], sinks_end, NEWEST)
+            logits = tl.where(near, -float("inf"), logits)
+        top, total, sums = _add(logits, v, top, total, sums)
+    if NEWEST:
+        # What the ring held before, sinks among the new tokens, and those that came just before the queries.
+        places += kv * (rows + count)
+        fine_keys += kv * (rows + count) * KEYS
+        fine_values += kv * (rows + count) * VALUES
+        band = tl.maximum(begin - NEWEST + 1, 0) // BLOCK * BLOCK
+        least = tl.maximum(sinks_end - SINKS - seen, 0) // BLOCK * BLOCK
+        sunk = (tl.maximum(tl.minimum(sinks_end - seen, band) - least, 0) + BLOCK - 1) // BLOCK
+        held = (rows + BLOCK - 1) // BLOCK
+        close = (tl.minimum(begin + ROWS, count) - band + BLOCK - 1) // BLOCK
+        for number in tl.range(0, held + sunk + close, num_stages=STAGES):
+            own = number >= held
+            at = (number - held) * BLOCK + least
+            at = tl.where(number < held + sunk, at, (number - held - sunk) * BLOCK + band)
+            index = tl.where(own, at, number * BLOCK) + tl.arange(0, BLOCK)
+            inside = index < tl.where(own, count, rows)
+            which = index + tl.where(own, rows, 0)
+            which = tl.where(inside, which, rows + count)
+            place = tl.load(places + which, mask=inside, other=-1)
+            k = _tile(fine_keys, which, key_column, KEYS, 1, rows + count, KEYS, KEY_WIDTH)
+            v = _tile(fine_values, which, value_column, VALUES, 1, rows + count, VALUES, VALUE_WIDTH)
+            logits = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, CAPPED)
+            near = near_to(place[None, :], seen + row[:, None], sinks_end, NEWEST)
+            near = near & ((index[None, :] <= row[:, None]) | (number < held))
+            top, total, sums = _add(tl.where(near, logits, -float("inf")), v, top, total, sums)
     inside = (row[:, None] < count) & (value_column[None, :] < VALUES)
-    address = output + (line * count + row[:, None]) * VALUES + value_column[None, :]
+    address = output + ((batch * count + row[:, None]) * heads + head) * VALUES + value_column[None, :]
     tl.store(address, (sums / total[:, None]).to(output.dtype.element_ty), mask=inside)
     tl.store(normaliser + line * count + row, top + tl.log2(total), mask=row < count)
 
 
-@jit(do_not_specialize=["count", "used"])
-def _receive(
-    query,
-    keys,
-    hidden,
-    normaliser,
-    weights,
-    received,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_slot,
-    w_batch,
-    heads,
-    count,
-    used,
-    scale,
-    softcap,
-    GROUP: tl.constexpr,
-    KEYS: tl.constexpr,
-    KEY_WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-    CAPPED: tl.constexpr,
-    HIDES: tl.constexpr,
+def attend(
+    query, keys, values, scaling, softcap=None, hidden=None, beside=None, summary=None, turn=None, fine=None
 ):
-    """One program: what BLOCK slots receive from one head of one sequence."""
-    begin = tl.program_id(0) * BLOCK  # the longest ones first: all queries see the first slots
-    line = tl.program_id(1).to(tl.int64)
-    batch, head = line // heads, line % heads
-    query += batch * q_batch + head * q_head
-    keys += batch * k_batch + head // GROUP * k_head
-    hidden += (batch * (heads // GROUP) + head // GROUP) * used
-    normaliser += line * count
-    weights += batch * w_batch
-    slot, column = begin + tl.arange(0, BLOCK), tl.arange(0, KEY_WIDTH)
-    k = _tile(keys, slot, column, k_slot, 1, used, KEYS, KEY_WIDTH)
-    sums = tl.zeros([BLOCK], tl.float32)
-    before = used - count
-    start = tl.maximum(begin - before, 0) // ROWS * ROWS  # queries before see none of these slots
-    for at in tl.range(start, count, ROWS, num_stages=STAGES):
-        row = at + tl.arange(0, ROWS)
-        q = _tile(query, row, column, q_row, 1, count, KEYS, KEY_WIDTH)
-        weight = tl.load(weights + row, mask=row < count, other=0.0)
-        total = tl.load(normaliser + row, mask=row < count, other=0.0)
-        logits = _logits(q, k, hidden, slot, row, before, used, scale, softcap, CAPPED, HIDES)
-        sums += tl.sum(tl.exp2(logits - total[:, None]) * weight[:, None], 0)
-    tl.store(received + line * used + slot, sums, mask=slot < used)
-
-
-def attend(query, keys, values, scaling, softcap=None, hidden=None, beside=None):
     """Attention of n new queries over the slots, the last n of which are their own tokens: `(output, normaliser)`.
 
     query: `[batch, num_heads, n, width]`.
     keys, values: `[batch, num_kv_heads, used, width of each]`, of the query's dtype; views with any strides but the last.
     scaling, softcap: as of `sketchkv.logits.Form`.
     hidden: uint8 `[batch, num_kv_heads, used]`, contiguous, 1 for slots that are not looked at; None: none.
-    beside: float32 `[batch, num_heads, n]`, the log-sum-exp of each query's logits of what is no slot; None: nothing.
+    beside: float32 `[batch, num_heads, n]`, the log-sum-exp of each query's logits of what gives nothing; None: nothing.
+    summary: `sketchkv.summary.Summary` with one slot; None: none.
+    turn: int8 rotation (`sketchkv.quantize.rotation`) of what the summary holds, and nothing else here; None: none.
+    fine: `Fine`, read in place of `keys` and `values` where they are near to a query; None: none are.
 
-    output: `[batch, num_heads, n, width of values]`, the query's dtype, of slots alone.
+    output: `[batch, num_heads, n, width of values]`, the query's dtype, heads side by side in memory.
     normaliser: float32 `[batch, num_heads, n]`, the log-sum-exp of all logits, to base 2.
     """
     (batch, heads, count, _), used = query.shape, keys.shape[2]
     query, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, values))
-    output = torch.empty(batch, heads, count, values.shape[-1], dtype=query.dtype, device=query.device)
+    output = torch.empty(batch, count, heads, values.shape[-1], dtype=query.dtype, device=query.device)
     normaliser = torch.empty(batch, heads, count, dtype=torch.float32, device=query.device)
-    rows, block, stages, warps = _tiles(query, values)
+    rows, block, stages, warps = tiles(query, values)
+    near, (seen, before), sizes = parts_of(fine, normaliser)
     _attend[(triton.cdiv(count, rows), batch * heads)](
         query,
         keys,
         values,
         normaliser if hidden is None else hidden,
         normaliser if beside is None else (beside * LOG2E).contiguous(),
+        normaliser if turn is None else turn,
+        *((normaliser,) * 3 if summary is None else (summary.keys, summary.values, summary.counts)),
+        *near,
         output,
         normaliser,
         *query.stride()[:3],
         *keys.stride()[:3],
         *values.stride()[:3],
+        near[3].stride(1),
         heads,
         count,
         used,
-        *_factors(scaling, softcap),
+        seen,
+        before,
+        *factors(scaling, softcap),
         GROUP=heads // keys.shape[1],
         KEYS=keys.shape[-1],
-        KEY_WIDTH=_width(keys),
+        KEY_WIDTH=width_of(keys),
         VALUES=values.shape[-1],
-        VALUE_WIDTH=_width(values),
+        VALUE_WIDTH=width_of(values),
         ROWS=rows,
         BLOCK=block,
         STAGES=stages,
         CAPPED=softcap is not None,
         HIDES=hidden is not None,
         BESIDE=beside is not None,
+        SUMMARY=summary is not None,
+        TURN=turn is not None,
         num_warps=warps,
+        **sizes,
     )
-    return output, normaliser
+    return output.transpose(1, 2), normaliser
 
 
-def receive(query, keys, normaliser, weights, scaling, softcap=None, hidden=None):
-    """What each slot receives from n queries: the sum of their attention, float32 `[batch, num_kv_heads, used]`.
-
-    weights: float32 `[batch or 1, n]`, how much each query counts; other parameters as of `attend`.
-    """
-    (batch, heads, count, _), (kv_heads, used) = query.shape, keys.shape[1:3]
-    query, keys, weights = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys, weights))
-    received = torch.empty(batch, heads, used, dtype=torch.float32, device=query.device)
-    rows, block, stages, warps = _tiles(query, keys)
-    _receive[(triton.cdiv(used, block), batch * heads)](
-        query,
-        keys,
-        normaliser if hidden is None else hidden,
-        normaliser,
-        weights,
-        received,
-        *query.stride()[:3],
-        *keys.stride()[:3],
-        weights.stride(0) if weights.shape[0] > 1 else 0,
-        heads,
-        count,
-        used,
-        *_factors(scaling, softcap),
-        GROUP=heads // kv_heads,
-        KEYS=keys.shape[-1],
-        KEY_WIDTH=_width(keys),
-        ROWS=rows,
-        BLOCK=block,
-        STAGES=stages,
-        CAPPED=softcap is not None,
-        HIDES=hidden is not None,
-        num_warps=warps,
-    )
-    return received.view(batch, kv_heads, -1, used).sum(2)
+def parts_of(fine, unused):
+    """Tensors, numbers and sizes that kernels take of `Fine`; of None, any tensor."""
+    if fine is None:
+        return (unused,) * 5, (0, 0), dict(NEWEST=0, SINKS=0, PADDED=False)
+    padded = isinstance(fine.first, torch.Tensor)
+    tensors = fine.keys, fine.values, fine.places, fine.positions, fine.first if padded else fine.places
+    return tensors, (fine.seen, fine.rows), dict(NEWEST=fine.newest, SINKS=fine.sinks, PADDED=padded)
 
 
-def _factors(scaling, softcap):
+def factors(scaling, softcap):
     """Of products, and of what is capped: either way logits come out to base 2."""
     return (scaling * LOG2E, 1.0) if softcap is None else (scaling / softcap, softcap * LOG2E)
 
 
-def _width(vectors):
+def width_of(vectors):
     return max(16, triton.next_power_of_2(vectors.shape[-1]))
 
 
-def _tiles(query, other):
+def tiles(query, other):
     """Queries and slots of a tile, stages and warps: what fits in the memory of a multiprocessor."""
-    row = max(_width(query), _width(other)) * query.element_size()  # bytes of a vector
+    row = max(width_of(query), width_of(other)) * query.element_size()  # bytes of a vector
     if row <= 128:
         return 128, 64, 3, 4
     if row <= 256:

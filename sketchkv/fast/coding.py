@@ -1,0 +1,141 @@
+"""Vectors to codes and back, many at a time, as `sketchkv.quantize.Normal` does it; and the one time that all keys get new codes."""
+
+import torch
+
+from sketchkv.fast.codes import levels_of, rests_of, ring_row, stored
+from sketchkv.fast.launch import jit, tl
+from sketchkv.quantize import CENTRE_AFTER, TINY
+
+MOST_SETTLED = CENTRE_AFTER  # slots that are occupied when keys are centred
+
+
+@jit
+def code_of(x, levels, bounds, LEAST: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
+    """(codes, levels, scales float16) of vectors x [rows, DIM], float32."""
+    norm = tl.sqrt(tl.sum(x * x, 1) / DIM)
+    relative = x / tl.maximum(norm, LEAST)[:, None]
+    code = (x > x).to(tl.int32)  # zeros
+    for step in tl.static_range(BITS):  # halves what is left
+        further = code + (1 << (BITS - 1 - step))
+        code = tl.where(relative > tl.load(bounds + further - 1), further, code)
+    level = tl.load(levels + code)
+    scale = (tl.sum(x * level, 1) / tl.sum(level * level, 1)).to(tl.float16)
+    return code, level, scale
+
+
+@jit
+def _put_plane(
+    codes, code, target, held, ROWS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, PART: tl.constexpr
+):
+    SHIFT: tl.constexpr = BITS // (2 * PART) * (2 * PART)
+    STRETCH: tl.constexpr = DIM * PART // 8
+    PARTS: tl.constexpr = 8 // PART
+    part = tl.reshape((code >> SHIFT) & ((1 << PART) - 1), [ROWS, PARTS, STRETCH])
+    byte = tl.sum(part << (tl.arange(0, PARTS) * PART)[None, :, None], 1)
+    address = codes + target[:, None] * (DIM * BITS // 8) + SHIFT * DIM // 8 + tl.arange(0, STRETCH)[None, :]
+    tl.store(address, byte.to(tl.uint8), mask=held[:, None])
+
+
+@jit
+def put(codes, scales, code, scale, target, held, ROWS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr):
+    """Stores codes [ROWS, DIM] and scales in the slots `target` that are `held`."""
+    tl.store(scales + target, scale, mask=held)
+    if BITS & 8:
+        _put_plane(codes, code, target, held, ROWS, DIM, BITS, 8)
+    if BITS & 4:
+        _put_plane(codes, code, target, held, ROWS, DIM, BITS, 4)
+    if BITS & 2:
+        _put_plane(codes, code, target, held, ROWS, DIM, BITS, 2)
+    if BITS & 1:
+        _put_plane(codes, code, target, held, ROWS, DIM, BITS, 1)
+
+
+@jit
+def vectors(codes, scales, levels, slot, held, DIM: tl.constexpr, BITS: tl.constexpr):
+    """Vectors [rows, DIM], float32, of the codes in the slots `slot` that are `held`, zero elsewhere."""
+    level = levels_of(codes, levels, slot, held, tl.arange(0, DIM), DIM, BITS)
+    return level * tl.load(scales + slot, mask=held, other=0.0).to(tl.float32)[:, None]
+
+
+@jit(do_not_specialize=["used", "end", "capacity"])
+def _settle(
+    first,
+    keys,
+    key_scales,
+    key_levels,
+    key_bounds,
+    centre,
+    positions,
+    rest_keys,
+    rest_key_scales,
+    rest_key_levels,
+    rest_key_bounds,
+    capacity,
+    kv_heads,
+    used,
+    end,
+    num_sinks,
+    NEWEST: tl.constexpr,
+    SINKS: tl.constexpr,
+    REST_BITS: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+    KEY_BITS: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    """One program: one KV head of one sequence."""
+    line = tl.program_id(0).to(tl.int64)
+    slot, column = tl.arange(0, ROWS), tl.arange(0, DIM)
+    inside = slot < used
+    keys += line * capacity * (DIM * KEY_BITS // 8)
+    key_scales += line * capacity
+    at = tl.load(positions + line * capacity + slot, mask=inside, other=-1)
+    begins = 0
+    if PADDED:
+        begins = tl.load(first + line // kv_heads)
+    key = vectors(keys, key_scales, key_levels, slot, inside, DIM, KEY_BITS)
+    key += tl.load(centre + line * DIM + column).to(tl.float32)[None, :]
+    if NEWEST:
+        rest_keys += line * (NEWEST + SINKS) * (DIM * REST_BITS // 8)
+        rest_key_scales += line * (NEWEST + SINKS)
+        near, held = ring_row(at, begins, end, NEWEST, SINKS)
+        key += vectors(rest_keys, rest_key_scales, rest_key_levels, near, held, DIM, REST_BITS)
+    member = inside & (at >= begins + num_sinks) & (tl.min((tl.abs(key) < float("inf")).to(tl.int32), 1) > 0)
+    total = tl.sum(tl.where(member[:, None], key, 0.0), 0)
+    middle = (total / tl.maximum(tl.sum(member.to(tl.float32), 0), 1.0)).to(tl.float16)
+    tl.debug_barrier()  # all have read what is overwritten
+    tl.store(centre + line * DIM + column, middle)
+    x = key - middle.to(tl.float32)[None, :]
+    code, level, scale = code_of(x, key_levels, key_bounds, LEAST, DIM, KEY_BITS)
+    put(keys, key_scales, code, scale, slot, inside, ROWS, DIM, KEY_BITS)
+    if NEWEST:
+        x -= level * scale.to(tl.float32)[:, None]
+        code, level, scale = code_of(x, rest_key_levels, rest_key_bounds, LEAST, DIM, REST_BITS)
+        put(rest_keys, rest_key_scales, code, scale, near, held, ROWS, DIM, REST_BITS)
+
+
+def settle(slots, tokens, seen, num_sinks):
+    """`sketchkv.quantize.Quantized.settle`, of at most `MOST_SETTLED` slots, in one launch."""
+    (batch, kv_heads), dim = slots.shape, slots.widths[0]
+    rests, sizes = rests_of(slots, "bounds")
+    padded = isinstance(tokens.first, torch.Tensor)
+    _settle[(batch * kv_heads,)](
+        tokens.first if padded else slots.positions,
+        *stored(slots, "keys", "bounds"),
+        slots.codec.centre,
+        slots.positions,
+        *rests[:4],
+        slots.capacity,
+        kv_heads,
+        slots.used,
+        seen,
+        num_sinks,
+        **sizes,
+        PADDED=padded,
+        ROWS=MOST_SETTLED,
+        DIM=dim,
+        KEY_BITS=slots.codec.bits["keys"],
+        LEAST=TINY,
+        num_warps=4,
+    )

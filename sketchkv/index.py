@@ -102,20 +102,17 @@ class KeyIndex:
         self.levels = levels_of_bytes(self.bits, device)
 
     def _hold(self, positions, count):
-        held, numbers = self.arrays.get("positions"), self.numbers(self.capacity)
+        held, numbers = self.arrays.get("positions"), numbers(self.pending.device, self.capacity)
         if positions is not None and held is None:
             held = self.arrays["positions"] = numbers.repeat(self.shape[0], 1, 1)
         if held is not None:
             end = self.seen + count
             held[:, 0, self.seen : end] = numbers[0, :, self.seen : end] if positions is None else positions
 
-    def numbers(self, count):
-        return torch.arange(count, dtype=torch.int32, device=self.pending.device)[None, None]
-
     def positions(self, count):
         """Of the first `count` tokens, int32 `[batch or 1, 1, count]`, -1 for padding."""
         held = self.arrays.get("positions")
-        return self.numbers(count) if held is None else held[:, :, :count]
+        return numbers(self.pending.device, count) if held is None else held[:, :, :count]
 
     def _code(self, blocks):
         tokens = blocks.shape[2] * self.block
@@ -171,21 +168,7 @@ class KeyIndex:
 
     def likeness(self, query):
         """Rotated query times centred key, `[batch, kv_heads, m, coded]`."""
-        return self.lookup(query) * self.used("factor").float()[:, :, None]
-
-    def lookup(self, query):
-        """Rotated query times the levels of each signature, `[batch, kv_heads, m, coded]`.
-
-        One lookup per byte, not one product per coordinate: what each of the 256 bytes adds is worked out
-        once per query, as in product quantization (Jegou et al. 2011).
-        """
-        signature, count = self.used("signature"), query.shape[2]
-        sums = query.unflatten(-1, (8 // self.bits, -1)).transpose(-1, -2) @ self.levels.T
-        sums = sums.permute(0, 1, 3, 4, 2).reshape(-1, count)  # rows: batch, kv_heads, bytes, 256
-        first = torch.arange(0, len(sums), 256, dtype=torch.int32, device=sums.device)
-        places = signature.int() + first.view(*signature.shape[:2], 1, -1)
-        found = embedding_bag(places.flatten(0, 2), sums, mode="sum")
-        return found.view(*signature.shape[:3], count).transpose(-1, -2)
+        return lookup(self, query) * self.used("factor").float()[:, :, None]
 
     def centre(self):
         """Centres of the full blocks, rotated, float32 `[batch, kv_heads, blocks, head_dim]`."""
@@ -245,12 +228,31 @@ class KeyIndex:
         return [self.pending, *self.arrays.values()] if self.shape else []
 
 
+def numbers(device, count):
+    return torch.arange(count, dtype=torch.int32, device=device)[None, None]
+
+
 def _same(held, shape):
     if held != shape:
         raise ValueError(
             f"the index holds (batch, kv_heads, head_dim) = {held}, these keys have {shape}: "
             "finish one batch before the next, with reset() between them"
         )
+
+
+def lookup(index, query):
+    """Rotated query times the levels of each signature, `[batch, kv_heads, m, coded]`.
+
+    One lookup per byte, not one product per coordinate: what each of the 256 bytes adds is worked out
+    once per query, as in product quantization (Jegou et al. 2011).
+    """
+    signature, count = index.used("signature"), query.shape[2]
+    sums = query.unflatten(-1, (8 // index.bits, -1)).transpose(-1, -2) @ index.levels.T
+    sums = sums.permute(0, 1, 3, 4, 2).reshape(-1, count)  # rows: batch, kv_heads, bytes, 256
+    first = torch.arange(0, len(sums), 256, dtype=torch.int32, device=sums.device)
+    places = signature.int() + first.view(*signature.shape[:2], 1, -1)
+    found = embedding_bag(places.flatten(0, 2), sums, mode="sum")
+    return found.view(*signature.shape[:3], count).transpose(-1, -2)
 
 
 def longer(array, more, capacity):
@@ -281,7 +283,7 @@ class BothSigns(KeyIndex):
     """The signs of the query, too, and not its coordinates: SimHash (Charikar 2002) with lengths."""
 
     def likeness(self, query):
-        alike = self.lookup(query.sign()) / (query.shape[-1] * self.coder.levels[-1])
+        alike = lookup(self, query.sign()) / (query.shape[-1] * self.coder.levels[-1])
         length = self.used("factor").float()[:, :, None] * (2 / torch.pi * query.shape[-1] ** 0.5)
         return (alike * (torch.pi / 2)).sin_() * length * query.norm(dim=-1, keepdim=True)
 

@@ -294,11 +294,13 @@ class Fine:
         passing = (own >= 0) & (positions >= 0) & (self.rests["keys"].shape[2] > ring.rows)
         present = passing | (row < ring.rows)
         row = torch.where(passing, ring.rows + own, row).where(present, 0).expand(*layer.slots.shape, -1)
-        rests = [
+        keys, values = (
             gather(self.rests[name], row).masked_fill(~present[..., None], 0) for name in ("keys", "values")
-        ]
+        )
         first = torch.as_tensor(self.tokens.first, device=token.device).view(-1, 1, 1, 1)
-        return Near(token, *rests, present, positions, self.tokens.positions, ring.newest, first + ring.sinks)
+        return Near(
+            token, keys, values, present, positions, self.tokens.positions, ring.newest, first + ring.sinks
+        )
 
 
 def allowed_to(layer, query, turned, tokens, form, number, first):

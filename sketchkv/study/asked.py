@@ -74,7 +74,11 @@ def picture_of_losses(table, gained, seed=0):
         )
     budgets = sorted(table.budget.unique())
     ticks(axis, budgets, words=lambda share: f"1/{1 / share:.0f}")
-    axis.set(xlim=(budgets[0] / 1.5, budgets[-1] * 1.2), ylim=(0, None), ylabel=LOSS.replace("left", "below"))
+    axis.set(
+        xlim=(budgets[0] / 1.5, budgets[-1] * 1.2),
+        ylim=(0, None),
+        ylabel="perplexity above the full cache, %",
+    )
     axis.set_xlabel("bytes of fast memory, share of the full cache")
     axis.invert_xaxis()
     axis.set_xlim(budgets[-1] * 1.2, budgets[0] / 1.9)
@@ -211,7 +215,13 @@ def picture_of_journey(table, cap, top, where):
     last, ranks = table.iloc[-1], {"past": PALETTE[2], "index": PALETTE[3]}
     for name, colour in ranks.items():
         line = table.dropna(subset=[name])
-        axis.plot(line.step, line[name].astype(float), color=colour, linewidth=1 if name == "index" else 2)
+        axis.plot(
+            line.step,
+            line[name].astype(float),
+            color=colour,
+            linewidth=1 if name == "index" else 2,
+            alpha=0.6 if name == "index" else 1,
+        )
         axis.plot(last.step, last[name], "o", color=colour)
         words = {"past": "by past attention", "index": "by the index, for this query"}[name]
         axis.annotate(
@@ -247,6 +257,8 @@ def picture_of_journey(table, cap, top, where):
         xlabel="tokens read; the last one asks for the fact",
         ylabel="rank among all tokens (1 is kept first)",
     )
+    ticks(axis, [1, 10, 100], "y")
+    axis.set_xticks([each for each in axis.get_xticks() if table.step.iloc[0] <= each <= last.step])
     axis.invert_yaxis()
     axis.set_xlim(table.step.iloc[0], last.step + 0.55 * (last.step - table.step.iloc[0]))
     went = f"evicted after {gone.step.iloc[0]} tokens" if len(gone) else "still held"

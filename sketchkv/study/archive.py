@@ -130,3 +130,16 @@ def table(folder=FOLDER):
         "scaling_fit",
     )
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def facts(tried):
+    """What the report says of the table: {name: number or word}."""
+    counts = {f"tried_{word}": int(tried.verdict.str.startswith(word).sum()) for word in ("better", "worse", "not d")}
+    return {
+        "tried_better": counts["tried_better"],
+        "tried_worse": counts["tried_worse"],
+        "tried_not": counts["tried_not d"],
+        "tried_rows": int((tried.unit == NATS).sum()),
+        "tried_things": int(tried.what.nunique()),
+        "tried_code": manifest()["code"],
+    }

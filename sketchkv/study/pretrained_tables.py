@@ -1,12 +1,22 @@
-"""What notebook 16 shows of the tables that `sketchkv.study.pretrained` measured on a GPU."""
+"""What notebook 11 shows of the tables that `sketchkv.study.pretrained` measured on a GPU."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
+from sketchkv.study import figures
 from sketchkv.study.measured import BENCHMARKS, COUNTS, LABELS
 from sketchkv.study.stats import paired_interval
 
+AT = 1 / 8  # the share of the bytes at which methods are compared
+# Of the hero figure: (label, place in the palette, points by which the label is above its point).
+NAMED = {
+    "compact": ("compact", 0, -2),
+    "recall": ("recall", 2, -9),
+    "decayed mean": ("exact scores", 4, -9),
+    "sketch 512x4": ("a sketch", 3, 9),
+}
 LOSSES = {
     "text": "prose (documentation of Django) or code (Python of held-out packages)",
     "method": "eviction rule and codec",
@@ -72,3 +82,144 @@ def answers(folder=BENCHMARKS):
         counts = bool(full[task, depth] >= COUNTS)
         rows.append((task, LABELS[name], depth, right, n, bounds.low, bounds.high, counts))
     return pd.DataFrame(rows, columns=list(ANSWERS))
+
+
+def compared(text, one, other, folder=BENCHMARKS, share=AT):
+    """How much more perplexity `one` has than `other` at the same bytes on the same documents, in percent: (mean, low, high)."""
+    table = pd.read_csv(folder / "pretrained_quality.csv")
+    table = table[(table.text == text) & (table.share == share)].set_index("document")
+    nll = [table.nll[table.name == name] for name in (one, other)]
+    return tuple(100 * np.expm1(paired_interval((nll[0] - nll[1]).to_numpy(copy=True))))
+
+
+def facts(losses, answers):
+    """What the report says of both tables: {name: number or word}."""
+    found = {"pretrained_documents": int(losses.n.min()), "pretrained_tokens": 4096}
+    at = losses[losses.budget == AT]
+    for text, part in at.groupby("text"):
+        for row in part[part.method.isin(NAMED)].itertuples():
+            name = f"pretrained_{text}_{row.method.split()[0]}"
+            found |= {name: row.percent, f"{name}_low": row.low, f"{name}_high": row.high}
+        found[f"pretrained_{text}_best"] = part.method[part.percent.idxmin()]
+        for one, other in (("sketch", "decayed"), ("recall", "decayed"), ("recall", "compact")):
+            ends = zip(("mean", "low", "high"), compared(text, one, other))
+            found |= {f"pretrained_{text}_{one}_over_{other}_{end}": value for end, value in ends}
+    needle = answers[answers.counts & (answers.task == "needle")].groupby("method")[["right", "n"]].sum()
+    found["pretrained_needles"] = int(needle.right["compact"])
+    return {name: value if isinstance(value, (str, int)) else float(value) for name, value in found.items()}
+
+
+def hero(losses, front):
+    """Loss against bytes: prose and code of the pretrained model, and the embedded model; all methods grey, some named.
+
+    front: the table `baseline_front`. Returns (figure, caption).
+    """
+    embedded = pd.DataFrame(
+        {
+            "text": "embedded model",
+            "method": front.method.replace({"decayed": "decayed mean", "sketch": "sketch 512x4"}),
+            "share": front["share"],
+            "percent": 100 * np.expm1(front.loss),
+        }
+    )
+    fig, axes = plt.subplots(1, 3, sharey=True)
+    for axis, (title, rows) in zip(
+        axes, ((t, d[d.text == t]) for d, t in ((losses, "prose"), (losses, "code"), (embedded, "embedded model")))
+    ):
+        _crowd(axis, rows)
+        axis.set_title(title if title not in ("prose", "code") else f"SmolLM2, {title}")
+        axis.set(xscale="log", yscale="log", xlim=(0.022, 0.8), ylim=(0.1, 200))
+        axis.set_xticks([1 / 16, 1 / 4], ["1/16", "1/4"])
+        axis.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+        axis.minorticks_off()
+    axes[0].set_ylabel("perplexity above the full cache, %")
+    axes[1].set_xlabel("bytes held, share of the full cache's")
+    at = losses[losses.budget == AT].set_index(["text", "method"])
+    best = {text: at.percent[text].idxmin() for text in ("prose", "code")}
+    words = " and ".join(dict.fromkeys(f"{NAMED.get(best[t], best)[0]} on {t}" for t in best))
+    if best["prose"] == best["code"]:
+        words = f"{NAMED.get(best['code'], best)[0]} on prose and code"
+    return fig, (
+        f"At an eighth of the bytes least is lost by {words}. Down and to the left is better; grey: all other methods. "
+        f"SmolLM2-135M-Instruct with Q4_1 weights, n = {int(at.n.min())} documents of 4,096 tokens each of prose and of code; "
+        "right: the embedded model of 13 million parameters on 16 documents of 1,024 tokens of Python. "
+        "Values below 0.1 % are drawn at 0.1 %. The next picture but one has the intervals."
+    )
+
+
+def _crowd(axis, rows):
+    for method, part in rows.groupby("method", sort=False):
+        part = part.sort_values("share")
+        label, color, above = NAMED.get(method, ("", None, 0))
+        color = "#c4c4c4" if color is None else figures.PALETTE[color]
+        percent = part.percent.clip(lower=0.1)
+        axis.plot(part["share"], percent, marker="o", color=color, markersize=5, zorder=3 if label else 1)
+        if label:
+            at = (part["share"].iloc[0], percent.iloc[0])
+            axis.annotate(
+                label, at, (-5, above), textcoords="offset points", color=color, ha="right", va="center"
+            )
+
+
+def at_equal_bytes(losses):
+    """Loss of every method at an eighth of the bytes, with intervals, on prose and on code. Returns (figure, caption)."""
+    at = losses[losses.budget == AT]
+    order = at[at.text == "code"].sort_values("percent", ascending=False).method.tolist()
+    fig, axes = plt.subplots(1, 2, sharey=True)
+    for axis, text in zip(axes, ("prose", "code")):
+        rows = at[at.text == text].set_index("method").reindex(order)
+        for place, (method, row) in enumerate(rows.iterrows()):
+            color = figures.PALETTE[NAMED[method][1]] if method in NAMED else "#8c8c8c"
+            axis.errorbar(
+                row.percent,
+                place,
+                xerr=[[row.percent - row.low], [row.high - row.percent]],
+                fmt="o",
+                color=color,
+                capsize=2,
+            )
+        axis.set(title=text, xscale="log")
+        axis.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+        axis.minorticks_off()
+    axes[0].set_yticks(range(len(order)), [SHORT.get(method, method) for method in order])
+    fig.supxlabel("perplexity above the full cache, %", fontsize=plt.rcParams["axes.labelsize"])
+    code = at[at.text == "code"].set_index("method")
+    ahead = "far less than" if code.high["recall"] < code.low["decayed mean"] / 2 else "about as much as"
+    return fig, (
+        f"On code an index of the keys loses {ahead} exact scores of past attention do. Every method holds an eighth of the "
+        "bytes of the full cache, all it needs included; recall keeps what it brings back in host memory, which is not counted. "
+        f"SmolLM2-135M-Instruct, n = {int(at.n.min())} documents of each kind, 95 % intervals over documents."
+    )
+
+
+SHORT = {"decayed mean": "exact scores", "sketch 512x4": "a sketch", "H2O, half of the cap recent": "H2O", "SnapKV, window of 64": "SnapKV"}
+
+
+def found_again(answers):
+    """Right answers by where the fact stood, a line for each cache that was asked. Returns (figure, caption)."""
+    needle = answers[answers.task == "needle"]
+    fig, axis = plt.subplots()
+    colors = {"full cache": figures.FULL_CACHE["color"]} | {m: figures.PALETTE[c] for m, (_, c, _) in NAMED.items()}
+    asked = list(dict.fromkeys(needle.method))
+    for place, method in enumerate(asked):
+        rows = needle[needle.method == method].sort_values("depth")
+        share, color = 100 * rows.right / rows.n, colors.get(method, "#8c8c8c")
+        error = [share - 100 * rows.low, 100 * rows.high - share]
+        axis.errorbar(rows.depth + 0.006 * place, share, error, marker="o", color=color, capsize=2)
+        label = NAMED.get(method, (SHORT.get(method, method),))[0]
+        axis.annotate(
+            label, (rows.depth.iloc[-1], share.iloc[-1]), (12, 0), textcoords="offset points", color=color, va="center"
+        )
+    axis.set(xlabel="where the fact stood: 0 the start of the text, 1 its end", ylabel="right answers, %")
+    axis.set(ylim=(-5, 105), xlim=(0.05, 1.15))
+    counted = needle[needle.counts].groupby("method", sort=False)[["right", "n"]].sum()
+    right, n = counted.right, counted.n
+    finding = f"compact answers {right['compact']} of {n['compact']} questions about far facts, the full cache {right['full cache']}"
+    if "recall" in right:
+        finding = f"Of {n['recall']} questions about far facts recall answers {right['recall']}, compact {right['compact']}"
+    unasked = [name for name in ("compact", "recall", "decayed mean") if name not in right]
+    return fig, (
+        f"{finding}. A number stands once in a text of 4,096 tokens and is asked for at its end; every cache holds an eighth of "
+        f"the bytes. SmolLM2-135M-Instruct, n = {int(needle.n.min())} questions a depth, exact binomial 95 % intervals."
+        + (f" Not asked yet: {', '.join(unasked)}." if unasked else "")
+    )

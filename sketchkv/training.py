@@ -1,9 +1,8 @@
 """The recipe of the embedded model: `python -m sketchkv.training` (or `make model`).
 
-A byte-level BPE tokenizer and a small decoder (`GPT2LMHeadModel`, or `LlamaForCausalLM` for the rotary one) trained on
-the Python source of the installed packages: Muon for the matrices (Jordan et al. 2024), AdamW for the rest, a learning
-rate that falls linearly to zero over the token budget. A checkpoint every few minutes lets an interrupted run go on
-where it stopped. `data/model-rotary` is `--arch llama --layers 4 --positions 4096`.
+A byte-level BPE tokenizer and a small decoder (`GPT2LMHeadModel`) trained on the Python source of the installed
+packages: Muon for the matrices (Jordan et al. 2024), AdamW for the rest, a learning rate that falls linearly to zero over
+the token budget. A checkpoint every few minutes lets an interrupted run go on where it stopped.
 """
 
 import argparse
@@ -18,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from sketchkv import corpus, loading
 
@@ -46,44 +45,31 @@ def train_tokenizer(texts, vocab_size=4096):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, pad_token=BOS)
 
 
-def build_model(arch, layers, heads, positions, vocab_size):
-    """An untrained decoder with `heads` heads of 64: arch "gpt2", or "llama" (rotary, two query heads per KV head)."""
+def build_model(layers, heads, positions, vocab_size):
+    """An untrained decoder with `heads` heads of 64."""
     width = HEAD_DIM * heads
-    common = dict(vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    if arch == "gpt2":
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                n_positions=positions,
-                n_embd=width,
-                n_layer=layers,
-                n_head=heads,
-                activation_function="gelu_pytorch_tanh",  # GPT-2's own in one operation instead of eight
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                **common,
-            )
-        )
-        # Sinusoids (Vaswani et al. 2017) to begin with: heads find the previous token, and from it induction, after far
-        # fewer tokens than with random position embeddings.
-        angles = torch.arange(positions)[:, None] * 10000 ** (-torch.arange(0, width, 2) / width)
-        with torch.no_grad():
-            model.transformer.wpe.weight.copy_(
-                0.05 * torch.stack([angles.sin(), angles.cos()], -1).flatten(1)
-            )
-        return model
-    return LlamaForCausalLM(
-        LlamaConfig(
-            max_position_embeddings=positions,
-            hidden_size=width,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=max(1, heads // 2),
-            intermediate_size=width * 8 // 3,
-            tie_word_embeddings=True,
-            **common,
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocab_size,
+            n_positions=positions,
+            n_embd=width,
+            n_layer=layers,
+            n_head=heads,
+            activation_function="gelu_pytorch_tanh",  # GPT-2's own in one operation instead of eight
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
         )
     )
+    # Sinusoids (Vaswani et al. 2017) to begin with: heads find the previous token, and from it induction, after far
+    # fewer tokens than with random position embeddings.
+    angles = torch.arange(positions)[:, None] * 10000 ** (-torch.arange(0, width, 2) / width)
+    with torch.no_grad():
+        model.transformer.wpe.weight.copy_(0.05 * torch.stack([angles.sin(), angles.cos()], -1).flatten(1))
+    return model
 
 
 def windows(stream, length, rng):
@@ -113,7 +99,7 @@ def train(args):
     stream = np.load(stream_file)
     budget = args.tokens or len(stream)
 
-    model = build_model(args.arch, args.layers, args.heads, args.positions, len(tokenizer)).to(device)
+    model = build_model(args.layers, args.heads, args.positions, len(tokenizer)).to(device)
     # Muon is made for matrices inside the network; embeddings, norms and biases take AdamW.
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     matrices = [p for p in model.parameters() if p.ndim == 2 and id(p) not in embeddings]
@@ -186,7 +172,6 @@ def train(args):
         out,
         log,
         {
-            "arch": args.arch,
             "tokens": step * batch_tokens,
             "corpus_tokens": len(stream),
             "batch_tokens": batch_tokens,
@@ -217,7 +202,6 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     recipe = RECIPES["cuda" if torch.cuda.is_available() else "cpu"]
-    parser.add_argument("--arch", choices=["gpt2", "llama"], default="gpt2")
     parser.add_argument("--layers", type=int, default=recipe["layers"])
     parser.add_argument("--heads", type=int, default=recipe["heads"])
     parser.add_argument("--positions", type=int, default=2048, help="longest context")

@@ -238,10 +238,7 @@ def test_embedded_model_predicts_held_out_text():
 
 @needs_weights
 def test_embedded_model_fits_its_size_limit():
-    folders = (EMBEDDED, EMBEDDED.parent / "model-rotary")
-    assert (
-        sum(file.stat().st_size for folder in folders for file in folder.iterdir() if file.is_file()) <= 48e6
-    )
+    assert sum(file.stat().st_size for file in EMBEDDED.iterdir() if file.is_file()) <= 32e6
 
 
 # --- revisions ----------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from test_cache import kept
 import sketchkv
 from sketchkv import H2O, AttentionMass, SketchCache, SnapKV, Summary, Window, generate, score
 from sketchkv.oracle import decode_and_watch, full_cache_logits
-from sketchkv.study.extras.lending import AdaptiveCache
 
 POLICIES = {
     "default": None,
@@ -129,5 +128,3 @@ def test_refusals(gpt2):
     for wrong in (0, 3, -1, True, 2.5):
         with pytest.raises(ValueError, match="prefill_chunk must be a whole number, at least 4"):
             bounded(gpt2, chunk=wrong)
-    with pytest.raises(ValueError, match="prefill_chunk can't be set here"):
-        AdaptiveCache(gpt2.config, 48, prefill_chunk=64)

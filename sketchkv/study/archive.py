@@ -4,19 +4,23 @@ The tables lie in `data/archive` as they were made, with a manifest that names f
 notebook that made it, and on how many documents. The commit `code` of the manifest is the last that holds all of the code.
 """
 
+import numpy as np
 import pandas as pd
+from scipy.stats import binomtest
 
 from sketchkv.study import baselines, results, stats
 
 FOLDER = results.ROOT / "data" / "archive"
 NATS = "nats per token more"
+ABOVE = "nats per token above the full cache"
+FOUND = "share of the answers found; more is better"
 COLUMNS = {
     "what": "what was tried",
     "where": "at which size, in which regime",
     "beside": "what it was compared with, which stays in the package",
     "unit": "unit of the effect",
-    "effect": "mean of the paired differences (of the cost model, the mean relative error); less is better",
-    "low": "lower end of its bootstrap 95 % interval",
+    "effect": "mean of the paired differences, or what `unit` says (of the cost model, the mean relative error); less is better",
+    "low": "lower end of its 95 % interval (bootstrap; of shares, exact binomial)",
     "high": "upper end of its interval",
     "verdict": "what the interval says of it beside that",
     "n": "documents (of the cost model, measured pieces of a step)",
@@ -40,6 +44,24 @@ _REGIMES = {
 _SHAPES = {
     "64x2, one for all heads": "one sketch of key directions for all heads of a layer",
     "64x2, one for all layers": "one sketch of key directions for all layers",
+}
+_SPLITS = {
+    "ada_kv": "heads that compete for a layer's slots",
+    "pyramid": "caps that fall from layer to layer",
+    "inverted": "caps that grow from layer to layer",
+    "adaptive": "layers that lend each other slots",
+}
+_MODELS = {
+    "gpt2": "GPT-2 class",
+    "rotary": "Llama class",
+    "embedded": "GPT-2 class",
+    "data/model-rotary": "Llama class",
+}
+_LONG = {
+    "streaming": "StreamingLLM",
+    "decayed": "decayed mean",
+    "sketch": "sketch",
+    "decayed + summary": "decayed mean and 8 summary slots",
 }
 _FALLING = {"age": "precision that falls with age", "importance": "precision that falls with importance"}
 
@@ -109,9 +131,9 @@ def table(folder=FOLDER):
     more(
         "budget_split_intervals",
         "split",
-        {"ada_kv": "heads that compete for a layer's slots"},
+        _SPLITS,
         "{max_cache_size} slots",
-        "as many slots for each head",
+        "as many slots for each layer and head",
     )
     more("summary_gains", "kind", _SUMMARIES, "bytes of {budget} slots", "1 summary slot, plain mean")
     more("sketch_gains_regimes", "method", _REGIMES, "{group}", exact, -1)
@@ -119,6 +141,28 @@ def table(folder=FOLDER):
     more(
         "sketch_gains_keys", "method", {"bigram": "a sketch keyed by bigrams"}, "{group}", "exact scores", -1
     )
+    long = read("long_by_length")
+    long["last"] = long.groupby("model").tokens.transform("max")
+    for row in long[(long.tokens == long["last"]) & long.method.isin(_LONG)].itertuples():
+        where = f"128 slots, {row.tokens} tokens, {_MODELS[row.model]}"
+        found = row.mean, row.low, row.high
+        add(f"{_LONG[row.method]} on long texts", where, "full cache", ABOVE, found, row.n, "long_by_length")
+    quality = read("targets")
+    for row in quality[quality.method == "compact"].itertuples():
+        where = f"{row.budget:.3g} of the bytes, {row.length} tokens, {_MODELS[row.model]}"
+        found = tuple(np.log1p((row.increase, row.low, row.high)))
+        add("compact, measured on a GPU", where, "full cache", ABOVE, found, row.n, "targets")
+    recalled = read("targets_recall")
+    recalled = recalled[recalled.method == "compact"].assign(
+        found=lambda t: (t.exact * t.n).round().astype(int)
+    )
+    for depth, part in recalled.groupby("depth"):
+        found, n = int(part.found.sum()), int(part.n.sum())
+        ends = binomtest(found, n).proportion_ci()
+        where = f"0.125 of the bytes, fact at {depth} of the text, 2 tasks, 2 models"
+        add(
+            "compact, asked for a fact", where, "not compared", FOUND, (found / n, *ends), n, "targets_recall"
+        )
     errors = read("scaling_fit").error.abs()
     add(
         "a cost model of steps on other GPUs",

@@ -9,7 +9,6 @@ from bisect import bisect_right
 
 import torch
 
-from sketchkv.budgets import pyramid
 from sketchkv.cache import SketchCache
 from sketchkv.index import KeyIndex
 from sketchkv.peers import H2O, LRU, TOVA, KeyNorm, Random, SnapKV
@@ -18,11 +17,9 @@ from sketchkv.sketch_policy import Sketch
 from sketchkv.study.extras.device_store import DeviceStore
 from sketchkv.study.extras.expected import ExpectedAttention
 from sketchkv.study.extras.kivi import KiviCache
-from sketchkv.study.extras.lending import AdaptiveCache
 from sketchkv.study.extras.ranges import ranges
 from sketchkv.study.extras.sketch_policies import AnySketch, QuerySketch
 from sketchkv.summary import Summary
-from sketchkv.support import text_config
 
 POLICIES = {
     "window": Window,
@@ -37,7 +34,7 @@ POLICIES = {
     "expected": ExpectedAttention,
     "sketch": Sketch,
 }
-CACHES = ("full", "kivi", "compact", "recall", "adaptive")
+CACHES = ("full", "kivi", "compact", "recall")
 
 
 class DoesNotFit(ValueError):
@@ -50,7 +47,7 @@ def make_cache(config, method, length=None, **options):
     method: a name in `POLICIES` or `CACHES`, or a policy (or a list, one per layer). "window" has no sinks, "streaming" is
         the same with them; "full" keeps every token of the text, in `bits` if given; "kivi" does so in 8, 4 or 2 bits
         (`KiviCache`); "compact" is `SketchCache.compact`; "recall" is `SketchCache.recall`, whose `top`, if not given, is all
-        slots that sinks and recent window leave; "adaptive" layers lend each other slots (`AdaptiveCache`).
+        slots that sinks and recent window leave.
     length: tokens of the text, which "full" and "kivi" need.
     options: parameters of the policy and of the cache, and those that `_spelled` knows.
 
@@ -65,8 +62,6 @@ def make_cache(config, method, length=None, **options):
         return SketchCache(config, length, policy=Window(), **options)
     if method == "kivi":
         return KiviCache(config, length, **options)
-    if method == "adaptive":
-        return AdaptiveCache(config, **options)
     if not isinstance(method, str):
         return SketchCache(config, policy=method, **options)
     if method not in POLICIES:
@@ -106,7 +101,6 @@ def _spelled(
     protects=False,
     rounding=None,
     recent_share=0,
-    steepness=0,
     **options,
 ):
     """The study's options, which JSON can hold, as objects.
@@ -117,7 +111,6 @@ def _spelled(
     rounding: "range" for minimum and step of a group, as the peers round.
     recent_share: share of the cap that belongs to the newest tokens: 0.5 makes "h2o" the published H2O.
     store: "device" is a `DeviceStore`; exact_prompts: of the index.
-    steepness: caps of the layers fall by it (`pyramid`) around `max_cache_size`.
     """
     if summary_slots:
         options["summary"] = Summary(summary_slots, spread, protects)
@@ -127,9 +120,6 @@ def _spelled(
         options["store"] = DeviceStore()
     if recent_share:
         options["recent_window"] = int(options["max_cache_size"] * recent_share)
-    if steepness:
-        layers = text_config(config).num_hidden_layers
-        options["max_cache_size"] = pyramid(options["max_cache_size"], layers, steepness)
     return options
 
 

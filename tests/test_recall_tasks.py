@@ -1,4 +1,4 @@
-"""Long texts and recall: facts stand where they should, a full cache loses nothing, and one pass gives what decoding gives."""
+"""Recall in small tasks: facts stand where they should, a full cache loses nothing, and one pass gives what decoding gives."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, DynamicCache
 
 from sketchkv import loading
 from sketchkv.decode import generate, score
-from sketchkv.study import long_text, recall
+from sketchkv.study import recall
 from sketchkv.study.methods import make_cache
 from sketchkv.texts import Documents
 
@@ -24,16 +24,15 @@ def tokenizer():
 def stub(gpt2, monkeypatch):
     """A small random model in the place of a loaded one, and random documents for it."""
     generator = torch.Generator().manual_seed(0)
-    for module in (long_text, recall):
-        monkeypatch.setattr(module, "_model", lambda name, device: (gpt2, None))
-        monkeypatch.setattr(
-            module,
-            "read_documents",
-            lambda dataset, tokenizer, split, count, length: Documents(
-                torch.randint(1, VOCABULARY, (count, length), generator=generator.manual_seed(0)),
-                [f"d{i}" for i in range(count)],
-            ),
-        )
+    monkeypatch.setattr(recall, "_model", lambda name, device: (gpt2, None))
+    monkeypatch.setattr(
+        recall,
+        "read_documents",
+        lambda dataset, tokenizer, split, count, length: Documents(
+            torch.randint(1, VOCABULARY, (count, length), generator=generator.manual_seed(0)),
+            [f"d{i}" for i in range(count)],
+        ),
+    )
     return gpt2
 
 
@@ -91,20 +90,3 @@ def test_recall_with_a_full_cache_is_the_reference(stub, monkeypatch):
     rows = recall.recall(SMALL, task="needle", depth=0.1, length=120)
     assert set(rows[0]) == set(recall.COLUMNS) and [r["distance"] for r in rows] == [108, 97, 88]
     assert all(r["evicted"] > 0 and r["loglik"] != r["loglik_full"] for r in rows)
-
-
-def test_stretches_of_a_text_are_its_score(stub):
-    rows = long_text.along(SMALL, documents=2, length=150, stretch=64)
-    ids = long_text.read_documents(None, None, None, 2, 150).input_ids
-    nll = score(stub, ids, make_cache(stub.config, **SMALL))
-    assert [(r["tokens"], r["predicted"]) for r in rows[::2]] == [(64, 64), (128, 64), (150, 21)]
-    expected = [nll[i, a:b].mean().item() for a, b in ((0, 64), (64, 128), (128, 149)) for i in range(2)]
-    assert [r["nll"] for r in rows] == pytest.approx(expected, rel=1e-4)
-    assert set(rows[0]) == set(long_text.COLUMNS) and rows[-1]["evicted"] > 0 and rows[-1]["stored"] < 48
-    assert [r["stored"] for r in long_text.along(FULL, documents=1, length=150, stretch=64)] == [64, 128, 150]
-
-
-def test_bytes_are_flat_for_a_bounded_cache_and_grow_for_a_full_one(stub):
-    flat, full = (long_text.latency(m, lengths=[64, 128]) for m in (SMALL, FULL))
-    assert flat[0]["bytes"] == flat[1]["bytes"] < full[1]["bytes"] == 2 * full[0]["bytes"]
-    assert all(row["seconds"] > 0 and set(row) == set(long_text.LATENCY) for row in flat + full)

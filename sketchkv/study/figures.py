@@ -120,8 +120,8 @@ def head(fig, finding):
 
 
 def mark(fig, words):
-    """Writes `words` into the lower right corner of the figure."""
-    fig.text(0.995, 0.005, words, ha="right", va="bottom", color="#b22222", fontsize="small", zorder=10)
+    """Writes `words` into the lower right corner, below all else."""
+    fig.text(1, -0.01, words, ha="right", va="top", color="#b22222", fontsize=12)
 
 
 def smallest_type(svg):

@@ -12,10 +12,10 @@ from sketchkv.study.stats import paired_interval
 AT = 1 / 8  # the share of the bytes at which methods are compared
 # Of the hero figure: (label, place in the palette, points by which the label is above its point).
 NAMED = {
-    "compact": ("compact", 0, -2),
-    "recall": ("recall", 2, -9),
-    "decayed mean": ("exact scores", 4, -9),
-    "sketch 512x4": ("a sketch", 3, 9),
+    "compact": ("compact", 0, 2),
+    "recall": ("recall", 2, -8),
+    "decayed mean": ("exact", 4, -6),
+    "sketch 512x4": ("sketch", 3, 5),
 }
 LOSSES = {
     "text": "prose (documentation of Django) or code (Python of held-out packages)",
@@ -116,7 +116,7 @@ def hero(losses, front):
     """
     embedded = pd.DataFrame(
         {
-            "text": "embedded model",
+            "text": "embedded",
             "method": front.method.replace({"decayed": "decayed mean", "sketch": "sketch 512x4"}),
             "share": front["share"],
             "percent": 100 * np.expm1(front.loss),
@@ -124,11 +124,11 @@ def hero(losses, front):
     )
     fig, axes = plt.subplots(1, 3, sharey=True)
     for axis, (title, rows) in zip(
-        axes, ((t, d[d.text == t]) for d, t in ((losses, "prose"), (losses, "code"), (embedded, "embedded model")))
+        axes, ((t, d[d.text == t]) for d, t in ((losses, "prose"), (losses, "code"), (embedded, "embedded")))
     ):
         _crowd(axis, rows)
-        axis.set_title(title if title not in ("prose", "code") else f"SmolLM2, {title}")
-        axis.set(xscale="log", yscale="log", xlim=(0.022, 0.8), ylim=(0.1, 200))
+        axis.set_title(title if title == "embedded" else f"SmolLM2, {title}")
+        axis.set(xscale="log", yscale="log", xlim=(0.011, 1.3), ylim=(0.09, 200))
         axis.set_xticks([1 / 16, 1 / 4], ["1/16", "1/4"])
         axis.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
         axis.minorticks_off()
@@ -140,10 +140,10 @@ def hero(losses, front):
     if best["prose"] == best["code"]:
         words = f"{NAMED.get(best['code'], best)[0]} on prose and code"
     return fig, (
-        f"At an eighth of the bytes least is lost by {words}. Down and to the left is better; grey: all other methods. "
+        f"At an eighth of the bytes least is lost by {words}. Down and to the left is better. exact: exact scores of past attention; sketch: a Count-Min Sketch of them; grey: all others. "
         f"SmolLM2-135M-Instruct with Q4_1 weights, n = {int(at.n.min())} documents of 4,096 tokens each of prose and of code; "
         "right: the embedded model of 13 million parameters on 16 documents of 1,024 tokens of Python. "
-        "Values below 0.1 % are drawn at 0.1 %. The next picture but one has the intervals."
+        "Values below 0.1 % are drawn at 0.1 %."
     )
 
 
@@ -155,10 +155,10 @@ def _crowd(axis, rows):
         percent = part.percent.clip(lower=0.1)
         axis.plot(part["share"], percent, marker="o", color=color, markersize=5, zorder=3 if label else 1)
         if label:
-            at = (part["share"].iloc[0], percent.iloc[0])
-            axis.annotate(
-                label, at, (-5, above), textcoords="offset points", color=color, ha="right", va="center"
-            )
+            end = -1 if label == "sketch" else 0  # whose other end lies on that of exact scores
+            at, place = (part["share"].iloc[end], percent.iloc[end]), "left" if end else "right"
+            words = {"color": color, "fontsize": 12, "textcoords": "offset points", "ha": place, "va": "center"}
+            axis.annotate(label, at, (5 if end else -5, above), **words)
 
 
 def at_equal_bytes(losses):
@@ -214,9 +214,9 @@ def found_again(answers):
     axis.set(ylim=(-5, 105), xlim=(0.05, 1.15))
     counted = needle[needle.counts].groupby("method", sort=False)[["right", "n"]].sum()
     right, n = counted.right, counted.n
-    finding = f"compact answers {right['compact']} of {n['compact']} questions about far facts, the full cache {right['full cache']}"
+    finding = f"compact answers {right['compact']} of {n['compact']} questions about the text, the full cache {right['full cache']}"
     if "recall" in right:
-        finding = f"Of {n['recall']} questions about far facts recall answers {right['recall']}, compact {right['compact']}"
+        finding = f"Of {n['recall']} questions about the text recall answers {right['recall']}, compact {right['compact']}"
     unasked = [name for name in ("compact", "recall", "decayed mean") if name not in right]
     return fig, (
         f"{finding}. A number stands once in a text of 4,096 tokens and is asked for at its end; every cache holds an eighth of "

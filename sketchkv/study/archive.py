@@ -178,7 +178,10 @@ def table(folder=FOLDER):
 
 def facts(tried):
     """What the report says of the table: {name: number or word}."""
-    counts = {f"tried_{word}": int(tried.verdict.str.startswith(word).sum()) for word in ("better", "worse", "not d")}
+    counts = {
+        f"tried_{word}": int(tried.verdict.str.startswith(word).sum())
+        for word in ("better", "worse", "not d")
+    }
     return {
         "tried_better": counts["tried_better"],
         "tried_worse": counts["tried_worse"],

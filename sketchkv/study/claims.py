@@ -37,7 +37,11 @@ class Found(NamedTuple):
 
     def won(self):
         """Of a share: as `str`, or that it is too small to be measured."""
-        return f"nothing measurable ({self.low:+.1f} to {self.high:+.1f} %)" if self.low <= 0 <= self.high else str(self)
+        return (
+            f"nothing measurable ({self.low:+.1f} to {self.high:+.1f} %)"
+            if self.low <= 0 <= self.high
+            else str(self)
+        )
 
     def _digits(self):
         return 0 if self.mean >= 20 else 1
@@ -59,7 +63,10 @@ def at_an_eighth(found):
     table = found.frame("pretrained_losses")
     table = table[table["share"].between(*EIGHTH)]
     loss = {
-        text: {row.method: Found(row.percent, row.low, row.high) for row in table[table.text == text].itertuples()}
+        text: {
+            row.method: Found(row.percent, row.low, row.high)
+            for row in table[table.text == text].itertuples()
+        }
         for text in TEXTS
     }
     front = found.frame("baseline_front")
@@ -128,7 +135,9 @@ def slot(found):
     """Loss with no summary slot, with one and with several, at equal bytes: `loss[setting]` (Found)."""
     table, facts = found.frame("summary_gains"), found.facts
     table = table[(table.model == "gpt2") & (table.budget == facts["summaries_cap"])].set_index("setting")
-    loss = {name: _percent(table.loc[name, ["loss", "loss_low", "loss_high"]]) for name in ("none", "one", "hash")}
+    loss = {
+        name: _percent(table.loc[name, ["loss", "loss_low", "loss_high"]]) for name in ("none", "one", "hash")
+    }
     return Claim(
         loss=loss,
         helps=facts["summaries_none_against"] == "worse than",
@@ -160,7 +169,8 @@ def speed(found):
     facts = found.facts
     table = found.frame("speed_steps")
     ratio = {
-        cache: (part["median"].min(), part["median"].max()) for cache, part in table.groupby("cache", sort=False)
+        cache: (part["median"].min(), part["median"].max())
+        for cache, part in table.groupby("cache", sort=False)
     }
     compiled = {"best": "speed_compiled_best", "worst": "speed_compiled_worst"}
     return Claim(
@@ -172,7 +182,9 @@ def speed(found):
         threads=facts["speed_threads"],
         longest=facts["speed_longest"],
         slope=Found(*(100 * facts[f"speed_slope_{end}"] for end in ("median", "low", "high"))),
-        compiled={end: facts[name] for end, name in compiled.items()} if "speed_compiled_best" in facts else None,
+        compiled={end: facts[name] for end, name in compiled.items()}
+        if "speed_compiled_best" in facts
+        else None,
         n=int(table.n.min()),
     )
 
@@ -191,7 +203,9 @@ def title(claims):
 
 def _verdict(found):
     """What a paired difference says: less is better."""
-    return "less than" if found.high < 0 else "more than" if found.low > 0 else "no measurable difference from"
+    return (
+        "less than" if found.high < 0 else "more than" if found.low > 0 else "no measurable difference from"
+    )
 
 
 def _ends(facts, name):

@@ -39,13 +39,15 @@ def strip():
             top += 18 + HEIGHT
         top += 12
     for number, kind in enumerate(COLORS):
-        x, y = LEFT + number % 3 * 117, top + number // 3 * 19
+        x, y = LEFT + number % 3 * 115, top + number // 3 * 19
         parts.append(_box(x, y, "", kind, 14, 14))
         parts.append(_text(x + 19, y + 11, LEGEND[kind], "#1b1f24", "start"))
     alt = "Three caches of twelve tokens: " + "; ".join(words for words, _ in ROWS)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top + 38}" width="{WIDTH * 2}" role="img" '
-        f'aria-label="{escape(alt)}">\n<rect width="100%" height="100%" fill="#fff"/>\n' + "\n".join(parts) + "\n</svg>\n"
+        f'aria-label="{escape(alt)}">\n<rect width="100%" height="100%" fill="#fff"/>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
     )
 
 
@@ -55,7 +57,7 @@ LEGEND = {
     "recent": "recent window",
     "evicted": "evicted",
     "summary": "summary slot",
-    "recalled": "recalled by the query",
+    "recalled": "recalled by a query",
 }
 
 

@@ -127,7 +127,9 @@ def mark(fig, words):
 def smallest_type(svg):
     """Height of the smallest letters of an SVG's text, in pixels, where the picture is `PHONE` pixels wide."""
     width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
-    return min(float(size) for size in re.findall(r"font: ?[^;\"]*?([\d.]+)px", svg)) * PHONE / width
+    return (
+        min(float(size) for size in re.findall(r"font(?:-size)?: ?[^;\"]*?([\d.]+)px", svg)) * PHONE / width
+    )
 
 
 def render(fig, name):

@@ -157,7 +157,13 @@ def _crowd(axis, rows):
         if label:
             end = -1 if label == "sketch" else 0  # whose other end lies on that of exact scores
             at, place = (part["share"].iloc[end], percent.iloc[end]), "left" if end else "right"
-            words = {"color": color, "fontsize": 12, "textcoords": "offset points", "ha": place, "va": "center"}
+            words = {
+                "color": color,
+                "fontsize": 12,
+                "textcoords": "offset points",
+                "ha": place,
+                "va": "center",
+            }
             axis.annotate(label, at, (5 if end else -5, above), **words)
 
 
@@ -192,14 +198,21 @@ def at_equal_bytes(losses):
     )
 
 
-SHORT = {"decayed mean": "exact scores", "sketch 512x4": "a sketch", "H2O, half of the cap recent": "H2O", "SnapKV, window of 64": "SnapKV"}
+SHORT = {
+    "decayed mean": "exact scores",
+    "sketch 512x4": "a sketch",
+    "H2O, half of the cap recent": "H2O",
+    "SnapKV, window of 64": "SnapKV",
+}
 
 
 def found_again(answers):
     """Right answers by where the fact stood, a line for each cache that was asked. Returns (figure, caption)."""
     needle = answers[answers.task == "needle"]
     fig, axis = plt.subplots()
-    colors = {"full cache": figures.FULL_CACHE["color"]} | {m: figures.PALETTE[c] for m, (_, c, _) in NAMED.items()}
+    colors = {"full cache": figures.FULL_CACHE["color"]} | {
+        m: figures.PALETTE[c] for m, (_, c, _) in NAMED.items()
+    }
     asked = list(dict.fromkeys(needle.method))
     for place, method in enumerate(asked):
         rows = needle[needle.method == method].sort_values("depth")
@@ -208,7 +221,12 @@ def found_again(answers):
         axis.errorbar(rows.depth + 0.006 * place, share, error, marker="o", color=color, capsize=2)
         label = NAMED.get(method, (SHORT.get(method, method),))[0]
         axis.annotate(
-            label, (rows.depth.iloc[-1], share.iloc[-1]), (12, 0), textcoords="offset points", color=color, va="center"
+            label,
+            (rows.depth.iloc[-1], share.iloc[-1]),
+            (12, 0),
+            textcoords="offset points",
+            color=color,
+            va="center",
         )
     axis.set(xlabel="where the fact stood: 0 the start of the text, 1 its end", ylabel="right answers, %")
     axis.set(ylim=(-5, 105), xlim=(0.05, 1.15))

@@ -44,7 +44,9 @@ class Results:
     def __init__(self, root):
         self.root, self.paths = Path(root), record.Paths(root)
         read = {p.stem: sources.read_json(p) for p in sorted(self.paths.results.glob("*.json"))}
-        self.runs = {name[4:]: run for name, run in read.items() if name.startswith("run_") and name[4:] != LAST}
+        self.runs = {
+            name[4:]: run for name, run in read.items() if name.startswith("run_") and name[4:] != LAST
+        }
         self.tables = {p.stem: read[p.stem] for p in sorted(self.paths.results.glob("*.csv"))}
         self.figures = {p.stem: sources.read_json(p) for p in sorted(self.paths.figures.glob("*.json"))}
         self.facts = {}
@@ -52,7 +54,9 @@ class Results:
         for stored in (facts for name, facts in read.items() if name.startswith("facts_")):
             for name, value in stored["facts"].items():
                 if name in self.facts:
-                    raise ReportError(f"fact {name!r} is written by both {owners[name]} and {stored['notebook']}")
+                    raise ReportError(
+                        f"fact {name!r} is written by both {owners[name]} and {stored['notebook']}"
+                    )
                 self.facts[name], owners[name] = value, stored["notebook"]
         files = [*self.paths.results.glob("*.*"), *self.paths.figures.glob("*.*")]
         self.files = sorted(f for f in files if f.name[0] != "." and f.stem != f"run_{LAST}")
@@ -100,8 +104,12 @@ class Functions:
     def _source(self, sidecar):
         """One line: notebook, tables, inputs, commit, command."""
         given, name = sidecar["inputs"], sidecar["notebook"]
-        tables = ", ".join(f"[{t}.csv]({self.up}/data/results/{t}.csv)" for t in sidecar["tables"]) or "no table"
-        knobs = ", ".join(f"{k} {v}" for k, v in given.items() if k not in ("output", "package") and v is not None)
+        tables = (
+            ", ".join(f"[{t}.csv]({self.up}/data/results/{t}.csv)" for t in sidecar["tables"]) or "no table"
+        )
+        knobs = ", ".join(
+            f"{k} {v}" for k, v in given.items() if k not in ("output", "package") and v is not None
+        )
         made = f"commit `{sidecar['commit']}`{', modified' if sidecar['dirty'] else ''}"
         return (
             f"Source: [notebooks/{name}.ipynb]({self.up}/notebooks/{name}.ipynb) from {tables} ({knobs}); {made}; "
@@ -114,12 +122,20 @@ def compose(source, report_folder, template=TEMPLATE):
     found = Results(source)
     if not found.runs:
         raise ReportError(f"there are no results under {found.root}; run `make reproduce`")
-    written = [_markdown(found, up, template) for up in (Path(relpath(found.root, report_folder)).as_posix(), "")]
+    written = [
+        _markdown(found, up, template) for up in (Path(relpath(found.root, report_folder)).as_posix(), "")
+    ]
     title = re.search(r"^# (.*)$", written[0], re.M)[1]
     style, script = ((REPORT / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     page = _pandoc(written[0], "html5", "page.html", f"--variable=style:{style}", f"--variable=script:{script}",
                    "--toc", "--toc-depth=2", f"--metadata=pagetitle:{title}")  # fmt: skip
-    paper = _pandoc(written[1], "typst", "paper.typ", f"--lua-filter={REPORT / 'paper.lua'}", "--shift-heading-level-by=-1")
+    paper = _pandoc(
+        written[1],
+        "typst",
+        "paper.typ",
+        f"--lua-filter={REPORT / 'paper.lua'}",
+        "--shift-heading-level-by=-1",
+    )
     return written[0], page, paper
 
 
@@ -176,7 +192,9 @@ def problems(markdown_path, html_path):
     visible = re.sub(r"<style>.*?</style>|<script>.*?</script>", "", page, flags=re.DOTALL)
     unfilled = [mark for mark in ("{{", "}}", "{%", "{#", "TODO") if mark in markdown or mark in visible]
     outside = re.findall(r'(?:src|<link [^>]*href)="https?:[^"]*"', visible)
-    images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", markdown) + re.findall(r'src="(?!https?:)([^"]+)"', visible)
+    images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", markdown) + re.findall(
+        r'src="(?!https?:)([^"]+)"', visible
+    )
     absent = [image for image in images if not (Path(markdown_path).parent / image).exists()]
     identifiers = set(re.findall(r'id="([^"]+)"', page))
     astray = [link for link in re.findall(r'href="#([^"]+)"', visible) if link not in identifiers]

@@ -18,9 +18,6 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
-import typst
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jupyter_client.kernelspec import KernelSpecManager
 from packaging.requirements import Requirement
 
@@ -261,14 +258,6 @@ run.finish()"""
     assert {p: after[p] for p in before} == before
     smoke = tmp_path / "build" / "smoke"
     assert ">smoke: no conclusions<" in (smoke / "figures" / "drawn.svg").read_text()
-    template = tmp_path / "template.md.j2"
-    template.write_text("# Title\n\nText.\n\n{{ figure('drawn') }}")
-    markdown, page, paper = report.compose(smoke, smoke / "report", template)
-    assert markdown.startswith("# Smoke run: Title\n\n**Warning: this is a smoke run.**")
-    assert "<title>Smoke run: Title</title>" in page and page.index("Warning: this is") < page.index("Text.")
-    assert 'report.with("Smoke run: Title")' in paper and paper.index("Warning: this is") < paper.index(
-        "Text."
-    )
     ignored = subprocess.run(["git", "check-ignore", "-q", "build/smoke/figures/drawn.svg"], cwd=ROOT)
     assert ignored.returncode in (0, 128)  # 128: this is no checkout
 

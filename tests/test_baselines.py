@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sketchkv import score
-from sketchkv.study import baselines, figures
+from sketchkv.study import baselines, figures, methods, one_slot
 from sketchkv.study.methods import full_nbytes, make_cache, nbytes
 
 
@@ -20,7 +20,7 @@ def config(gpt2):
 
 def test_points_fill_their_bytes_and_all_else_is_named(config):
     names, budgets = (
-        ("streaming", "sketch", "decayed_summary", "decayed_int4", "h2o_half"),
+        ("streaming", "sketch", "decayed_summary", "decayed_int4", "h2o", "snapkv"),
         (1 / 2, 1 / 4, 1 / 16),
     )
     points, left_out = baselines.equal_bytes(config, budgets, 1024, torch.float32, names)
@@ -29,45 +29,49 @@ def test_points_fill_their_bytes_and_all_else_is_named(config):
         held = nbytes(config, 1024, **method)["total"]
         if budget:
             assert budget * full * 0.98 < held <= budget * full, (name, budget)
-            assert method["max_cache_size"] + 16 <= 1024
+            assert method["max_cache_size"] + method.get("evict_every", 16) <= 1024
     assert {name for name, budget, _ in points if budget is None} == set(baselines.WHOLE)
-    asked = {(name, budget) for name in names for budget in budgets if name != "h2o_half" or budget == 1 / 4}
+    asked = {(name, budget) for name in names for budget in budgets if name != "snapkv" or budget == 1 / 4}
     reasons = {(entry["name"], entry["budget"]): entry["reason"] for entry in left_out}
     assert {(name, budget) for name, budget, _ in points if budget} | reasons.keys() == asked
     assert reasons == {("sketch", 1 / 16): "does not fit", ("decayed_int4", 1 / 2): "holds the whole text"}
-    method = next(method for name, _, method in points if name == "h2o_half")
-    assert method["recent_window"] == method["max_cache_size"] // 2
+
+
+def test_h2o_is_the_published_one(gpt2):
+    """Half of the cap is recent; its scores under the common protection have a name of their own."""
+    windows = {
+        name: make_cache(gpt2.config, max_cache_size=100, **methods.BOUNDED[name]).layers[0].recent_window
+        for name in ("h2o", "plain_sums", "decayed")
+    }
+    assert windows == {"h2o": 50, "plain_sums": 16, "decayed": 16}
+    assert "h2o" in methods.PEERS and "plain_sums" not in methods.PEERS
 
 
 def test_every_method_has_a_label_and_a_style_of_its_own():
-    names = {*baselines.BOUNDED, *baselines.WHOLE}
-    assert names == set(baselines.LABELS) and names - {"full"} <= set(figures.METHODS)
+    names = {*methods.BOUNDED, *methods.WHOLE}
+    assert names == set(methods.LABELS) and names - {"full"} <= set(figures.METHODS)
     assert len({tuple(figures.method_style(name).values()) for name in names}) == len(names)
+    assert set(methods.PEERS) <= names and {*baselines.EVERYWHERE, *baselines.QUARTER_ONLY} <= names
 
 
-def test_a_point_asked_for_twice_is_scored_once(config):
-    """Groups share points; each gets its own rows back."""
-    calls = []
-
+def test_losses_are_those_of_their_points(config):
     class Run:
+        device, data_revision = "cpu", "abc"
+
         def grid(self, kind, function, points):
-            calls.extend(points)
+            assert all(point["text"] == "abc" for point in points)
+            assert all(point["length"] == 256 and point["seed"] == 1 for point in points)
+            row = {"nll_full": 1.0, "nll_late": 3.0, "nll_late_full": 1, "bytes_total": 100}
             return [
-                [{"nll": i + 1.0, "nll_full": 1.0, "nll_late": i, "nll_late_full": 0, "bytes_total": 100}]
-                for i, _ in enumerate(points)
+                [row | {"nll": i + 1.0, "evicted": int(p["method"]["method"] != "full")}]
+                for i, p in enumerate(points)
             ]
 
-    a, b, c = baselines.equal_slots(("lru", "h2o", "tova"), 64)
-    tables = baselines.compute(
-        Run(), {"one": ([a, b], 0), "two": ([b, c], 0), "three": ([b], 32)}, config, 256, seed=1
-    )
-    assert len(calls) == 4 and all(point["length"] == 256 and point["seed"] == 1 for point in calls)
-    assert {name: frame.loss.tolist() for name, frame in tables.items()} == {
-        "one": [0, 1],
-        "two": [1, 2],
-        "three": [3],
-    }
-    assert tables["two"].method.tolist() == ["h2o", "tova"] and calls[3]["prompt"] == 32
+    points, _ = baselines.equal_bytes(config, (1 / 2,), 256, torch.float32, ("streaming", "tova"))
+    points = [point for point in points if point[0] in ("streaming", "tova", "int8")]
+    found = baselines.losses(Run(), points, config, 256, seed=1)
+    assert found.method.tolist() == ["int8", "streaming", "tova"] and found.loss.tolist() == [0, 1, 2]
+    assert found.loss_late.eq(2).all() and (found.share == 100 / full_nbytes(config, 256)).all()
 
 
 @pytest.mark.parametrize(
@@ -125,3 +129,32 @@ def test_verdicts_follow_the_interval():
     assert gain[0] == pytest.approx(0.029) and baselines.against(gain) == "better than"
     assert baselines.against(baselines.compare(frame, "unclear", "better")) == "not distinguishable from"
     assert baselines.words([]) == "none" and baselines.words(["lru", "h2o", "tova"]) == "LRU, H2O and TOVA"
+
+
+def test_a_setting_stands_beside_its_reference_on_the_same_documents():
+    """Differences are of documents and percentages of means; a setting that is missing at a budget is left out."""
+    losses = {"decayed one": 0.2, "decayed none": 0.3, "decayed hash": 0.19}
+    table = pd.DataFrame(
+        [
+            {"method": name, "budget": budget, "share": budget, "loss": loss + d, "document": d}
+            | {"max_cache_size": 9, "nll": 0}
+            for name, loss in losses.items()
+            for budget in (0.25, 0.125)
+            for d in range(5)
+            if budget == 0.25 or name != "decayed hash"
+        ]
+    )
+    pairs = [(name, "decayed one") for name in ("decayed none", "decayed hash")]
+    found = baselines.gains(table, pairs=pairs).set_index(["budget", "method"])["mean"]
+    assert found.to_dict() == pytest.approx(
+        {(0.25, "decayed none"): -0.1, (0.25, "decayed hash"): 0.01, (0.125, "decayed none"): -0.1}
+    )
+    rows = one_slot.increases(table).set_index(["setting", "budget"])["mean"]
+    assert rows["decayed none", 0.125] == pytest.approx(100 * np.expm1(2.3))
+    facts = {}
+    run = type("Run", (), {"fact": lambda self, name, value: facts.update({name: value})})()
+    one_slot.note_summaries(run, table, baselines.gains(table, pairs=pairs), 1024)
+    assert facts["summaries_cap"] == 128 and facts["summaries_large_cap"] == 256
+    assert (
+        facts["summaries_none_mean"] == pytest.approx(0.1) and facts["summaries_none_against"] == "worse than"
+    )

@@ -1,5 +1,6 @@
 """Recall in small tasks: facts stand where they should, a full cache loses nothing, and one pass gives what decoding gives."""
 
+import pandas as pd
 import pytest
 import torch
 from conftest import VOCABULARY
@@ -90,3 +91,27 @@ def test_recall_with_a_full_cache_is_the_reference(stub, monkeypatch):
     rows = recall.recall(SMALL, task="needle", depth=0.1, length=120)
     assert set(rows[0]) == set(recall.COLUMNS) and [r["distance"] for r in rows] == [108, 97, 88]
     assert all(r["evicted"] > 0 and r["loglik"] != r["loglik_full"] for r in rows)
+
+
+def test_shares_are_counted_near_and_far():
+    rows = [
+        {"method": name, "distance": distance, "exact": int(name == "x" and distance == 10), "exact_full": 1}
+        for name in ("x", "y")
+        for distance in (10, 90)
+        for _ in range(8)
+    ]
+    found = recall.shares(pd.DataFrame(rows), 50).set_index(["method", "where"])
+    assert found.right.to_dict() == {
+        ("full", "near"): 8,
+        ("full", "far"): 8,
+        ("x", "near"): 8,
+        ("x", "far"): 0,
+        ("y", "near"): 0,
+        ("y", "far"): 0,
+    }
+    # None of 8: the exact upper limit solves (1 - p)^8 = 0.025.
+    assert found.high["x", "far"] == pytest.approx(1 - 0.025 ** (1 / 8)) and found.low["x", "far"] == 0
+    said = recall.caption(found.reset_index(), 50, 100, {"x": "X", "y": "Y"})
+    assert said.startswith(
+        "scores alone keep none of 8 facts beyond the cap. The full cache answers 8; 2 of 2"
+    )

@@ -64,17 +64,17 @@ def evaluate(
     split="test",
     documents=16,
     length=1024,
-    prompt=0,
+    text=None,
 ):
     """Rows (list of dict, `COLUMNS`) for one method, a dict that `methods.make_cache` understands.
 
-    Every token is predicted from the cache as decoding would find it. Bytes are of a cache that holds one sequence. Of a
-    `prompt` of that many tokens nothing is scored: only what is predicted after all of it has passed counts.
+    Every token is predicted from the cache as decoding would find it. Bytes are of a cache that holds one sequence.
+    text: revision of the text, among what names a grid point.
     """
     lm, _ = _model(model, device)
     ids, names, batches = _reference(model, dataset, device, split, documents, length)
     held = nbytes(lm.config, length, lm.dtype, **method)
-    half = (prompt + length) // 2
+    half = length // 2
     rows: list[dict] = []
     for part, reference in zip(ids.split(BATCH), batches):
         cache = make_cache(lm.config, length=length, **method)
@@ -99,12 +99,12 @@ def evaluate(
                 {
                     "document": names[len(rows)],
                     "tokens": length,
-                    "nll": nll[i, prompt:].mean().item(),
-                    "nll_full": nll_full[i, prompt:].mean().item(),
+                    "nll": nll[i].mean().item(),
+                    "nll_full": nll_full[i].mean().item(),
                     "nll_late": nll[i, half:].mean().item(),
                     "nll_late_full": nll_full[i, half:].mean().item(),
-                    "kl": kl[i, prompt:].mean().item(),
-                    "top1": top1[i, prompt:].mean().item(),
+                    "kl": kl[i].mean().item(),
+                    "top1": top1[i].mean().item(),
                     "evicted": cache.evicted_tokens / len(cache.layers),
                     "stored": stored,
                     **{f"bytes_{kind}": count for kind, count in held.items()},

@@ -185,7 +185,7 @@ def best_at(rows, share):
 
 def measure(config, name, cap, documents=2, length=1024, **settings):
     """The point of a setting, computed; settings: of `evaluate`, the model of `config` among them."""
-    method = {"bits": 16} | BOUNDED[name] | {"max_cache_size": cap}
+    method = BOUNDED[name] | {"max_cache_size": cap}
     rows = evaluate(method, documents=documents, length=length, **settings)
     loss = sum(row["nll"] - row["nll_full"] for row in rows) / len(rows)
     label = f"yours: {LABELS[name]}, {cap} slots (n = {len(rows)})"

@@ -33,7 +33,7 @@ METHODS = {
     "h2o": (1, "s"),
     "decayed_int8": (1, "D"),
     "topk": (1, "<"),
-    "h2o_half": (1, "h"),
+    "plain_sums": (1, "h"),
     "decayed": (2, ">"),
     "decayed_int4": (2, "<"),
     "position": (2, "p"),
@@ -55,8 +55,10 @@ METHODS = {
     "window": (8, "^"),
     "kivi8": (8, "X"),
     "snapkv": (9, "h"),
-    "sketch_small": (9, ">"),
+    "sketch_small": (0, ">"),
     "compact": (9, "*"),
+    "recall": (3, "*"),
+    "expected": (6, "P"),
 }
 FULL_CACHE = {"color": "#333333", "marker": "o"}  # the reference, in no competitor's colour
 

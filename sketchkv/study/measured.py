@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from sketchkv import enable, load
 from sketchkv.corpus import DATA
 from sketchkv.decode import stream
+from sketchkv.study import methods
 from sketchkv.study.evaluate import compare
 from sketchkv.study.methods import fit, full_nbytes, make_cache
 from sketchkv.study.questions import DEPTHS, FORMS, TASKS, instances
@@ -29,52 +30,16 @@ ROWS = {"full": 30}  # texts of a batch of recall, by method
 MOST_ROWS = 150
 COUNTS = 20  # right answers of the full cache, of 30, from which a cell counts
 
-_INT4 = {"bits": 4, "rounding": "range"}
-BOUNDED: dict[str, dict] = {
-    "compact": {"method": "compact"},
-    "recall": {"method": "recall", "store": "device"},
-    "decayed": {"method": "decayed", "bits": 16},
-    "sketch": {"method": "sketch", "width": 512, "depth": 4, "bits": 16},
-    "streaming": {"method": "streaming", "bits": 16},
-    "h2o": {"method": "h2o", "recent_share": 0.5, "bits": 16},
-    "snapkv": {
-        "method": "snapkv",
-        "kernel": 5,
-        "observation_window": 64,
-        "recent_window": 64,
-        "evict_every": 64,
-        "bits": 16,
-    },
-    "tova": {"method": "tova", "bits": 16},
-    "expected": {"method": "expected", "bits": 16},
-    "decayed_int4": {"method": "decayed"} | _INT4,
-    "streaming_int4": {"method": "streaming"} | _INT4,
-    "plain_sums": {"method": "h2o", "bits": 16},
-    "sketch_small": {"method": "sketch", "width": 128, "depth": 2, "bits": 16},
-}
-WHOLE = {"kivi4": {"method": "kivi", "bits": 4}, "kivi2": {"method": "kivi", "bits": 2}}
+NAMES = (
+    *("compact", "recall", "decayed", "sketch", "streaming", "h2o", "snapkv", "tova", "expected"),
+    *("decayed_int4", "streaming_int4", "plain_sums", "sketch_small"),
+)
+BOUNDED = {name: methods.BOUNDED[name] for name in NAMES}
+WHOLE = {name: methods.WHOLE[name] for name in ("kivi4", "kivi2")}
 FIRST = ("compact", "recall", "decayed", "sketch", "streaming")
 ASKED = ("full", "compact", "recall", "decayed", "streaming", "kivi2", "sketch")
 LONGER = ("compact", "recall", "decayed", "streaming")
-LABELS = {
-    "near": f"no cache, the newest {NEAR} tokens",
-    "compact": "compact",
-    "recall": "recall",
-    "decayed": "decayed mean",
-    "sketch": "sketch 512x4",
-    "streaming": "StreamingLLM",
-    "h2o": "H2O, half of the cap recent",
-    "snapkv": "SnapKV, window of 64",
-    "tova": "TOVA",
-    "expected": "expected attention",
-    "decayed_int4": "decayed + int4",
-    "streaming_int4": "StreamingLLM + int4",
-    "plain_sums": "plain sums",
-    "sketch_small": "sketch 128x2",
-    "kivi4": "KIVI 4 bits",
-    "kivi2": "KIVI 2 bits",
-    "full": "full cache",
-}
+LABELS = methods.LABELS | {"near": f"no cache, the newest {NEAR} tokens"}
 
 _COMMON = {
     "name": "method",

@@ -1,7 +1,7 @@
-"""Every method of the study by name: a dict that JSON can hold -> a cache.
+"""Every method of the study by name: its settings (`BOUNDED`, `WHOLE`), its label, its cache, its bytes.
 
-`{"method": "h2o", "max_cache_size": 128, "bits": 16}`; all further entries are options (`make_cache`), parameters of
-`SketchCache`, or of the policy where it has them.
+Settings are a dict that JSON can hold: `{"method": "tova", "max_cache_size": 128, "bits": 16}`. All further entries are
+options (`make_cache`), parameters of `SketchCache`, or of the policy where it has them.
 """
 
 import inspect
@@ -20,6 +20,7 @@ from sketchkv.study.extras.kivi import KiviCache
 from sketchkv.study.extras.ranges import ranges
 from sketchkv.study.extras.sketch_policies import AnySketch, QuerySketch
 from sketchkv.summary import Summary
+from sketchkv.support import text_config
 
 POLICIES = {
     "window": Window,
@@ -27,7 +28,7 @@ POLICIES = {
     "random": Random,
     "lru": LRU,
     "key_norm": KeyNorm,
-    "h2o": H2O,
+    "h2o": H2O,  # plain sums; the published method is `BOUNDED["h2o"]`
     "decayed": AttentionMass,
     "tova": TOVA,
     "snapkv": SnapKV,
@@ -35,6 +36,85 @@ POLICIES = {
     "sketch": Sketch,
 }
 CACHES = ("full", "kivi", "compact", "recall")
+
+
+_INT8, _INT4 = ({"bits": bits, "rounding": "range"} for bits in (8, 4))  # rounding as the peers do it
+_SMALL = {"method": "sketch", "width": 128, "depth": 2}
+
+# Methods with a cap, as every notebook has them; 16 bits: bytes are counted as of a half-precision cache.
+BOUNDED: dict[str, dict] = {
+    "compact": {"method": "compact"},
+    "recall": {"method": "recall", "store": "device"},
+    "decayed": {"method": "decayed", "bits": 16},
+    "sketch": {"method": "sketch", "width": 512, "depth": 4, "bits": 16},
+    "streaming": {"method": "streaming", "bits": 16},
+    "h2o": {"method": "h2o", "recent_share": 0.5, "bits": 16},
+    "snapkv": {
+        "method": "snapkv",
+        "kernel": 5,
+        "observation_window": 64,
+        "recent_window": 64,
+        "evict_every": 64,
+        "bits": 16,
+    },
+    "tova": {"method": "tova", "bits": 16},
+    "expected": {"method": "expected", "bits": 16},
+    "decayed_int4": {"method": "decayed"} | _INT4,
+    "streaming_int4": {"method": "streaming"} | _INT4,
+    "plain_sums": {"method": "h2o", "bits": 16},
+    "sketch_small": _SMALL | {"bits": 16},
+    "sketch_summary": _SMALL | {"bits": 16, "summary_slots": 4},
+    "sketch_int4": _SMALL | _INT4,
+    "decayed_summary": {"method": "decayed", "bits": 16, "summary_slots": 4},
+    "decayed_int8": {"method": "decayed"} | _INT8,
+    "random": {"method": "random", "bits": 16},
+    "window": {"method": "window", "bits": 16},
+    "lru": {"method": "lru", "bits": 16},
+    "key_norm": {"method": "key_norm", "bits": 16},
+}
+
+# Methods that hold the whole text: one size each.
+WHOLE: dict[str, dict] = {
+    "full": {"method": "full", "bits": 16, "evict_every": 1},
+    "int8": {"method": "full", "evict_every": 1} | _INT8,
+    "int4": {"method": "full", "evict_every": 1} | _INT4,
+    "kivi8": {"method": "kivi", "bits": 8},
+    "kivi4": {"method": "kivi", "bits": 4},
+    "kivi2": {"method": "kivi", "bits": 2},
+}
+
+# A peer is a published method with the settings of its paper; all others are the study's own, its ablations and controls.
+PEERS = ("streaming", "h2o", "snapkv", "tova", "expected", "key_norm", "kivi8", "kivi4", "kivi2")
+
+LABELS = {
+    "compact": "compact",
+    "recall": "recall",
+    "decayed": "decayed mean",
+    "sketch": "sketch 512x4",
+    "streaming": "StreamingLLM",
+    "h2o": "H2O",
+    "snapkv": "SnapKV",
+    "tova": "TOVA",
+    "expected": "expected attention",
+    "decayed_int4": "decayed mean + int4",
+    "streaming_int4": "StreamingLLM + int4",
+    "plain_sums": "plain sums",
+    "sketch_small": "sketch 128x2",
+    "sketch_summary": "sketch 128x2 + summary",
+    "sketch_int4": "sketch 128x2 + int4",
+    "decayed_summary": "decayed mean + summary",
+    "decayed_int8": "decayed mean + int8",
+    "random": "random",
+    "window": "window without sinks",
+    "lru": "LRU",
+    "key_norm": "key norm",
+    "full": "full cache",
+    "int8": "int8 whole text",
+    "int4": "int4 whole text",
+    "kivi8": "KIVI 8 bits",
+    "kivi4": "KIVI 4 bits",
+    "kivi2": "KIVI 2 bits",
+}
 
 
 class DoesNotFit(ValueError):
@@ -109,7 +189,7 @@ def _spelled(
     spread: whether the spread of the merged keys raises their logit.
     protects: whether a token that a summary would swallow stays longer.
     rounding: "range" for minimum and step of a group, as the peers round.
-    recent_share: share of the cap that belongs to the newest tokens: 0.5 makes "h2o" the published H2O.
+    recent_share: share of the cap that belongs to the newest tokens: half of it in the published H2O.
     store: "device" is a `DeviceStore`; exact_prompts: of the index.
     """
     if summary_slots:
@@ -127,9 +207,7 @@ def nbytes(config, length=None, dtype=torch.float32, **method):
     """Bytes that a method holds for one sequence, by kind (`SketchCache.nbytes`); its tensors are allocated, no model runs.
     An index, which grows, is one of `length` tokens."""
     cache = make_cache(config, length=length, **method)
-    text = getattr(config, "config", config).get_text_config(decoder=True)
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    _, heads, head_dim = _shape(config)
     keys = torch.zeros(1, heads, length or 0, head_dim, dtype=dtype)
     for layer in cache.layers:
         layer.lazy_initialization(keys[:, :, :0], keys[:, :, :0])
@@ -140,10 +218,16 @@ def nbytes(config, length=None, dtype=torch.float32, **method):
 
 def full_nbytes(config, length, dtype=torch.float16):
     """Bytes of the keys and values of `length` tokens in a full cache: what every method is compared with."""
-    text = getattr(config, "config", config).get_text_config(decoder=True)
+    layers, heads, head_dim = _shape(config)
+    return 2 * layers * heads * head_dim * length * dtype.itemsize
+
+
+def _shape(config):
+    """Layers, KV heads and numbers a head."""
+    text = text_config(config)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_dim * length * dtype.itemsize
+    return text.num_hidden_layers, heads, head_dim
 
 
 def fit(config, budget, dtype=torch.float32, multiple=1, length=None, **method):

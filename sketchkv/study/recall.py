@@ -7,7 +7,9 @@ the fact completes. Tasks and wording were chosen on development documents with 
 import random
 from functools import lru_cache
 
+import pandas as pd
 import torch
+from scipy.stats import binomtest
 from transformers import DynamicCache
 
 from sketchkv.study.evaluate import BATCH, _model
@@ -42,10 +44,14 @@ COLUMNS = {
     "bytes_full": "bytes of keys and values of the full cache in float16",
 }
 
-KEPT = {
-    "setting": "what evicted tokens are folded into",
-    "kept": "share of the tokens to be recalled that are still stored when the answer is due, over layers and KV heads",
-    **{name: COLUMNS[name] for name in ("depth", "instance", "loglik", "loglik_full", "exact", "exact_full")},
+FAR_COLUMNS = {
+    "method": "cache; full: the full cache",
+    "where": "near: the fact lies within the cap; far: further back",
+    "right": "answers given right, token by token",
+    "n": "facts",
+    "share": "right / n",
+    "low": "lower end of its exact binomial 95 % interval",
+    "high": "upper end",
 }
 
 
@@ -156,6 +162,7 @@ def recall(
     device="cpu",
     split="test",
     seed=0,
+    text=None,
 ):
     """Rows (list of dict, `COLUMNS`), one per instance, for one method (a dict that `methods.make_cache` understands).
 
@@ -193,65 +200,6 @@ def recall(
     return rows
 
 
-@torch.no_grad()
-def needles(
-    method,
-    *,
-    depth,
-    text,
-    instances=16,
-    length=512,
-    model="embedded",
-    dataset="embedded",
-    device="cpu",
-    split="test",
-    seed=0,
-):
-    """A grid point: rows (`KEPT` less "setting"), one per instance of `needle`: is what is asked for still stored?
-
-    text: revision of the text, among what names the point.
-    """
-    lm, _ = _model(model, device)
-    ids, starts, answers, _, full = scored_instances(
-        "needle", depth, instances, length, model, dataset, device, split, seed
-    )
-    rows: list[dict] = []
-    for part, counts in zip(ids.split(BATCH), _split(answers)):
-        cache = make_cache(lm.config, length=length, **method)
-        found = answer(lm, part, counts, cache)
-        stored = [cache.kept_positions(layer).cpu() for layer in range(len(cache.layers))]
-        assert cache.evicted_tokens > 0
-        for row, (exact, loglik) in enumerate(found):
-            i = len(rows)
-            hidden = _hidden(part[row], starts[i], answers[i])
-            kept = (
-                torch.cat([(positions[row][..., None] == hidden).any(1) for positions in stored])
-                .float()
-                .mean()
-                .item()
-            )
-            rows.append(
-                {
-                    "depth": depth,
-                    "instance": i,
-                    "kept": kept,
-                    "loglik": loglik,
-                    "loglik_full": full[i][1],
-                    "exact": exact,
-                    "exact_full": full[i][0],
-                }
-            )
-    return rows
-
-
-def _hidden(ids, start, answer):
-    """Positions of the answer's tokens where the fact has them: the text ends with the fact, up to its closing quote."""
-    size = next(
-        n for n in range((len(ids) - start) // 2, 0, -1) if torch.equal(ids[start : start + n], ids[-n:])
-    )
-    return torch.arange(start + size - answer, start + size)
-
-
 def _split(values):
     return [values[i : i + BATCH] for i in range(0, len(values), BATCH)]
 
@@ -272,3 +220,50 @@ def answer(lm, ids, counts, cache):
         (int(right[i, longest - n :].all()), logprobs[i, longest - n :].mean().item())
         for i, n in enumerate(counts)
     ]
+
+
+def shares(answers, cap):
+    """Answers near and far, of each method and the full cache: a DataFrame (`FAR_COLUMNS`).
+
+    answers: rows of `recall` with the column "method"; every method is asked the same.
+    """
+    full = answers[answers.method == answers.method.iloc[0]].assign(
+        method="full", exact=lambda t: t.exact_full
+    )
+    rows = []
+    for (name, far), part in pd.concat([full, answers]).groupby(
+        ["method", pd.concat([full, answers]).distance > cap], sort=False
+    ):
+        right, n = int(part.exact.sum()), len(part)
+        rows.append(
+            (name, "far" if far else "near", right, n, right / n, *binomtest(right, n).proportion_ci())
+        )
+    return pd.DataFrame(rows, columns=list(FAR_COLUMNS))
+
+
+def caption(found, cap, length, labels):
+    """What the picture of `shares` says. A cache with an index ("recall") asks its keys; all others keep what they scored."""
+    far = found[found["where"] == "far"].set_index("method")
+    scored = far.drop(["full", "recall"], errors="ignore")
+    best, n, full = scored.right.idxmax(), far.n["full"], far.right["full"]
+    kept = f"scores alone keep {scored.right[best] or 'none'} of {n} facts beyond the cap"
+    lost = scored[scored.right == 0]
+    return (
+        f"{f'An index finds {far.right.recall}, ' if 'recall' in far.index else ''}{kept}. The full cache answers {full}; "
+        f"{len(lost)} of {len(scored)} caches without an index answer none"
+        f"{f' (upper limit {lost.high.max():.0%})' if len(lost) else f', {labels[best]} most'}. Filled: facts more than {cap} "
+        f"tokens back; hollow: nearer ones. Bars: exact binomial 95 % intervals; three tasks, texts of {length} tokens."
+    )
+
+
+def note_all(run, answers, found, cap, length):
+    """The facts recall_*."""
+    run.fact("recall_instances", int(answers.instance.nunique()))
+    run.fact("recall_tokens", length)
+    run.fact("recall_cap", cap)
+    far = found[found["where"] == "far"]
+    run.fact("recall_far", int(far.n.iloc[0]))
+    run.fact("recall_far_best", float(far[~far.method.isin(["full", "recall"])].share.max()))
+    for row in found.itertuples():
+        for part, value in (("mean", row.share), ("low", row.low), ("high", row.high)):
+            run.fact(f"recall_{row.where}_{row.method}_{part}", float(value))

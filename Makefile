@@ -5,6 +5,7 @@ DATASET ?= embedded
 DEVICE ?= auto
 PROFILE ?= study
 ARGS ?=
+BENCH ?= default
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -93,8 +94,8 @@ lint: $(READY)  ## check style and types: ruff, mypy
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
-bench: $(READY)  ## measure speed on the device at hand, into data/benchmarks
-	$(BIN)/python -m sketchkv.study.bench
+bench: $(READY)  ## measure speed on the device at hand, into data/benchmarks; BENCH=all, or names of groups
+	$(BIN)/python -m sketchkv.study.bench $(BENCH)
 
 model: $(READY)  ## train the embedded model again
 	$(BIN)/python -m sketchkv.training

@@ -123,14 +123,15 @@ class SketchCache(Cache):
         return cls(config, max_cache_size, **finely(settings | changes, changes, fine_window, max_cache_size))
 
     @classmethod
-    def recall(cls, config, max_cache_size=512, top=256, store="host", **changes):
+    def recall(cls, config, max_cache_size=512, top=256, store="host", *, fine_window=None, **changes):
         """Fast memory holds an index of all tokens and `max_cache_size` of them; each step attends to sinks, the newest 64 and
-        the `top` that the index ranks highest for its queries, read from `store` if need be (`sketchkv.recall`). 5-bit keys and
-        4-bit values. `changes` replace single parameters."""
+        the `top` that the index ranks highest for its queries, read from `store` if need be (`sketchkv.recall`). 6-bit keys
+        and 5-bit values; `fine_window` as of `compact`, `changes` replace single parameters."""
         from sketchkv.index import KeyIndex
+        from sketchkv.quantize import finely
 
-        settings = dict(bits=(5, 4), recent_window=64, index=KeyIndex(top=top, store=store)) | changes
-        return cls(config, max_cache_size, **settings)
+        settings = dict(bits=(6, 5), recent_window=64, index=KeyIndex(top=top, store=store))
+        return cls(config, max_cache_size, **finely(settings | changes, changes, fine_window, max_cache_size))
 
     @property
     def seen_tokens(self):

@@ -3,15 +3,20 @@
 from importlib.util import find_spec
 
 from sketchkv.ops import eager
+from sketchkv.slots import Plain
 
 
-def suited(ops, device):
-    """The operations of a layer on `device`: the fused ones on a GPU with Triton, else the eager rule; `ops` if it is
-    another that was set."""
+def suited(ops, device, codec=Plain):
+    """The operations of a layer on `device`: the fused ones on a GPU with Triton, those in C on a CPU where a `codec` stores
+    keys and values, else the eager rule; `ops` if it is another that was set."""
     if not ops.suits:
         return ops
     if not _fuses(device):
-        return eager
+        if device.type != "cpu" or codec is Plain:
+            return eager
+        from sketchkv.fast.cpu import coded
+
+        return coded
     from sketchkv.fast.ops import fused
 
     return fused

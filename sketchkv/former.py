@@ -8,11 +8,11 @@ FORMER = (
     | {
         "summary_slots": "summary=Summary({value}), from sketchkv.summary import Summary",
         "quantizer": "bits= alone; ranges per group are in sketchkv.study.extras",
-        "kind": "a policy of sketchkv.study.extras",
-        "counters": "a policy of sketchkv.study.extras",
         "store": "index=KeyIndex(store={value!r}), from sketchkv.index import KeyIndex",
     }
-    | dict.fromkeys(("coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping")
+    | dict.fromkeys(
+        ("kind", "counters", "coarse_bits", "fine", "demote", "shared"), "nothing: it was not worth keeping"
+    )
 )
 
 

@@ -29,7 +29,7 @@ class KeyIndex:
     """Estimates of query times key for every token seen, and the `top` tokens by them.
 
     Tokens are coded once, a block at a time: a block has one centre, the mean of its keys. The product of the
-    query and the centre is exact. Until a block is full, the keys of its tokens are held as they are.
+    query and the centre is exact. Until a block is full, the keys of its tokens are held in half precision.
 
     top: tokens that `choose` returns for each query and KV head.
     bits: of a rotated coordinate, 1 (its sign), 2 or 4 (levels of a normal distribution).
@@ -64,11 +64,12 @@ class KeyIndex:
 
     # Writing
 
-    def add(self, keys, positions):
+    def add(self, keys, positions=None):
         """Takes in n new tokens.
 
         keys: `[batch, kv_heads, n, head_dim]`, as queries meet them (after the rotary embedding).
-        positions: integers `[batch, n]`, or `[1, n]` if all rows are alike; -1 for padding.
+        positions: integers `[batch, n]`, or `[1, n]` if all rows are alike; -1 for padding. None: they follow those before,
+            and as long as all do, none is held.
         Raises ValueError for another batch, number of heads or head_dim than before, but right after `reset`.
         """
         shape, count = (*keys.shape[:2], keys.shape[3]), keys.shape[2]
@@ -79,8 +80,9 @@ class KeyIndex:
         if more > 0:
             self.arrays = {name: longer(x, more, self.capacity) for name, x in self.arrays.items()}
             self.capacity += more
-        self.arrays["positions"][:, 0, self.seen : self.seen + count] = positions
-        keys = torch.cat([self.pending[:, :, : self.seen - self.coded], keys], 2)
+        self._hold(positions, count)
+        # Rounded at once, so that codes do not depend on the chunks in which a text comes.
+        keys = torch.cat([self.pending[:, :, : self.seen - self.coded], keys.to(self.pending.dtype)], 2)
         self.seen += count
         full = keys.shape[2] // self.block * self.block
         if full:
@@ -92,15 +94,32 @@ class KeyIndex:
         if head_dim % 8:
             raise ValueError(f"{head_dim} channels can't be packed: head_dim must be a multiple of 8")
         device, self.shape, self.capacity = keys.device, shape, 0
-        self.arrays = {"positions": torch.zeros(batch, 1, 0, dtype=torch.int32, device=device)}
-        self.pending = keys.new_zeros(batch, heads, self.block, head_dim)
+        self.arrays = {}
+        dtype = torch.float16 if keys.dtype.itemsize > 2 else keys.dtype
+        self.pending = keys.new_zeros(batch, heads, self.block, head_dim, dtype=dtype)
         self.rotation = rotation(head_dim, device)
         self.coder, self.centres = (Normal(bits, device) for bits in (self.bits, CENTRE_BITS))
         self.levels = levels_of_bytes(self.bits, device)
 
+    def _hold(self, positions, count):
+        held, numbers = self.arrays.get("positions"), self.numbers(self.capacity)
+        if positions is not None and held is None:
+            held = self.arrays["positions"] = numbers.repeat(self.shape[0], 1, 1)
+        if held is not None:
+            end = self.seen + count
+            held[:, 0, self.seen : end] = numbers[0, :, self.seen : end] if positions is None else positions
+
+    def numbers(self, count):
+        return torch.arange(count, dtype=torch.int32, device=self.pending.device)[None, None]
+
+    def positions(self, count):
+        """Of the first `count` tokens, int32 `[batch or 1, 1, count]`, -1 for padding."""
+        held = self.arrays.get("positions")
+        return self.numbers(count) if held is None else held[:, :, :count]
+
     def _code(self, blocks):
         tokens = blocks.shape[2] * self.block
-        positions = self.arrays["positions"][:, :, self.coded : self.coded + tokens]
+        positions = self.positions(self.coded + tokens)[:, :, self.coded :]
         member = (positions >= self.num_sinks).unflatten(2, (-1, self.block))[..., None]
         for name, rows in self.encode(blocks, member).items():
             rate = tokens // rows.shape[2]
@@ -187,7 +206,7 @@ class KeyIndex:
             `[batch, num_heads, n]`. "softmax" then weights a query head by the attention left for others.
         """
         estimate = self.scores(query) * scaling
-        positions = self.arrays["positions"][:, :, : self.seen]
+        positions = self.positions(self.seen)
         start = torch.as_tensor(start, device=positions.device).clamp(min=0)
         outside = positions < (start[..., None] if start.ndim else start)  # padding, at -1, among them
         outside = (outside if end is None else outside | (positions >= end[..., None]))[:, None]

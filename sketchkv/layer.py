@@ -55,7 +55,7 @@ class BoundedLayer(CacheLayerMixin):
         like = key_states.dtype, key_states.device
         from sketchkv.devices import suited
 
-        self.ops = suited(self.ops, like[1])
+        self.ops = suited(self.ops, like[1], self.codec)
         self.slots = self.home = None  # frees what another batch took
         with torch.inference_mode(False):  # tensors that may be written to inside of it and outside
             slots = _allocated(self, shape, widths, like)

@@ -10,7 +10,8 @@ import torch
 
 from sketchkv.layer import BoundedLayer
 from sketchkv.policies import Window
-from sketchkv.slots import EMPTY
+from sketchkv.ring import Near
+from sketchkv.slots import EMPTY, gather
 
 # While a prompt passes: queries of one attention product, and tokens read from the store at a time.
 QUERIES, READ = 512, 256
@@ -31,9 +32,7 @@ class RecallLayer(BoundedLayer):
     sinks and the newest tokens. With `exact_prompts` a pass of one token is a step, be it of a prompt or not.
 
     Codec and index are apart: the codec codes a key around its own centre, the index around its block's, so
-    that the signs of a key are stored twice, with its codes and as its signature. That costs head_dim bits
-    per token and KV head in the store and as many in each slot; the index holds the keys of its open block a
-    second time, in the model's dtype: `index.block * head_dim` numbers per KV head.
+    that the signs of a key are stored twice. The index holds the keys of its open block a second time.
 
     index: a `sketchkv.index.KeyIndex` of the layer's own; its store is a template.
     Raises ValueError for a cap or a window that is too small.
@@ -62,15 +61,7 @@ class RecallLayer(BoundedLayer):
     def lazy_initialization(self, key_states, value_states):
         super().lazy_initialization(key_states, value_states)
         slots = self.slots
-        if slots.codec.settles_after > slots.capacity:
-            least = slots.codec.settles_after
-            raise ValueError(
-                f"max_cache_size={slots.capacity} is too small for the codec: raise it to {least}"
-            )
-        if getattr(slots.codec, "ring", None) is not None:
-            raise ValueError(
-                "an index and a codec with `newest` exclude each other: use quantized(bits) alone"
-            )
+        _holds(self, slots)
         slots.add("asked", torch.int32)  # tokens seen when a query last attended to it
         parts = {name: slots.arrays[name] for group in slots.parts.values() for name in group}
         self.store.open(parts, slots.shape, slots.device.type == "cuda")
@@ -126,9 +117,12 @@ class RecallLayer(BoundedLayer):
     def _enter(self, raw, key, value, tokens, alone):
         """New tokens go to the store, to the index and, if there is room or one comes `alone`, to slots."""
         slots, count = self.slots, key.shape[2]
-        coded = slots.codec.encode("keys", key) | slots.codec.encode("values", value)
+        pairs = {"keys": key, "values": value}
+        parts = {name: (vectors, slots.codec.encode(name, vectors)) for name, vectors in pairs.items()}
+        slots.codec.keep(parts, tokens.positions, tokens.first)
+        coded = {name: array for _, arrays in parts.values() for name, array in arrays.items()}
         self._write(self.seen, coded)
-        self.index.add(raw, tokens.positions)
+        self.index.add(raw, tokens.positions if tokens.padded else None)
         at = torch.arange(slots.used, slots.used + count, device=slots.device)
         if slots.room >= count:
             slots.used += count
@@ -216,6 +210,19 @@ class RecallLayer(BoundedLayer):
         return form.capped(query @ keys.float()[:, :, None].transpose(-1, -2))
 
 
+def _holds(layer, slots):
+    """Raises ValueError where the slots do not hold what the codec needs."""
+    if slots.codec.settles_after > slots.capacity:
+        least = slots.codec.settles_after
+        raise ValueError(f"max_cache_size={slots.capacity} is too small for the codec: raise it to {least}")
+    ring = getattr(slots.codec, "ring", None)
+    if ring and ring.newest > layer.recent_window:  # a token that is held finely must be in a slot
+        raise ValueError(
+            f"recent_window={layer.recent_window} is less than the newest {ring.newest} tokens that the codec holds "
+            f"finely: raise recent_window to {ring.newest} or lower fine_window (`newest` of the codec)"
+        )
+
+
 def refill(layer, tokens):
     """Slots hold sinks and the newest tokens, after a pass that had no room for all of its own."""
     slots, first = layer.slots, torch.as_tensor(tokens.first, device=layer.slots.device).view(-1, 1)
@@ -244,19 +251,54 @@ def stream(layer, query, turned, tokens, form):
         most = form.sink_column(batch, heads, count).view(shape).contiguous()
     total = torch.full_like(most, float(form.sinks is not None))
     output = most.new_zeros(*shape[:-1], layer.slots.widths[1])
+    ring = getattr(layer.slots.codec, "ring", None)
+    fine = Fine(layer, ring, tokens, count) if ring else None
     for start in range(0, layer.seen, READ):
         token = torch.arange(start, min(start + READ, layer.seen), device=device)
         keys, values = layer.vectors(token)
         visible = (token <= number) & (token >= first)
         if allowed is not None:
             visible = visible & allowed[..., start : start + READ]
-        logits = layer.logits(turned, keys, form).masked_fill_(~visible[:, :, None], least)
+        logits = layer.logits(turned, keys, form)
+        near = fine.near(token) if fine and fine.touches(start) else None
+        if near:
+            logits = torch.where(near.seen, layer.logits(turned, keys + near.keys, form), logits)
+        logits = logits.masked_fill_(~visible[:, :, None], least)
         higher = torch.maximum(most, logits.amax(-1, keepdim=True))
         weights, kept = (logits - higher).exp_(), (most - higher).exp_()
         total = total * kept + weights.sum(-1, keepdim=True)
         output = output * kept + weights @ values.float()[:, :, None]
+        if near:
+            output += (weights * near.seen) @ near.values.float()[:, :, None]
         most = higher
     return (output / total).flatten(1, 2).to(query.dtype)
+
+
+class Fine:
+    """What the codes lack of the tokens near to the last `count`, those of a pass, while the store streams by."""
+
+    def __init__(self, layer, ring, tokens, count):
+        self.layer, self.ring, self.tokens, self.count = layer, ring, tokens, count
+        self.span, self.rests = ring.before(layer.slots.dtype)
+
+    def touches(self, start):
+        """Whether tokens from number `start` on, `READ` of them, may be near to one of the pass."""
+        oldest = self.layer.seen - self.count - self.ring.newest
+        return self.tokens.padded or start < self.ring.sinks or start + READ > oldest
+
+    def near(self, token):
+        """`sketchkv.ring.Near` of the tokens of these numbers (int64 `[n]`), each of which is where it is."""
+        layer, ring, own = self.layer, self.ring, token - (self.layer.seen - self.count)
+        positions = layer.index.positions(layer.seen)[:, :, token]
+        row = ring.row(positions, self.span)
+        passing = (own >= 0) & (positions >= 0) & (self.rests["keys"].shape[2] > ring.rows)
+        present = passing | (row < ring.rows)
+        row = torch.where(passing, ring.rows + own, row).where(present, 0).expand(*layer.slots.shape, -1)
+        rests = [
+            gather(self.rests[name], row).masked_fill(~present[..., None], 0) for name in ("keys", "values")
+        ]
+        first = torch.as_tensor(self.tokens.first, device=token.device).view(-1, 1, 1, 1)
+        return Near(token, *rests, present, positions, self.tokens.positions, ring.newest, first + ring.sinks)
 
 
 def allowed_to(layer, query, turned, tokens, form, number, first):

@@ -150,6 +150,14 @@ class Ring:
     def _decode(self, name, arrays, dtype):
         return self.coders[name].decode(*arrays, dtype)
 
+    def before(self, dtype):
+        """What a pass of several tokens finds: the span before it, and {name: what all rows held then, and what its own tokens
+        lack}; if one token came, span and rows as they are."""
+        if self.passing is None:
+            return self.span, {name: self.read(name, dtype) for name in self.parts}
+        passing, self.passing = self.passing, None
+        return passing
+
     def near(self, slots, positions):
         """`Near`, for the queries at `positions` (int32 `[batch or 1, n]`), those of the tokens stored last."""
         stored, span = slots["positions"], self.span

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 
 from sketchkv import SketchCache
-from sketchkv.study import closure, notebooks, sources, tail
+from sketchkv.study import closure, notebooks, sources, why
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_fingerprints_of_the_study_are_of_these_files():
     reached = set(closure.reach(closure._resolve("sketchkv.study.why")))
     assert {"sketchkv.cache", "sketchkv.study.evaluate", "sketchkv.study.why"} <= reached
     assert not {"sketchkv.study.report", "sketchkv.study.figures", "sketchkv.training"} & reached
-    assert closure.of_function(tail.heads) == closure.of_function(tail.heads)
+    assert closure.of_function(why.oracles) == closure.of_function(why.oracles)
     absent = closure.of_notebook(sources.ROOT / "notebooks" / "absent.ipynb")
     assert len({absent, *(closure.of_notebook(path) for path in notebooks.find(sources.ROOT))}) > 8
 

@@ -60,7 +60,7 @@ def by_hand(keys, query, positions, block, num_sinks):
 )
 def test_estimates_are_those_of_the_formula(head_dim, tokens, pads, num_sinks, seed):
     keys = normal(2, 2, tokens, head_dim, seed=seed) * 2 + normal(1, 2, 1, head_dim, seed=seed + 1) * 3
-    query = normal(2, 6, 3, head_dim, seed=seed + 2)
+    keys, query = keys.half().float(), normal(2, 6, 3, head_dim, seed=seed + 2)
     positions = torch.stack([torch.arange(tokens), (torch.arange(tokens) - pads).clamp(min=-1)])
     scores = filled(KeyIndex(block=16, num_sinks=num_sinks), keys, positions).scores(query)
     assert scores.shape == (2, 2, 3, 3, tokens) and scores.dtype == torch.float32
@@ -175,8 +175,9 @@ def test_parts_of_a_text_make_the_same_index(kind):
         part = slice(start, min(start + count, keys.shape[2]))
         parts.add(keys[:, :, part], torch.arange(part.start, part.stop)[None])
         start = part.stop
-    for name, array in whole.arrays.items():
-        assert torch.equal(array, parts.arrays[name])
+    assert torch.equal(whole.positions(whole.seen), parts.positions(parts.seen))
+    for name in whole.arrays.keys() - {"positions"}:
+        assert torch.equal(whole.arrays[name], parts.arrays[name])
     assert torch.equal(whole.choose(query, 0.25, 4), parts.choose(query, 0.25, 4))
     assert whole.nbytes() == parts.nbytes()
 
@@ -201,6 +202,19 @@ def test_padding_and_tokens_out_of_range_are_never_chosen(kind, pooling):
                 assert (of_head[len(real) :] == -1).all()
 
 
+def test_positions_are_held_from_the_first_that_do_not_follow_those_before():
+    keys, query = normal(2, 2, 100, 16), normal(2, 4, 2, 16, seed=1)
+    told, follow = filled(KeyIndex(top=30, block=16), keys), KeyIndex(top=30, block=16)
+    follow.add(keys[:, :, :70])
+    assert "positions" not in follow.arrays
+    follow.add(keys[:, :, 70:], torch.arange(70, 100)[None].expand(2, -1))
+    assert torch.equal(follow.positions(100).expand(2, -1, -1), told.positions(100))
+    assert torch.equal(follow.rank(query, 0.25, 4), told.rank(query, 0.25, 4))
+    follow.reset()
+    follow.add(keys)
+    assert torch.equal(follow.rank(query, 0.25, 4), told.rank(query, 0.25, 4))
+
+
 def test_of_equal_tokens_the_newer_are_chosen():
     index = filled(KeyIndex(top=20, block=16), torch.zeros(1, 2, 100, 16))
     chosen = index.choose(normal(1, 2, 3, 16), 0.25, 4, torch.tensor([[90, 60, 20]]))
@@ -218,7 +232,7 @@ def test_keys_of_padding_leave_no_trace_even_if_they_are_not_finite():
 
 @pytest.mark.parametrize("pooling", ["softmax", "max", "sum"])
 def test_ranks_and_choice_are_those_of_numpy(pooling):
-    keys, query = normal(2, 3, 150, 16), normal(2, 6, 4, 16, seed=1) * 3
+    keys, query = normal(2, 3, 150, 16).half().float(), normal(2, 6, 4, 16, seed=1) * 3
     resident = normal(2, 6, 4, seed=2) + 4
     index = filled(ExactKeys(top=20, pooling=pooling), keys)
     ranks = index.rank(query, 0.25, 4, torch.full((1, 4), 140), resident).numpy()

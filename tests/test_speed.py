@@ -1,4 +1,4 @@
-"""The benchmarks' arithmetic on cases known by hand, and a bound that only a serious regression passes."""
+"""The benchmarks' arithmetic on cases known by hand; that every group of rows runs, and measures what it says."""
 
 import shutil
 import time
@@ -6,23 +6,38 @@ import time
 import pandas as pd
 import pytest
 import torch
+from transformers import DynamicCache
 
-from sketchkv.sketch import CountMinSketch
-from sketchkv.study import aims, bench, counting, speed, timing
+from sketchkv.study import bench, speed, timing
+from sketchkv.study.steps import CYCLE, FULL, Bench
 
 
 def rows(*found):
     return pd.DataFrame(
-        [[row, "ratio", "1", m, low, high, 20] for row, m, low, high in found], columns=list(timing.COLUMNS)
+        [[row, "1", *numbers, 20, "abc"] for row, *numbers in found], columns=list(timing.COLUMNS)
     )
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Bench(timing.Table(quiet=True), "tiny", repetitions=2, warmup=1)
 
 
 def test_a_ratio_is_of_neighbouring_samples():
     table = timing.Table(quiet=True)
-    table.add("a", "time", "us", [2, 40, 6])
-    table.add("b", "time", "us", [1, 20, 3, 99])
-    assert table.ratio("a / b", "a", "b") == 2 and table.ratio("a / c", "a", "c") is None
-    assert table.frame().iloc[-1].tolist() == ["a / b", "ratio", "1", 2, 2, 2, 3]
+    table.add("a", "ms", [2, 40, 6])
+    table.add("b", "ms", [1, 20, 3, 99])
+    assert table.ratio("a", "b") == 2 and table.ratio("a", "c") is None
+    assert table.frame().iloc[-1].tolist() == ["a / b", "1", 2, 2, 2, 3, ""]
+
+
+def test_a_slope_is_relative_and_per_doubling():
+    table = timing.Table(quiet=True)
+    for name, samples in (("1", [8, 9, 8.5]), ("2", [10, 11.2, 10.6]), ("4", [12, 13.4, 12.7])):
+        table.add(name, "ms", samples)
+    assert table.slope("slope", [1, 2, 4], ["1", "2", "4"]) == pytest.approx(0.2, abs=0.01)
+    *_, low, high, n, _ = table.rows[-1]
+    assert low < 0.2 < high and n == 3
 
 
 def test_runs_are_timed_in_turn_and_their_warm_up_is_dropped():
@@ -33,69 +48,152 @@ def test_runs_are_timed_in_turn_and_their_warm_up_is_dropped():
     assert order == ["a", "b"] * 5 and len(table.samples["a"]) == 3
 
 
+def test_no_repetition_begins_after_the_end():
+    """Two are measured at least: a median of one says nothing of its spread."""
+    table, calls = timing.Table(quiet=True, until=0), []
+    timing.in_turn(table, {"a": lambda: calls.append(1)}, repetitions=20, warmup=1)
+    assert len(calls) == 3 and len(table.samples["a"]) == 2
+
+
+def test_what_fails_is_left_out_but_a_limit_is_not():
+    def raising(kind):
+        def make():
+            raise kind("reason")
+
+        return make
+
+    found = Bench._there({"a": lambda: lambda: None, "b": raising(ImportError), "c": raising(RuntimeError)})
+    assert list(found) == ["a"]
+    with pytest.raises(TimeoutError):
+        Bench._there({"d": raising(TimeoutError)})
+
+
 def test_a_group_is_stopped_at_its_limit():
     with pytest.raises(TimeoutError, match="0.05 s"), timing.limited(0.05):
         time.sleep(2)
 
 
-def test_verdicts():
-    found = aims.verdicts(
-        {
-            "cpu": rows(
-                ("rotary, batch 1, 4096 seen, SketchCache / DynamicCache", 0.5, 0.4, 0.7),
-                ("rotary, slope of time per doubling", 0.01, 0.002, 0.02),
-            ),
-            "H": rows(("eager / fused, batch 64, 1024 slots", 1.3, 1.2, 1.4)),
-        }
+def test_verdicts_are_of_the_first_device_that_was_asked():
+    here = rows(
+        ("compact, slope per doubling", 0.01, 0.002, 0.02),
+        ("generate, sketch / generate, DynamicCache", 9, 9, 9),
     )
-    verdict = found.set_index("quantity").verdict
-    assert verdict["step of SketchCache / DynamicCache, rotary, batch 1"] == "met"
-    assert (
-        verdict["time of a token per doubling of the text"]
-        == verdict["eager attention / fused, batch 64"]
-        == "missed"
+    there = rows(
+        ("compact, slope per doubling", 0.01, -0.1, 0.1),
+        ("recall, 8192 seen / DynamicCache, 8192 seen", 0.6, 0.5, 0.9),
     )
-    assert (verdict == "not measured here").sum() == len(aims.AIMS) - 3
+    gpu = rows(("generate, sketch / generate, DynamicCache", 1.2, 1.1, 1.3))
+    found = speed.verdicts({"CPU, here": here, "CPU, make bench": there, "NVIDIA H100": gpu})
+    found = found.set_index("question")
+    slope = found.loc["growth of compact's step, each time the text doubles"]
+    assert (slope.device, slope.verdict) == ("CPU, here", "missed")
+    assert found.loc["step, recall / full cache, 8192 tokens", ["device", "verdict"]].tolist() == [
+        "CPU, make bench",
+        "met",
+    ]
+    assert found.loc["model.generate, sketch / full cache", ["device", "median"]].tolist() == [
+        "NVIDIA H100",
+        1.2,
+    ]
+    assert len(found) <= 15 and (found.verdict == "not measured here").sum() == len(found) - 3
 
 
-def test_the_floor_counts_weights_and_stored_tokens_once(gpt2):
-    weights = sum(p.numel() for name, p in gpt2.named_parameters() if "wpe" not in name)
-    cached = 2 * 2 * 2 * 64 * 10  # keys and values, 2 sequences, 2 layers of 4 heads of 16, 10 tokens
-    assert speed.step_floor(gpt2, 2, 10, 1e6, 1e30) == pytest.approx(4 * (weights + cached))
-    assert speed.step_floor(gpt2, 2, 10, 1e30, 1e6) == pytest.approx(4 * weights + 2 * cached)
+def test_every_question_is_a_row_that_some_group_measures(tiny, monkeypatch):
+    """A question whose row no group writes would never be answered."""
 
+    def time_nothing(self, runs, per=CYCLE):
+        for row in runs:
+            self.table.add(row, "ms", [1.0])
 
-def test_the_reference_counts_as_the_sketch_does():
-    sketch, items = CountMinSketch(32, 3), torch.arange(200) ** 2 % 61
-    sketch.update(items)
-    assert counting.python_count_min(items.tolist(), sketch.hash) == sketch.query(items).tolist()
-
-
-def test_every_group_of_rows_runs(gpt2):
-    table, models = timing.Table(quiet=True), speed.pair(gpt2)
-    has_compiler = shutil.which("g++") is not None
-    with torch.no_grad():
-        speed.decode_rows(table, models, "m", 2, seen=80, cap=40, repetitions=1, hardware=(1e9, 1e9))
-        speed.loop_rows(table, models, "m", prompt=50, new=8, cap=40, repetitions=1, compiled=has_compiler)
-        if has_compiler:
-            speed.compiled_rows(table, models, "m", 2, seen=80, cap=40, repetitions=1, hardware=(1e9, 1e9))
-        speed.length_rows(table, models[1], "m", [64, 128], cap=40, repetitions=2)
-        speed.prefill_rows(table, models, "m", count=120, chunk=60, cap=40, repetitions=1)
-        speed.scoring_rows(table, models, "m", count=80, cap=40, repetitions=1)
-    counting.counting_rows(table, count=2000, repetitions=1, reference=1)
-    frame = table.frame().set_index("row")
-    assert frame.loc["m, peak bytes at 128 / at 64 tokens", "median"] == pytest.approx(1, rel=0.05)
-    assert frame.loc["m, 80 tokens, kept positions that are the same", "median"] == 1
-    assert ("m, batch 2, 80 seen, SketchCache, compiled / window, compiled" in frame.index) == has_compiler
-    assert frame["median"].notna().all() and bench.default_name({"gpu": "NVIDIA H100 80GB HBM3"}) == "h100"
-
-
-def test_counting_and_scoring_are_far_from_slow(gpt2):
-    """A tenth of what is aimed at: noise of a busy machine is less than that, a loop in Python more."""
+    monkeypatch.setattr(Bench, "time", time_nothing)
+    monkeypatch.setattr(Bench, "_there", staticmethod(lambda makers: makers))
+    monkeypatch.setattr(Bench, "predict", lambda *a: None)
+    for name in ("full", "cycle", "ids"):
+        monkeypatch.setattr(Bench, name, lambda self, *a, **k: torch.ones(1, 1))
+    monkeypatch.setattr(timing.Table, "slope", lambda self, row, *a: self.add(row, "1", [0.0]))
     table = timing.Table(quiet=True)
-    counting.counting_rows(table, count=50_000, repetitions=3, reference=1)
+
+    def fake(table, batch=1, **_):
+        own = Bench.__new__(Bench)
+        own.__dict__ |= tiny.__dict__ | {"table": table, "batch": batch}
+        return own
+
+    monkeypatch.setattr(bench, "_cpu", fake)
+    monkeypatch.setattr(bench, "_gpu", lambda table, shape="", **own: fake(table, **own))
+    for _, group in (bench.DEFAULT | bench.MORE).values():
+        group(table)
+    assert set(pd.read_csv(speed.GOALS).row) <= set(table.frame().row)
+
+
+def test_groups_are_chosen_by_name_and_the_default_takes_12_minutes():
+    for device in ("cpu", "gpu"):
+        default, every = bench.chosen(["default"], device), bench.chosen(["all"], device)
+        assert sum(seconds for seconds, _ in default.values()) <= 720 and default.keys() < every.keys()
+    assert list(bench.chosen(["cpu_steps"], "cpu")) == ["cpu_steps"]
+    with pytest.raises(ValueError, match="no group gpu_steps here; there are default, all, cpu_steps"):
+        bench.chosen(["gpu_steps"], "cpu")
+    assert (
+        bench.default_name({"gpu": "NVIDIA H100 80GB HBM3"}) == "speed_h100"
+        and bench.default_name({}) == "speed_cpu"
+    )
+
+
+def test_the_baseline_is_untouched_and_shares_its_weights(tiny):
+    ids = tiny.ids(40)
+    plain, ours = (
+        model(ids, past_key_values=DynamicCache(config=tiny.config)).logits
+        for model in (tiny.plain, tiny.model)
+    )
+    assert torch.equal(plain, ours) and "sketchkv" not in str(tiny.plain.config._attn_implementation)
+    assert tiny.model.lm_head.weight.data_ptr() == tiny.plain.lm_head.weight.data_ptr()
+
+
+def test_a_static_step_sees_what_is_stored(tiny, monkeypatch):
+    """Each sample starts over at the same length, and the compiled step gives what a growing cache gives."""
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **_: lambda *a, **k: seen.append(function(*a, **k).logits)
+    )
+    seen = []
+    run = tiny.full(50, "StaticCache")
+    run(), run()
+    assert len(seen) == 2 * CYCLE
+    torch.testing.assert_close(torch.cat(seen[:CYCLE]), torch.cat(seen[CYCLE:]))
+
+
+def test_every_group_of_rows_runs(tiny, tmp_path, monkeypatch):
     with torch.no_grad():
-        speed.scoring_rows(table, speed.pair(gpt2), "m", count=200, cap=60, repetitions=2)
-    frame = table.frame().set_index("row")["median"]
-    assert frame["50000 items, pure Python / CountMinSketch"] > 4
-    assert frame["m, 200 tokens, token by token / score"] > 1.5
+        tiny.steps([144, 288], cap=96)
+        tiny.generate(120, 8, cap=96)
+        tiny.prompts([120], cap=96)
+        if compiler := shutil.which("g++"):
+            tiny.peers(120, caps=(96,), fast=("compact",), plain=("compact",))
+    frame = tiny.table.frame().set_index("row")
+    assert (
+        "compact, cap 96, compiled, 120 seen, batch 1 / StaticCache, compiled, 120 seen, batch 1"
+        in frame.index
+    ) == bool(compiler)
+    assert frame["median"].notna().all() and frame.settings.str.len().eq(12).all()
+    assert (
+        frame.settings["compact, 144 seen"]
+        == frame.settings["recall, 288 seen"]
+        != frame.settings["generate, compact"]
+    )
+    told = speed.steps({"CPU": frame.reset_index()})
+    assert set(told.cache) == {FULL, "sketch", "compact", "recall"} and set(told.context) == {144, 288}
+    assert set(told.kind) == {"measured", "predicted"}
+
+    # A group that is measured again replaces its rows, and no others; one that fails is named.
+    monkeypatch.setattr(
+        bench, "DEFAULT", {"cpu_one": (9, lambda t: t.add("a", "ms", [1])), "cpu_two": (9, lambda t: 1 / 0)}
+    )
+    monkeypatch.setattr(bench, "MORE", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    output = tmp_path / "speed_cpu.csv"
+    pd.DataFrame(
+        [["cpu_old", *rows(("b", 1, 1, 1)).iloc[0]], ["cpu_one", *rows(("c", 1, 1, 1)).iloc[0]]],
+        columns=["group", *timing.COLUMNS],
+    ).to_csv(output, index=False)
+    (tmp_path / "speed_cpu.json").write_text("{}")
+    assert bench.main(["--output", str(output), "--commit", "abc"]) == 1
+    assert pd.read_csv(output).row.tolist() == ["b", "a"]
+    assert "ZeroDivisionError" in (tmp_path / "speed_cpu.json").read_text()

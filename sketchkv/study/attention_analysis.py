@@ -3,31 +3,72 @@
 Maps are attention probabilities `[..., queries, tokens]` of the full cache, each query's row summing to 1.
 """
 
-import re
-
+import pandas as pd
 import torch
 
+from sketchkv import score
 from sketchkv.policies import Policy
 from sketchkv.study.methods import make_cache
 
-# -- distributions ----------------------------------------------------------------------------------------------------
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+CURVES = {
+    "document": "held-out file",
+    "layer": "index of the layer",
+    "chosen": "each query: anew for every query; hindsight: best fixed set; foresight: by the first half's attention",
+    "tokens": "share of the first half's tokens, sinks aside",
+    "mass": "share of the second half's attention on the first half that they hold, mean over heads",
+}
+KEPT = {
+    "document": "held-out file",
+    "policy": "eviction policy",
+    "retained": "share of the full cache's attention on tokens still held, mean over layers, heads and queries",
+    "bound": "the largest share that any choice of as many tokens could retain",
+    "loss": "nats per token over the full cache, predicted by the queries that see a compressed cache",
+}
 
 
-def spread(maps, sinks=4, recent=16, skip=128):
-    """How each head spreads the attention of its queries from token `skip` on, `[..., heads]` each.
+@torch.no_grad()
+def attention_maps(model, input_ids):
+    """Attention of the full cache `[layers, batch, num_kv_heads, tokens, tokens]`, float32 on the model's device, the
+    query heads of a group averaged. `input_ids`: `[batch, tokens]`. The model keeps the attention it had."""
+    previous = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        mask = torch.ones_like(input_ids)  # documents may begin with the token that stands for padding
+        maps = model(input_ids, attention_mask=mask, use_cache=False, output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation(previous)
+    config = model.config.get_text_config(decoder=True)
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return torch.stack([layer.float().unflatten(1, (kv_heads, -1)).mean(2) for layer in maps])
 
-    "sinks": share on the first `sinks` tokens; "recent": share on the newest `recent` tokens, the query's own included;
-    "rest": the share in between, which is all that an eviction policy decides about; "effective": tokens that hold the
-    attention, e to the power of its entropy.
-    """
-    late = maps[..., skip:, :]
-    first = late[..., :sinks].sum(-1).mean(-1)
-    newest = late.triu(skip - recent + 1).sum(-1).mean(-1)
-    entropy = -torch.xlogy(late, late).sum(-1)
-    return {"sinks": first, "recent": newest, "rest": 1 - first - newest, "effective": entropy.exp().mean(-1)}
+
+class _Recorder(Policy):
+    """Keeps the queries of all that passes; nothing is evicted."""
+
+    def allocate(self, slots):
+        self.queries = []
+
+    def query(self, slots, query):
+        self.queries.append(query)
 
 
-def mass_curves(maps, shares, sinks=4, every=8):
+@torch.no_grad()
+def states(model, input_ids):
+    """Queries `[batch, num_heads, tokens, head_dim]`, keys and values `[batch, num_kv_heads, tokens, head_dim]` of the full
+    cache, float32: one triple per layer."""
+    cache = make_cache(model.config, _Recorder(), max_cache_size=max(input_ids.shape[1], 32))
+    model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return [
+        tuple(
+            x.float()
+            for x in (torch.cat(layer.policy.queries, 2), layer.slots["keys"], layer.slots["values"])
+        )
+        for layer in cache.layers
+    ]
+
+
+def mass_curves(maps, shares=SHARES, sinks=4, every=8):
     """Share of the attention of the text's second half on its first half that x of those tokens hold, `sinks` aside.
 
     The tokens are chosen in three ways: "each query", anew for every query, as no cache can; "hindsight", the best fixed
@@ -50,117 +91,6 @@ def mass_curves(maps, shares, sinks=4, every=8):
         "foresight": fixed.gather(-1, past.argsort(-1, descending=True)),
     }
     return {way: ranked.cumsum(-1)[..., ranks] / total for way, ranked in held.items()}
-
-
-def persistence(maps, share=0.1, block=64, sinks=4, first=4):
-    """How long heavy hitters stay heavy: {lag in tokens: overlap `[..., heads]`}.
-
-    The overlap is the share of the `share` most attended tokens of a block of `block` queries that are among the most
-    attended of the block `lag` tokens later too, both chosen among the tokens before the earlier block, `sinks` aside;
-    mean over the blocks from number `first` on. Sets that have nothing to do with each other overlap by `share`.
-    """
-    blocks = maps.shape[-2] // block
-    mass = maps[..., : blocks * block, :].unflatten(-2, (blocks, block)).sum(-2)
-    overlaps: dict[int, list] = {}
-    for earlier in range(first, blocks - 1):
-        old = mass[..., earlier:, sinks : earlier * block]
-        top = old.topk(max(1, round(share * old.shape[-1])), sorted=False).indices
-        member = torch.zeros_like(old).scatter_(-1, top, 1.0)
-        common = (member[..., 1:, :] * member[..., :1, :]).sum(-1) / top.shape[-1]
-        for lag in range(common.shape[-1]):
-            overlaps.setdefault((lag + 1) * block, []).append(common[..., lag])
-    return {lag: torch.stack(values).mean(0) for lag, values in sorted(overlaps.items())}
-
-
-def reach(maps, ages, sinks=4):
-    """Share of the attention beyond the sinks that the second half's queries give to tokens of at most each age (the
-    query's own token has age 1): `[..., heads, len(ages)]`."""
-    tokens = maps.shape[-1]
-    query = torch.arange(tokens // 2, tokens, device=maps.device)
-    late = maps[..., tokens // 2 :, :].clone()
-    late[..., :sinks] = 0
-    summed = torch.nn.functional.pad(late.cumsum(-1), (1, 0))  # mass before each position
-    within = []
-    for age in ages:
-        before = (query + 1 - age).clamp(min=0)[:, None].expand(*late.shape[:-1], 1)
-        within.append(summed[..., -1] - summed.gather(-1, before).squeeze(-1))
-    return torch.stack(within, -1).sum(-2) / summed[..., -1].sum(-1)[..., None]
-
-
-# -- token classes ----------------------------------------------------------------------------------------------------
-
-# The first pattern that a token's text matches whole names its class.
-_PATTERNS = {
-    "line break": r"[\s\S]*\n[\s\S]*",
-    "blank": r"\s*",
-    "number": r"\s*\d[\d.,_]*",
-    "word": r"\s+\w+",
-    "piece": r"\w*[^\W_]\w*",
-    "quote": r"""[^\w]*["'`][^\w]*""",
-    "bracket": r"[^\w]*[()\[\]{}][^\w]*",
-    "punctuation": r"[\W_]+",
-    "other": r"[\s\S]*",
-}
-CLASSES = ("special", "keyword", *_PATTERNS)
-
-
-def token_classes(tokenizer, keywords=()):
-    """Class of every token id by its text, int64 `[vocabulary]`, an index into `CLASSES`.
-
-    keywords: words that are a class of their own (`keyword.kwlist` for Python source; none for prose, where "in" and "is"
-    mean something else). A "word" has a blank before it; a "piece" has none: it goes on with a word, or follows
-    punctuation. A token with a line break counts as that, then quotes before brackets before other punctuation; bytes that
-    are no text alone are "other".
-    """
-    texts = tokenizer.batch_decode(
-        [[index] for index in range(len(tokenizer))], clean_up_tokenization_spaces=False
-    )
-    special, keywords = set(tokenizer.all_special_ids), set(keywords)
-
-    def name(index, text):
-        if index in special:
-            return "special"
-        if text.strip() in keywords:
-            return "keyword"
-        if "\ufffd" in text:
-            return "other"
-        return next(name for name, pattern in _PATTERNS.items() if re.fullmatch(pattern, text))
-
-    return torch.tensor([CLASSES.index(name(index, text)) for index, text in enumerate(texts)])
-
-
-def class_shares(maps, classes, sinks=4, recent=16, skip=128):
-    """What each class of token gets of the attention that a policy decides about: older than `recent`, no sink.
-
-    classes: int64 `[tokens]`, class of each token of the text. Returns (attention `[..., heads, len(CLASSES)]`, tokens
-    `[len(CLASSES)]`): shares of the attention, and of the tokens that it could have gone to; both sum to 1.
-    """
-    count = maps.shape[-1]
-    position = torch.arange(count, device=maps.device)
-    mass = maps[..., skip:, :].tril(skip - recent).sum(-2)
-    exposed = (count - (position + recent).clamp(min=skip)).clamp(min=0).to(maps.dtype)
-    mass[..., :sinks], exposed[:sinks] = 0, 0
-    member = (classes[:, None] == torch.arange(len(CLASSES), device=classes.device)).to(maps)
-    return mass @ member / mass.sum(-1, keepdim=True), exposed @ member / exposed.sum()
-
-
-# -- what policies keep -----------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def attention_maps(model, input_ids):
-    """Attention of the full cache `[layers, batch, num_kv_heads, tokens, tokens]`, float32 on the model's device, the
-    query heads of a group averaged. `input_ids`: `[batch, tokens]`. The model keeps the attention it had."""
-    previous = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        mask = torch.ones_like(input_ids)  # documents may begin with the token that stands for padding
-        maps = model(input_ids, attention_mask=mask, use_cache=False, output_attentions=True).attentions
-    finally:
-        model.set_attn_implementation(previous)
-    config = model.config.get_text_config(decoder=True)
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return torch.stack([layer.float().unflatten(1, (kv_heads, -1)).mean(2) for layer in maps])
 
 
 class Oracle(Policy):
@@ -204,17 +134,10 @@ def bound(maps, max_cache_size, num_sinks=4, recent_window=16, evict_every=16):
     tokens, held = maps.shape[-1], 0
     starts = _evictions(tokens, max_cache_size, evict_every)
     for start in starts:
-        queries = maps[..., start : start + evict_every, :]
-        mass = queries.sum(-2)
-        chosen = mass[..., num_sinks : start - recent_window].topk(
-            max_cache_size - num_sinks - recent_window, sorted=False
-        )
-        held = (
-            held
-            + mass[..., :num_sinks].sum(-1)
-            + chosen.values.sum(-1)
-            + mass[..., start - recent_window :].sum(-1)
-        )
+        mass = maps[..., start : start + evict_every, :].sum(-2)
+        free = max_cache_size - num_sinks - recent_window
+        best = mass[..., num_sinks : start - recent_window].topk(free, sorted=False).values.sum(-1)
+        held = held + mass[..., :num_sinks].sum(-1) + best + mass[..., start - recent_window :].sum(-1)
     return held / (tokens - starts[0])
 
 
@@ -234,7 +157,7 @@ class _Watched(Policy):
         self.policy.enter(slots, new, token_ids)
 
     def observe(self, slots, attention):
-        self.positions, self.attention = slots["positions"].long(), attention
+        self.positions = slots["positions"].long()
         if self.policy.uses_attention:
             self.policy.observe(slots, attention)
 
@@ -247,15 +170,11 @@ class _Watched(Policy):
 
 @torch.no_grad()
 def compare(model, input_ids, maps, policies, max_cache_size, evict_every=16, **protection):
-    """Feeds texts to a model whose cache evicts, and compares its attention with the full cache's, query by query.
+    """Feeds texts to a model whose cache evicts, and says how much of the full cache's attention falls on what it holds.
 
-    input_ids: `[batch, tokens]`, no padding; maps: their `attention_maps`; policies: a policy, or one per layer.
-    Returns means over KV heads and over the queries from the first eviction on, `[layers, batch]` each: "retained", share
-    of the full cache's attention that falls on tokens still held; "kl", of the compressed attention from the full one,
-    nats (the other way it is infinite as soon as anything was evicted); "cosine" of the two; and "nll" `[batch]`, nats per
-    token predicted by those queries.
-
-    Raises ValueError for a text that is too short for an eviction.
+    input_ids: `[batch, tokens]`, no padding; maps: their `attention_maps`; policies: a policy, or one per layer. Returns,
+    over the queries from the first eviction on, "retained" `[layers, batch]`, mean over KV heads, and "nll" `[batch]`,
+    nats per token that they predict. Raises ValueError for a text that is too short for an eviction.
     """
     tokens, layers = input_ids.shape[1], len(maps)
     starts = _evictions(tokens, max_cache_size, evict_every)
@@ -270,7 +189,7 @@ def compare(model, input_ids, maps, policies, max_cache_size, evict_every=16, **
         model.config, watched, max_cache_size=max_cache_size, evict_every=evict_every, **protection
     )
     model(input_ids[:, : starts[0]], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    sums = torch.zeros(3, layers, len(input_ids), device=input_ids.device)
+    retained = torch.zeros(layers, len(input_ids), device=input_ids.device)
     nll = torch.zeros(len(input_ids), device=input_ids.device)
     for start in starts:  # the text of one step arrives at once: it ends where the cache evicts
         now = slice(start, min(start + evict_every, tokens))
@@ -282,13 +201,38 @@ def compare(model, input_ids, maps, policies, max_cache_size, evict_every=16, **
         nll += torch.nn.functional.cross_entropy(predicted, targets, reduction="none").sum(1)
         for index, layer in enumerate(cache.layers):
             full = maps[index][:, :, now]
-            ours = (
-                layer.policy.attention / layer.policy.attention[0, 0, 0].sum()
-            )  # summed over the group's heads
-            same = full.gather(-1, layer.policy.positions[:, :, None].expand_as(ours))
-            kl = (torch.xlogy(ours, ours) - torch.xlogy(ours, same.clamp(min=1e-30))).sum(-1)
-            cosine = (ours * same).sum(-1) / (ours.norm(dim=-1) * full.norm(dim=-1))
-            sums[:, index] += torch.stack([x.mean(1).sum(-1) for x in (same.sum(-1), kl, cosine)])
+            held = layer.policy.positions[:, :, None].expand(*full.shape[:3], -1)
+            retained[index] += full.gather(-1, held).sum(-1).mean(1).sum(-1)
     assert cache.evicted_tokens > 0
-    retained, kl, cosine = (sums / (tokens - starts[0])).cpu()
-    return {"retained": retained, "kl": kl, "cosine": cosine, "nll": (nll / (tokens - starts[0] - 1)).cpu()}
+    return {
+        "retained": (retained / (tokens - starts[0])).cpu(),
+        "nll": (nll / (tokens - starts[0] - 1)).cpu(),
+    }
+
+
+def survey(model, docs, policies, max_cache_size, evict_every, sinks=4, recent=16, batch=4):
+    """Two DataFrames, `CURVES` and `KEPT`: how few tokens hold the attention, and what each of `policies` (name to policy)
+    and the "oracle" keep of it under the same protection."""
+    curves: list[tuple] = []
+    rows: list[tuple] = []
+    first = max_cache_size + evict_every
+    for start in range(0, len(docs.names), batch):
+        ids, names = docs.input_ids[start : start + batch].to(model.device), docs.names[start : start + batch]
+        maps = attention_maps(model, ids)
+        for way, mass in mass_curves(maps).items():
+            curves += [
+                (name, layer, way, share, mass[layer, row, :, i].mean().item())
+                for row, name in enumerate(names)
+                for layer in range(len(maps))
+                for i, share in enumerate(SHARES)
+            ]
+        best = bound(maps, max_cache_size, sinks, recent, evict_every).mean((0, -1)).tolist()
+        full = score(model, ids)[:, first:].mean(1).tolist()
+        knowing = [Oracle(layer) for layer in future_mass(maps, max_cache_size, evict_every)]
+        for policy, chosen in (policies | {"oracle": knowing}).items():
+            protection = dict(num_sinks=sinks, recent_window=recent)
+            found = compare(model, ids, maps, chosen, max_cache_size, evict_every, **protection)
+            kept = found["retained"].mean(0).tolist()
+            losses = [nll - whole for nll, whole in zip(found["nll"].tolist(), full)]
+            rows += zip(names, [policy] * len(names), kept, best, losses)
+    return pd.DataFrame(curves, columns=list(CURVES)), pd.DataFrame(rows, columns=list(KEPT))

@@ -1,8 +1,8 @@
-"""How fast it is, on the device at hand: `make bench`, or `python -m sketchkv.study.bench --output bench.csv`.
+"""How fast it is, on the device at hand: `make bench`, `make bench BENCH=all`, or one group: `make bench BENCH=cpu_steps`.
 
 Every row is a median of repetitions with its 10th and 90th percentile (`sketchkv.study.timing`). Beside the CSV a JSON of
-the same name says on what it ran. Groups of rows run one after the other, the most telling first, each within its own
-limit; what was measured is written after each.
+the same name says on what it ran. Groups run one after the other, each within its own limit; what was measured is written
+after each, and rows of groups that are not run stay.
 """
 
 import argparse
@@ -13,116 +13,56 @@ import time
 import traceback
 from pathlib import Path
 
+import pandas as pd
 import torch
 import transformers
 
-from sketchkv import loading
 from sketchkv.fast.launch import triton
-from sketchkv.study import counting, results, speed, speed_gpu
-from sketchkv.study.timing import Table, copy_bandwidth, limited, matmul_rate
+from sketchkv.study import sources
+from sketchkv.study.steps import Bench
+from sketchkv.study.timing import COLUMNS, Table, limited
 
-
-def gpu_groups(table):
-    """{name: (seconds it may take, function)}."""
-    bandwidth = copy_bandwidth(table)
-
-    def gpt2(rows, name="GPT-2 small", **settings):
-        models = speed.pair(speed.gpt2_small("cuda", torch.bfloat16))
-        return rows(table, models, name, **settings)
-
-    return {
-        "recorded": (110, lambda: speed_gpu.recorded_rows(table)),
-        "attention": (40, lambda: speed_gpu.attention_rows(table, bandwidth, 64)),
-        "full-cache": (30, lambda: speed_gpu.full_cache_rows(table)),
-        "recorded-layer": (30, lambda: speed_gpu.recorded_layer_rows(table)),
-        "recorded-layer-1": (30, lambda: speed_gpu.recorded_layer_rows(table, batch=1)),
-        "static": (200, lambda: speed_gpu.static_rows(table)),
-        "attention-pieces": (60, lambda: speed_gpu.attention_pieces(table)),
-        "layer-pieces": (60, lambda: speed_gpu.layer_pieces(table)),
-        "block-pieces": (40, lambda: speed_gpu.block_pieces(table)),
-        "recorded-64": (
-            60,
-            lambda: speed_gpu.recorded_rows(table, batch=64, new=128, repetitions=10, seconds=30),
+FOLDER = sources.ROOT / "data" / "benchmarks"
+# {group: (seconds it may take, what it measures)}; the limits of a device sum up to 12 minutes. The rest: BENCH=all.
+DEFAULT = {
+    "cpu_steps": (270, lambda t: _cpu(t).steps([1024, 2048, 4096])),
+    "cpu_peers": (300, lambda t: _cpu(t).peers(3072, fast=("compact",))),
+    "cpu_generate": (75, lambda t: _cpu(t, repetitions=5, warmup=1).generate(768, 64)),
+    "cpu_prompts": (75, lambda t: _cpu(t, repetitions=3, warmup=1).prompts([1024])),
+    "gpu_steps": (170, lambda t: _gpu(t).steps([1024, 4096, 8192, 16384, 32768])),
+    "gpu_peers": (200, lambda t: _gpu(t).peers(4096)),
+    "gpu_generate": (60, lambda t: _gpu(t).generate(1024, 128)),
+    "gpu_prompts": (90, lambda t: _gpu(t, repetitions=10).prompts([1024, 4096, 8192])),
+    "gpu_batch": (200, lambda t: _gpu(t, batch=16).peers(8192, caps=(1024,), plain=("compact",))),
+}
+MORE = {
+    "cpu_long": (900, lambda t: _cpu(t, repetitions=10).steps([1024, 2048, 4096, 8192])),
+    "cpu_large_cap": (
+        600,
+        lambda t: _cpu(t).peers(3072, caps=(1536,), fast=("compact",), plain=("compact",)),
+    ),
+    "cpu_policies": (
+        600,
+        lambda t: _cpu(t).peers(1024, caps=(256,), fast=("sketch", "streaming", "h2o"), plain=("sketch",)),
+    ),
+    "cpu_batch": (900, lambda t: _cpu(t, batch=8).peers(1024, plain=("compact",))),
+    "gpu_steps_8": (300, lambda t: _gpu(t, batch=8).steps([1024, 8192, 32768])),
+    "gpu_large": (
+        500,
+        lambda t: _gpu(t, "Llama-3.1-8B", batch=8).peers(
+            32768, (4096,), fast=("compact",), plain=("compact",)
         ),
-        "attention-1": (30, lambda: speed_gpu.attention_rows(table, bandwidth, 1)),
-        "model-1": (40, lambda: gpt2(speed.decode_rows, batch=1, seconds=25)),
-        "model-64": (40, lambda: gpt2(speed.decode_rows, batch=64, seconds=25)),
-    }
+    ),
+}
 
 
-def cpu_groups(table, size="bench"):
-    """As `gpu_groups`, on at most two cores: the embedded model, a GPT-2 small, and the rotary model for long texts.
-
-    size: "bench"; "study", what a notebook has the time for; "smoke", which shows that all of it runs and measures nothing.
-    """
+def _cpu(table, batch=1, repetitions=20, warmup=2):
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    smoke, bench = size == "smoke", size == "bench"
-    seen, few = (192, dict(repetitions=2, warmup=1)) if smoke else (1024, {})
-    hardware = (
-        copy_bandwidth(table, "cpu", 2**28, 10),
-        matmul_rate(table, "cpu", torch.float32, 1024 if smoke else 2048, 10),
-    )
-    decode = dict(hardware=hardware, cap=64 if smoke else 256, seconds=500 if bench else 45, **few)
+    return Bench(table, "SmolLM2", batch=batch, repetitions=repetitions, warmup=warmup, seconds=150)
 
-    def on(which, rows, **settings):
-        load = {
-            "embedded": lambda: loading.load("embedded")[0],
-            "GPT-2 small": speed.gpt2_small,
-            "rotary": lambda: loading.load(results.ROOT / "data" / "model-rotary")[0],
-        }[which]
-        return rows(table, speed.pair(load().requires_grad_(False)), which, **settings)
 
-    lengths = [128, 256, 512] if smoke else [1024, 2048, 4096, 8192, 16384]
-    compiled = {
-        f"{group}-compiled": (
-            400,
-            lambda w=which, b=batch, s=count: on(w, speed.compiled_rows, batch=b, seen=s, **decode),
-        )
-        for group, which, batch, count in (
-            ("embedded-1", "embedded", 1, seen),
-            ("embedded-8", "embedded", 8, seen),
-            ("rotary", "rotary", 1, 4 * seen),
-            ("gpt2-1", "GPT-2 small", 1, seen),
-            ("gpt2-8", "GPT-2 small", 8, seen),
-        )
-    }
-    groups = {
-        "embedded-1": (60, lambda: on("embedded", speed.decode_rows, batch=1, seen=seen, **decode)),
-        "embedded-8": (180, lambda: on("embedded", speed.decode_rows, batch=8, seen=seen, **decode)),
-        "rotary": (120, lambda: on("rotary", speed.decode_rows, batch=1, seen=4 * seen, **decode)),
-        "gpt2-1": (180, lambda: on("GPT-2 small", speed.decode_rows, batch=1, seen=seen, **decode)),
-        "gpt2-8": (600, lambda: on("GPT-2 small", speed.decode_rows, batch=8, seen=seen, **decode)),
-        "loop": (
-            500,
-            lambda: on(
-                "embedded",
-                speed.loop_rows,
-                prompt=seen // 2,
-                new=32 if smoke else 512,
-                seconds=450,
-                compiled=bench,
-                **few,
-            ),
-        ),
-        "length": (
-            200,
-            lambda: on("rotary", lambda t, m, name: speed.length_rows(t, m[1], name, lengths, **few)),
-        ),
-        "prefill": (
-            90,
-            lambda: on("embedded", speed.prefill_rows, count=seen, chunk=seen // 2, cap=decode["cap"], **few),
-        ),
-        "scoring": (
-            400,
-            lambda: on(
-                "embedded", speed.scoring_rows, count=seen // 2 if smoke else seen, seconds=350, **few
-            ),
-        ),
-        "counting": (120, lambda: counting.counting_rows(table, 20_000 if smoke else 1_000_000, **few)),
-    }
-    slow = ("gpt2-1", "gpt2-8", *compiled)
-    left_out = {"smoke": slow, "study": (*slow, "loop", "scoring")}.get(size, ())
-    return {name: group for name, group in (groups | compiled).items() if name not in left_out}
+def _gpu(table, shape="SmolLM2", batch=1, repetitions=20):
+    return Bench(table, shape, "cuda", batch, repetitions=repetitions, seconds=60)
 
 
 def machine(commit=None):
@@ -135,7 +75,7 @@ def machine(commit=None):
             return None
 
     facts = dict(
-        commit=commit or results.commit()[0],
+        commit=commit or sources.commit()[0],
         time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         python=platform.python_version(),
         torch=torch.__version__,
@@ -153,60 +93,68 @@ def machine(commit=None):
 
 
 def default_name(facts):
-    """Of the files in data/benchmarks: the GPU's model (`h100`), or `cpu`."""
+    """Of the files in data/benchmarks: the GPU's model (`speed_h100`), or `speed_cpu`."""
     found = re.search(r"[A-Z]+\d+\w*", facts.get("gpu", ""))
-    return found.group().lower() if found else "gpu" if "gpu" in facts else "cpu"
+    return f"speed_{found.group().lower() if found else 'gpu' if 'gpu' in facts else 'cpu'}"
+
+
+def chosen(names, device):
+    """The groups to run, {name: (seconds, function)}; names: of groups, "default" or "all". Raises ValueError for another."""
+    here = {name: group for name, group in (DEFAULT | MORE).items() if name.startswith(device)}
+    if names == ["all"]:
+        return here
+    if names == ["default"]:
+        return {name: group for name, group in here.items() if name in DEFAULT}
+    if unknown := set(names) - here.keys():
+        raise ValueError(
+            f"no group {', '.join(sorted(unknown))} here; there are default, all, {', '.join(here)}"
+        )
+    return {name: here[name] for name in names}
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
         prog="python -m sketchkv.study.bench", description=__doc__.splitlines()[0]
     )
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument(
-        "--output", help="CSV to write (default: data/benchmarks/NAME.csv); its JSON goes beside it"
-    )
+    parser.add_argument("groups", nargs="*", default=["default"], help="default, all, or names of groups")
+    parser.add_argument("--output", help="CSV to write (default: data/benchmarks/speed_NAME.csv)")
     parser.add_argument("--commit", help="commit of the code, where git cannot tell")
-    parser.add_argument(
-        "--seconds", type=float, default=2700, help="all groups together take about this long at most"
-    )
-    parser.add_argument("--only", nargs="+", metavar="GROUP", help="groups of rows to measure, by name")
     options = parser.parse_args(arguments)
-    cuda = options.device == "cuda"
-    if cuda and (not torch.cuda.is_available() or triton is None):
-        parser.error("--device cuda needs a GPU and triton; --device cpu runs here")
-    begin, facts, table = time.monotonic(), machine(options.commit), Table()
-    output = Path(options.output or results.ROOT / "data" / "benchmarks" / f"{default_name(facts)}.csv")
-    groups = gpu_groups(table) if cuda else cpu_groups(table)
-    if unknown := set(options.only or ()) - groups.keys():
-        parser.error(f"no group {', '.join(sorted(unknown))}; there are {', '.join(groups)}")
-    missing = {}
+    device = "gpu" if torch.cuda.is_available() else "cpu"
+    try:
+        groups = chosen(options.groups, device)
+    except ValueError as error:
+        parser.error(str(error))
+    if device == "gpu" and triton is None:
+        parser.error("a GPU is measured with triton: install it, or hide the GPU (CUDA_VISIBLE_DEVICES=)")
+    facts = machine(options.commit)
+    output = Path(options.output or FOLDER / f"{default_name(facts)}.csv")
+    kept = pd.read_csv(output) if output.exists() else pd.DataFrame(columns=["group", *COLUMNS])
+    notes = sources.read_json(output.with_suffix(".json")) if output.exists() else {}
+    missing = notes.get("missing", {})
     for name, (limit, group) in groups.items():
-        left = options.seconds - (time.monotonic() - begin)
-        if options.only and name not in options.only:
-            continue
-        if left < 5:
-            missing[name] = "not begun in time"
-            continue
+        begin = time.monotonic()
+        table = Table(until=begin + 0.8 * limit)
+        missing.pop(name, None)
         try:
-            with torch.no_grad(), limited(min(limit, left)):
-                group()
+            with torch.no_grad(), limited(limit):
+                group(table)
         except Exception as error:  # the other groups' figures are worth having
             traceback.print_exc()
             missing[name] = f"{type(error).__name__}: {error}"[:200]
-        if cuda:
+        if device == "gpu":
             torch.cuda.empty_cache()
-        # After each group: what was measured is kept.
-        results.atomic_write(output, table.frame().to_csv(index=False, lineterminator="\n"))
-        notes = {"seconds": round(time.monotonic() - begin, 1), "missing": missing}
-        results.atomic_write(output.with_suffix(".json"), results.to_json(facts | notes))
-    for row in table.frame().query("quantity == 'ratio'").itertuples():
-        print(f"{row.row:90} {row.median:8.3f} [{row.low:.3f}, {row.high:.3f}] n={row.n}")
+        torch.compiler.reset()
+        new = table.frame()
+        new.insert(0, "group", name)
+        kept = pd.concat([kept[kept.group != name], new], ignore_index=True)
+        sources.atomic_write(output, kept.to_csv(index=False, lineterminator="\n"))
+        took = notes.get("seconds", {}) | {name: round(time.monotonic() - begin, 1)}
+        notes = facts | {"seconds": took, "missing": missing}
+        sources.atomic_write(output.with_suffix(".json"), sources.to_json(notes))
     for name, reason in missing.items():
         print(f"{name}: {reason}")
-    return int(bool(missing))
+    return int(bool(missing.keys() & groups))
 
 
 if __name__ == "__main__":

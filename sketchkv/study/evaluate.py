@@ -93,24 +93,11 @@ def evaluate(
             full = tuple(whole[:, start:stop] for whole in reference)
             scores.append(compare(full, logits.float().log_softmax(-1), part[:, start + 1 : stop + 1]))
         nll, nll_full, kl, top1 = (torch.cat(each, 1) for each in zip(*scores))
-        stored = sum(cache.stored_tokens()) / len(cache.layers)
-        for i in range(len(part)):
-            rows.append(
-                {
-                    "document": names[len(rows)],
-                    "tokens": length,
-                    "nll": nll[i].mean().item(),
-                    "nll_full": nll_full[i].mean().item(),
-                    "nll_late": nll[i, half:].mean().item(),
-                    "nll_late_full": nll_full[i, half:].mean().item(),
-                    "kl": kl[i].mean().item(),
-                    "top1": top1[i].mean().item(),
-                    "evicted": cache.evicted_tokens / len(cache.layers),
-                    "stored": stored,
-                    **{f"bytes_{kind}": count for kind, count in held.items()},
-                    "seconds": seconds,
-                }
-            )
+        means = [x.mean(1).tolist() for x in (nll, nll_full, nll[:, half:], nll_full[:, half:], kl, top1)]
+        common = cache.evicted_tokens / len(cache.layers), sum(cache.stored_tokens()) / len(cache.layers)
+        common += *(held[kind] for kind in ("kv", "sketch", "policy", "total")), seconds
+        for numbers in zip(*means):
+            rows.append(dict(zip(COLUMNS, (names[len(rows)], length, *numbers, *common))))
     return rows
 
 

@@ -132,7 +132,7 @@ def settled(config, name, share, tokens):
     if name not in BOUNDED:
         return None
     budget = int(share * full_nbytes(config, tokens))
-    method = BOUNDED[name]
+    method = BOUNDED[name] | methods.FROZEN.get((name, share), {})
     return method | {"max_cache_size": fit(config, budget, torch.float32, length=tokens, **method)}
 
 

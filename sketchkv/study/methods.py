@@ -18,7 +18,6 @@ from sketchkv.study.extras.device_store import DeviceStore
 from sketchkv.study.extras.expected import ExpectedAttention
 from sketchkv.study.extras.kivi import KiviCache
 from sketchkv.study.extras.ranges import ranges
-from sketchkv.study.extras.sketch_policies import AnySketch, QuerySketch
 from sketchkv.summary import Summary
 from sketchkv.support import text_config
 
@@ -44,7 +43,7 @@ _SMALL = {"method": "sketch", "width": 128, "depth": 2}
 # Methods with a cap, as every notebook has them; 16 bits: bytes are counted as of a half-precision cache.
 BOUNDED: dict[str, dict] = {
     "compact": {"method": "compact"},
-    "recall": {"method": "recall", "store": "device"},
+    "recall": {"method": "recall", "store": "device"},  # in 6 and 5 bits, the preset's
     "decayed": {"method": "decayed", "bits": 16},
     "sketch": {"method": "sketch", "width": 512, "depth": 4, "bits": 16},
     "streaming": {"method": "streaming", "bits": 16},
@@ -72,6 +71,9 @@ BOUNDED: dict[str, dict] = {
     "lru": {"method": "lru", "bits": 16},
     "key_norm": {"method": "key_norm", "bits": 16},
 }
+
+# Chosen on 8 + 8 development documents of SmolLM2, where another share of the bytes asks for another setting.
+FROZEN: dict[tuple, dict] = {("recall", 1 / 16): {"bits": (5, 4)}}
 
 # Methods that hold the whole text: one size each.
 WHOLE: dict[str, dict] = {
@@ -149,11 +151,6 @@ def make_cache(config, method, length=None, **options):
     if method == "window":
         options = {"num_sinks": 0} | options
     kind = POLICIES[method]
-    if kind is Sketch and options.get("key") == "query":
-        kind = QuerySketch
-        del options["key"]
-    elif kind is Sketch and {"kind", "counters"} & options.keys():
-        kind = AnySketch
     own = inspect.signature(kind).parameters
     if "config" in own:
         options["config"] = config
@@ -209,10 +206,14 @@ def nbytes(config, length=None, dtype=torch.float32, **method):
     cache = make_cache(config, length=length, **method)
     _, heads, head_dim = _shape(config)
     keys = torch.zeros(1, heads, length or 0, head_dim, dtype=dtype)
+    index = None
     for layer in cache.layers:
         layer.lazy_initialization(keys[:, :, :0], keys[:, :, :0])
-        if hasattr(layer, "index") and length:  # an index grows with the text
-            layer.index.add(keys, torch.arange(length, dtype=torch.int32)[None])
+        if hasattr(layer, "index") and length:  # an index grows with the text, in all layers alike
+            if index is None:
+                index = layer.index
+                index.add(keys)
+            layer.index = index
     return cache.nbytes()
 
 

@@ -1,9 +1,18 @@
-"""What the study must know about a model before it compresses its cache: use of context, sinks, heavy hitters."""
+"""What the study must know about a model before it compresses its cache, and the card of the embedded one."""
 
+import numpy as np
+import pandas as pd
 import torch
 
+from sketchkv.loading import EMBEDDED
 from sketchkv.study.evaluate import TOKENS
-from sketchkv.switch import enable
+from sketchkv.study.sources import read_json
+
+CONTEXT = {
+    "context": "tokens of context, the predicted ones included",
+    "document": "held-out file",
+    "nll": "mean nats per token over the document's last 64 tokens",
+}
 
 
 @torch.no_grad()
@@ -32,33 +41,43 @@ def nll_by_context(model, input_ids, lengths, targets=64):
     return found
 
 
-@torch.no_grad()
-def attention_maps(model, ids):
-    """Attention of every layer for one document, `[layers, heads, tokens, tokens]`; the model stays enabled."""
-    model.set_attn_implementation("eager")
-    try:
-        maps = model(ids[None].to(model.device), use_cache=False, output_attentions=True).attentions
-    finally:
-        enable(model)
-    return torch.cat(maps).float().cpu()
+def by_context(model, docs, lengths):
+    """The same as a DataFrame (`CONTEXT`), one row per length and document."""
+    rows = [
+        (length, document, nll[row].mean().item())
+        for length, nll in nll_by_context(model, docs.input_ids, lengths).items()
+        for row, document in enumerate(docs.names)
+    ]
+    return pd.DataFrame(rows, columns=list(CONTEXT))
 
 
-def sink_mass(maps, sinks=4, skip=64):
-    """Share of attention that later queries (from token `skip` on) give to the first `sinks` tokens: `[layers, heads]`."""
-    return maps[:, :, skip:, :sinks].sum(-1).mean(-1)
+def card(run, model, context, collapse):
+    """The text of the embedded model's card. context, collapse: tables of the notebook that writes it."""
+    training = read_json(run.read(EMBEDDED / "training.json"))
+    packages = read_json(run.read(EMBEDDED.parent / "manifest.json"))["packages"]
+    held_out = "; ".join(
+        f"{split}: " + ", ".join(f"{package} {version}" for package, version in named.items())
+        for split, named in packages.items()
+    )
+    config, lost = model.config, collapse.groupby("cache").loss.mean()
+    rows = "\n".join(
+        f"| {n} | {np.exp(nll):.2f} |" for n, nll in context.groupby("context").nll.mean().items()
+    )
+    return f"""# The embedded model
 
+A decoder of GPT-2's architecture (`GPT2LMHeadModel`), small enough to live in a repository. Written by
+`notebooks/{run.notebook}.ipynb` from its results; profile `{run.profile}`.
 
-def heavy_hitter_mass(maps, shares, sinks=4):
-    """Share of all attention mass, sinks aside, that falls on the tokens that receive the most.
+- **Shape**: {config.num_hidden_layers} layers, {config.num_attention_heads} heads of {config.n_embd // config.n_head}, {config.n_positions} positions, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, stored in half precision.
+- **Tokenizer**: byte-level BPE of its own, {config.vocab_size} tokens; token 0, `<|endoftext|>`, opens every text.
+- **Data**: Python source (code, comments, docstrings) of the packages pinned in `requirements.lock`, {training["corpus_tokens"] / 1e6:.1f} M tokens after removing vendored copies, duplicates and generated tables, at most 6 MB a package.
+- **Held out, whole**: {held_out}. Files and sha256 sums: `data/manifest.json`.
+- **Training**: `make model`; {training["tokens"] / 1e6:.1f} M tokens in steps of {training["batch_tokens"]}, windows of 1024 and then 2048 tokens, peak learning rate {training["lr"]}, seed {training["seed"]}, on {training["device"]}. The loss curve is `data/model/loss.csv`.
+- **Use**: for this study of KV caches. It writes text that looks like Python and knows nothing.
 
-    maps: `[layers, heads, tokens, tokens]`; shares: fractions of tokens. A token's mass is averaged over the queries that
-    could see it, so that early tokens do not win by age. Returns `[layers, heads, len(shares)]`.
-    """
-    tokens = maps.shape[-1]
-    exposed = torch.arange(tokens, 0, -1)
-    mass = (maps.sum(-2) / exposed)[
-        ..., sinks : tokens * 7 // 8
-    ]  # the last tokens were seen by too few queries
-    ranked = mass.sort(-1, descending=True).values.cumsum(-1)
-    ranks = [max(1, round(share * ranked.shape[-1])) - 1 for share in shares]
-    return ranked[..., ranks] / ranked[..., -1:]
+| tokens of context | held-out perplexity of the same tokens (n = {context.document.nunique()} documents) |
+| --- | --- |
+{rows}
+
+Sinks: a window of {run.params["max_cache_size"]} tokens loses {lost["0 sinks"]:.2f} nats per token without the first tokens and {lost["4 sinks"]:.2f} with four of them.
+"""

@@ -47,4 +47,4 @@ def point(method, text, own="", **texts):
     is the revision of the documents, which belongs to what names the point."""
     if own:
         method = method | {"method": build(method["method"], own)()}
-    return evaluate(method, **texts)
+    return evaluate(method, text=text, **texts)

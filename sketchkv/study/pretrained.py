@@ -18,6 +18,7 @@ import os
 import sys
 import time
 import traceback
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pandas as pd
@@ -44,7 +45,9 @@ class Run:
         for name in measured.TABLES:
             for folder in (Path(have), self.out):
                 if (folder / f"{name}.csv").exists():
-                    self.tables[name] = pd.read_csv(folder / f"{name}.csv").to_dict("records")
+                    self.tables[name] = pd.read_csv(
+                        folder / f"{name}.csv", float_precision="round_trip"
+                    ).to_dict("records")
                 if (folder / f"{name}.json").exists():
                     self.notes[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         card = torch.cuda.get_device_name() if self.device.startswith("cuda") else "CPU"
@@ -181,51 +184,36 @@ class Run:
             os.replace(aside, self.out / name)
 
     def run(self, piece, seconds, workers=1):
-        """Measures what is due until `seconds` have passed since the call; returns (groups done, groups failed, left)."""
+        """Measures what is due until `seconds` have passed since the call; returns (groups done, groups failed, left).
+
+        No group begins that, by those before it, would not end in time. One worker is a thread of this process.
+        """
+        end, due, left, flying = time.monotonic() + seconds, measured.groups(piece), [], []
         took: dict[str, float] = {}
-        end, due, done, failed = time.monotonic() + seconds, measured.groups(piece), 0, 0
-        if workers == 1:
-            while due and time.monotonic() + max(took.values(), default=0) < end:
-                group = self.settle(due.pop(0))
-                if group:
-                    began = time.monotonic()
-                    ok = finish(
-                        self,
-                        group,
-                        lambda g=group: measured.measure(g, self.ids_path, self.weights, self.device),
-                    )
-                    took[group["name"]] = time.monotonic() - began
-                    done, failed = done + ok, failed + (not ok)
-            return done, failed, len(due)
-        context = multiprocessing.get_context("spawn")
-        flying: list = []
-        with context.Pool(workers, _quiet) as pool:
+        counts = [0, 0]  # failed, done
+        make = multiprocessing.get_context("spawn").Pool if workers > 1 else ThreadPool
+        with make(workers, _quiet if workers > 1 else None) as pool:
             while (due or flying) and time.monotonic() < end:
                 for item in [item for item in flying if item[1].ready()]:
                     flying.remove(item)
-                    took[item[0]["name"]] = time.monotonic() - item[2]
-                    ok = finish(self, item[0], item[1].get)
-                    done, failed = done + ok, failed + (not ok)
+                    group, result, began = item
+                    took[group["name"]] = time.monotonic() - began
+                    counts[finish(self, group, result.get)] += 1
                 waits = due and due[0]["table"] == "pretrained_recall" and due[0]["name"] != "full"
-                if waits and any(item[0]["name"] == "full" for item in flying):
-                    time.sleep(0.05)  # which cells count, the full cache tells
+                waits = waits and any(
+                    group["name"] == "full" for group, *_ in flying
+                )  # it tells which cells count
+                if waits or not due or len(flying) == workers:
+                    time.sleep(0.01)
                     continue
-                if due and len(flying) < workers:
-                    expected = took.get(due[0]["name"], max(took.values(), default=0))
-                    if time.monotonic() + expected > end:
-                        left = due.pop(0)
-                        print(f"left for another call: {left['name']} at {left['share']}", flush=True)
-                        continue
-                    group = self.settle(due.pop(0))
-                    if group:
-                        result = pool.apply_async(
-                            measured.measure, (group, self.ids_path, self.weights, self.device)
-                        )
-                        flying.append((group, result, time.monotonic()))
-                else:
-                    time.sleep(0.05)
+                expected = took.get(due[0]["name"], max(took.values(), default=0))
+                if time.monotonic() + expected > end:
+                    left.append(due.pop(0))
+                elif group := self.settle(due.pop(0)):
+                    asked = group, self.ids_path, self.weights, self.device
+                    flying.append((group, pool.apply_async(measured.measure, asked), time.monotonic()))
             pool.terminate()
-        return done, failed, len(due) + len(flying)
+        return counts[1], counts[0], len(due) + len(left) + len(flying)
 
 
 def finish(run, group, get):

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import binomtest
 from transformers import DynamicCache
 
-from sketchkv.study.evaluate import BATCH, _model
+from sketchkv.study.evaluate import _model
 from sketchkv.study.methods import full_nbytes, make_cache, nbytes
 from sketchkv.texts import documents as read_documents
 
@@ -32,7 +32,6 @@ COLUMNS = {
     "depth": "where the fact was to begin, as a share of the text",
     "instance": "number of the instance; its filler is the document of that number",
     "document": "held-out file that the fact is hidden in",
-    "tokens": "tokens of the text, fact, question and answer included",
     "distance": "tokens from the beginning of the fact to the first token of the answer",
     "answer_tokens": "tokens of the answer",
     "exact": "whether greedy decoding would give the whole answer, 0 or 1",
@@ -119,20 +118,10 @@ def make_instances(task, tokenizer, fillers, depth, seed=0):
 @lru_cache(maxsize=2)
 def _vocabulary(tokenizer):
     """Words that are short in tokens, and the tokens that begin with a line break."""
-    short = [
-        word
-        for word in WORDS
-        if all(
-            len(tokenizer(mark + word, add_special_tokens=False)["input_ids"]) <= PIECES + 1
-            for mark in ("_", '"')
-        )
-    ]
-    breaks = {
-        i
-        for i, text in enumerate(tokenizer.batch_decode([[i] for i in range(len(tokenizer))]))
-        if text[:1] == "\n"
-    }
-    return short, breaks
+    tokens = lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"])  # noqa: E731
+    short = [word for word in WORDS if max(tokens("_" + word), tokens('"' + word)) <= PIECES + 1]
+    decoded = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return short, {i for i, text in enumerate(decoded) if text[:1] == "\n"}
 
 
 @lru_cache(maxsize=16)
@@ -141,67 +130,41 @@ def scored_instances(task, depth, instances, length, model, dataset, device, spl
     lm, tokenizer = _model(model, device)
     fillers = read_documents(dataset, tokenizer, split, instances, length)
     ids, starts, answers = make_instances(task, tokenizer, fillers.input_ids, depth, seed)
-    full = [
-        found
-        for part, counts in zip(ids.split(BATCH), _split(answers))
-        for found in answer(lm, part, counts, DynamicCache(config=lm.config))
-    ]
-    return ids, starts, answers, fillers.names, full
+    return ids, starts, answers, fillers.names, answer(lm, ids, answers, DynamicCache(config=lm.config))
 
 
 @torch.no_grad()
-def recall(
-    method,
-    *,
-    task,
-    depth,
-    instances=16,
-    length=1024,
-    model="embedded",
-    dataset="embedded",
-    device="cpu",
-    split="test",
-    seed=0,
-    text=None,
-):
+def recall(method, *, task, depth, instances=16, length=1024, split="test", seed=0, text=None, **where):
     """Rows (list of dict, `COLUMNS`), one per instance, for one method (a dict that `methods.make_cache` understands).
 
     The text streams through the cache as decoding would meet it. That greedy decoding gives an answer is the same as that
-    each of its tokens is the most probable one after those before it, so one pass tells.
+    each of its tokens is the most probable one after those before it, so one pass tells. where: model, dataset and device;
+    text: revision of the text, among what names a grid point.
     """
-    lm, _ = _model(model, device)
+    where = {"model": "embedded", "dataset": "embedded", "device": "cpu"} | where
+    lm, _ = _model(where["model"], where["device"])
     ids, starts, answers, names, full = scored_instances(
-        task, depth, instances, length, model, dataset, device, split, seed
+        task, depth, instances, length, *where.values(), split, seed
     )
-    held, whole = nbytes(lm.config, length, lm.dtype, **method)["total"], full_nbytes(lm.config, length)
-    rows: list[dict] = []
-    for part, counts in zip(ids.split(BATCH), _split(answers)):
-        cache = make_cache(lm.config, length=length, **method)
-        for exact, loglik in answer(lm, part, counts, cache):
-            i = len(rows)
-            rows.append(
-                {
-                    "task": task,
-                    "depth": depth,
-                    "instance": i,
-                    "document": names[i],
-                    "tokens": length,
-                    "distance": length - answers[i] - starts[i],
-                    "answer_tokens": answers[i],
-                    "exact": exact,
-                    "exact_full": full[i][0],
-                    "loglik": loglik,
-                    "loglik_full": full[i][1],
-                    "evicted": cache.evicted_tokens // len(cache.layers),
-                    "bytes_total": held,
-                    "bytes_full": whole,
-                }
+    cache = make_cache(lm.config, length=length, **method)
+    found = answer(lm, ids, answers, cache)
+    common = {
+        "evicted": cache.evicted_tokens // len(cache.layers),
+        "bytes_total": nbytes(lm.config, length, lm.dtype, **method)["total"],
+        "bytes_full": full_nbytes(lm.config, length),
+    }
+    columns = [name for name in COLUMNS if name not in common]
+    rows = zip(names, starts, answers, found, full)
+    return [
+        dict(
+            zip(
+                columns,
+                (task, depth, i, name, length - count - start, count, exact, exact_full, loglik, loglik_full),
             )
-    return rows
-
-
-def _split(values):
-    return [values[i : i + BATCH] for i in range(0, len(values), BATCH)]
+        )
+        | common
+        for i, (name, start, count, (exact, loglik), (exact_full, loglik_full)) in enumerate(rows)
+    ]
 
 
 def answer(lm, ids, counts, cache):

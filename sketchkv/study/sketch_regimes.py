@@ -1,85 +1,72 @@
-"""Is there a regime in which a sketch beats exact accumulators? What keys it, where it breaks, and regimes at equal bytes."""
+"""Is there a regime in which a sketch beats exact accumulators? At equal slots, its bytes uncounted, and at equal bytes."""
 
 import pandas as pd
 import torch
 from transformers import DynamicCache
 
 from sketchkv.decode import score
-from sketchkv.study import baselines
+from sketchkv.study import stats
+from sketchkv.study.baselines import against, compare
 from sketchkv.study.evaluate import BATCH, _model, evaluate
 from sketchkv.study.methods import fit, make_cache, nbytes
 from sketchkv.texts import documents as read_documents
 
-EXACT = {"method": "decayed"}
+# At equal slots a wide sketch. At equal bytes one so small that it leaves room for tokens: the best of nine shapes that were
+# tried (data/archive/sketch_gains_shapes.csv), where counters of 16 and of 8 bits made no difference.
+WIDE = {"method": "sketch", "width": 512, "depth": 4}
+SMALL = {"method": "sketch", "width": 64, "depth": 2}
 
-# In all regimes, so small that it costs little beside the keys and values. Shape and code were chosen on the development
-# documents.
-SKETCHES = {"sketch of key directions": {"method": "sketch", "width": 64, "depth": 2, "counters": "uint8"}}
-
-# Each regime as (cap of exact accumulators, recent window, what the text is).
+# Each regime as (cap of exact accumulators, recent window, what the text is). Longer texts are none: beyond the positions
+# that it has seen with short contexts the embedded model fails under every bounded cache, random eviction included.
 REGIMES = {
-    "cap 24": (24, 4, "document"),
-    "cap 40": (40, 4, "document"),
-    "cap 64": (64, 16, "document"),
-    "cap 128": (128, 16, "document"),
-    "long stream": (64, 16, "stream"),
-    "tokens come back": (64, 16, "returning"),
+    "24 tokens": (24, 4, "document"),
+    "40 tokens": (40, 4, "document"),
+    "64 tokens": (64, 16, "document"),
+    "128 tokens": (128, 16, "document"),
+    "64, a text that comes back": (64, 16, "returning"),
 }
-
-KEYS = {
-    "position": {"key": "position"},
-    "token": {"key": "token"},
-    "key direction": {"key": "lsh"},
-    "query direction": {"key": "query"},
-    "key direction, conservative": {"kind": "conservative"},
-    "key direction, Count-Sketch": {"kind": "count_sketch"},
-    "key direction, RACE": {"kind": "race"},
-    "query direction, RACE": {"key": "query", "kind": "race"},
-    "token, summed": {"key": "token", "mean": False},
-    "key direction, summed": {"mean": False},
-}
-
-SHAPES = {
-    **{f"{width}x{depth}": {"width": width, "depth": depth} for width in (16, 64, 256) for depth in (1, 2)},
-    "64x2, 8 bits of direction": {"width": 64, "depth": 2, "lsh_bits": 8},
-    "64x2, float16": {"width": 64, "depth": 2, "counters": "float16"},
-    "64x2, uint8": {"width": 64, "depth": 2, "counters": "uint8"},
-}
-
 COLUMNS = {
+    "regime": "tokens that exact accumulators keep, and the text",
+    "method": "exact accumulators; sketch at equal slots, its bytes uncounted; or sketch at equal bytes",
     "document": "held-out file",
     "loss": "nats per token over the full cache",
+    "max_cache_size": "tokens kept per layer and KV head",
     "evicted": "tokens evicted per layer and KV head",
     "bytes_sketch": "bytes of sketches, one sequence, all layers",
     "bytes_total": "all bytes held for one sequence",
-    "max_cache_size": "tokens kept per layer and KV head",
+}
+GAINS = {
+    "regime": COLUMNS["regime"],
+    "method": COLUMNS["method"],
+    "mean": "nats per token that it loses less than exact accumulators, mean of paired differences",
+    "low": "lower end of its 95 % interval",
+    "high": "upper end of its 95 % interval",
+    "verdict": "what the interval says",
+    "n": "documents",
 }
 
 
-def exact(cap, recent_window=16):
-    """Exact accumulators with a cap of that many tokens, in half precision."""
-    return {"bits": 16} | EXACT | {"recent_window": recent_window, "max_cache_size": cap}
-
-
-def at_equal_bytes(config, dtype, cap, recent_window=16, **method):
-    """`method` with the largest cap whose bytes in all are at most those of `exact(cap, recent_window)`, under the same
-    sinks and recent window. Raises ValueError if none fits."""
-    budget = nbytes(config, dtype=dtype, **exact(cap, recent_window))["total"]
-    method = {"bits": 16, "recent_window": recent_window} | method
-    return method | {"max_cache_size": fit(config, budget, dtype, **method)}
+def methods(config, dtype, cap, recent_window, seed=0):
+    """{name: method} of one regime, in half precision, under the same sinks and recent window. Raises ValueError where the
+    small sketch does not fit into the bytes of exact accumulators."""
+    common = {"bits": 16, "recent_window": recent_window}
+    exact = common | {"method": "decayed", "max_cache_size": cap}
+    small, budget = common | SMALL | {"seed": seed}, nbytes(config, dtype=dtype, **exact)["total"]
+    return {
+        "exact": exact,
+        "equal slots": common | WIDE | {"seed": seed, "max_cache_size": cap},
+        "equal bytes": small | {"max_cache_size": fit(config, budget, dtype, **small)},
+    }
 
 
 def point(method, *, text, revision, **texts):
-    """A grid point: rows (list of dict, `COLUMNS`), one per document. text: "document" or "stream", scored whole, or
-    "returning" (`come_back`); revision: of the text, among what names the point."""
+    """A grid point: rows (list of dict), one per document. text: "document", scored whole, or "returning" (`come_back`);
+    revision: of the text, among what names the point."""
     rows = (come_back if text == "returning" else evaluate)(method, **texts)
+    kept = ("document", "evicted", "bytes_sketch", "bytes_total")
+    cap = method["max_cache_size"]
     return [
-        {
-            "document": row["document"],
-            "loss": row["nll"] - row["nll_full"],
-            "max_cache_size": method["max_cache_size"],
-        }
-        | {name: row[name] for name in ("evicted", "bytes_sketch", "bytes_total")}
+        {"loss": row["nll"] - row["nll_full"], "max_cache_size": cap} | {name: row[name] for name in kept}
         for row in rows
     ]
 
@@ -95,43 +82,60 @@ def come_back(
     texts = read_documents(dataset, tokenizer, split, documents, length // 3)
     first = texts.input_ids
     ids, held = torch.cat([first, first.roll(-1, 0), first], 1), nbytes(lm.config, length, lm.dtype, **method)
-    rows: list[dict] = []
     scored = slice(2 * first.shape[1], None)  # from the second token of the return on: each from those before
+    rows: list[dict] = []
     for part in ids.to(lm.device).split(BATCH):
         cache = make_cache(lm.config, length=length, **method)
-        found = score(lm, part, cache)[:, scored].mean(1).tolist()
-        full = score(lm, part, DynamicCache(config=lm.config))[:, scored].mean(1).tolist()
+        found, full = (
+            score(lm, part, each)[:, scored].mean(1).tolist()
+            for each in (cache, DynamicCache(config=lm.config))
+        )
+        evicted = cache.evicted_tokens / len(cache.layers)
         for nll, nll_full in zip(found, full):
-            rows.append(
-                {
-                    "document": texts.names[len(rows)],
-                    "nll": nll,
-                    "nll_full": nll_full,
-                    "evicted": cache.evicted_tokens / len(cache.layers),
-                    **{f"bytes_{kind}": n for kind, n in held.items()},
-                }
-            )
+            own = {"document": texts.names[len(rows)], "nll": nll, "nll_full": nll_full, "evicted": evicted}
+            rows.append(own | {f"bytes_{kind}": n for kind, n in held.items()})
     return rows
 
 
-def gains(table, group, seed=0):
-    """What each method of `table` loses less than "exact" on the same documents of the same `group` (name of a column): a
-    DataFrame, the least first, with `group`, "method", `GAINS`."""
+def score_all(run, lm, regimes, length, seed=0, **settings):
+    """All regimes, computed through `run.grid`: a DataFrame (`COLUMNS`), one row per regime, method and document."""
+    asked = [
+        (regime, name, {"method": method, "text": text, "length": length, **settings})
+        for regime, (cap, recent, text) in regimes.items()
+        for name, method in methods(lm.config, lm.dtype, cap, recent, seed).items()
+    ]
+    found = run.grid("sketches", point, [params for *_, params in asked])
+    table = pd.DataFrame(
+        {"regime": regime, "method": name, **row}
+        for (regime, name, _), rows in zip(asked, found)
+        for row in rows
+    )[list(COLUMNS)]
+    held = table.groupby(["regime", "method"]).bytes_total.first().unstack()
+    assert (table.evicted > 0).all() and (held["equal bytes"] <= held["exact"]).all()
+    return table
+
+
+def gains(table, seed=0):
+    """What the sketch loses less than exact accumulators on the same documents: a DataFrame (`GAINS`)."""
     rows = []
-    for value, part in table.groupby(group, sort=False):
-        for name in (name for name in part.method.unique() if name != "exact"):
-            interval, own = baselines.compare(part, name, "exact", seed), part[part.method == name]
-            rows.append(
-                (value, name, *interval, baselines.against(interval), own.max_cache_size.iloc[0], len(own))
-            )
-    return pd.DataFrame(rows, columns=[group, "method", *GAINS]).sort_values("mean", ignore_index=True)
+    for regime, part in table.groupby("regime", sort=False):
+        for name in ("equal slots", "equal bytes"):
+            less = compare(part, name, "exact", seed)
+            rows.append((regime, name, *less, against(less), part.document.nunique()))
+    return pd.DataFrame(rows, columns=list(GAINS))
 
 
-GAINS = {
-    "mean": "nats per token that it loses less than exact accumulators, mean of paired differences",
-    "low": "lower end of its 95 % interval",
-    "high": "upper end of its 95 % interval",
-    "verdict": "what the interval says",
-    "max_cache_size": COLUMNS["max_cache_size"],
-    "n": "documents",
-}
+def facts(found):
+    """{name: number or word} for the report; of trials at equal bytes, unless the name says slots."""
+    result: dict[str, object] = {}
+    for kind, name in (("slots_", "equal slots"), ("", "equal bytes")):
+        part = found[found.method == name].sort_values("mean")
+        best = part.iloc[-1]
+        result |= {
+            f"sketch_regimes_{kind}trials": len(part),
+            f"sketch_regimes_{kind}better": int((part.verdict == "better than").sum()),
+            f"sketch_regimes_{kind}worse": int((part.verdict == "worse than").sum()),
+            f"sketch_regimes_{kind}wins": "; ".join(part.regime[part.verdict == "better than"]) or "none",
+            f"sketch_regimes_{kind}best": best.regime,
+        } | stats.named(f"sketch_regimes_{kind}best", (best["mean"], best.low, best.high))
+    return result | {"sketch_regimes_documents": int(found.n.min())}

@@ -42,3 +42,13 @@ def intervals(table, by, value, seed=0):
         for group, part in table.groupby(by, sort=False, dropna=False)
     ]
     return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])
+
+
+def percent(nats):
+    """Increase of perplexity, in percent, of so many nats per token."""
+    return 100 * np.expm1(nats)
+
+
+def named(name, interval):
+    """`interval` (mean, low, high) as facts: {"NAME_mean", "NAME_low", "NAME_high"}."""
+    return {f"{name}_{part}": float(value) for part, value in zip(("mean", "low", "high"), interval)}

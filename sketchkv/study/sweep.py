@@ -2,6 +2,9 @@
 
 import itertools
 
+import pandas as pd
+
+from sketchkv.study import stats
 from sketchkv.study.evaluate import evaluate
 
 WIDTHS = (128, 256, 512, 1024)
@@ -17,36 +20,38 @@ COLUMNS = {
     "max_cache_size": "tokens kept per layer and KV head",
     "attend_topk": "stored tokens that attention runs over, 0 for all and the summary",
 }
-
-
-def _named(use, width, depth, cap, k, summary_slots):
-    name = f"{use}{k or ''} {width}x{depth} cap {cap}"
-    return {
-        "configuration": name,
-        "use": use,
-        "width": width,
-        "depth": depth,
-        "max_cache_size": cap,
-        "attend_topk": k,
-        "summary_slots": summary_slots if use == "aggregate" else 0,
-    }
+SUMMARY = COLUMNS | {
+    "mean": "nats per token over the full cache, mean over documents",
+    "low": "lower end of its 95 % interval",
+    "high": "upper end",
+    "n": "documents",
+    "bytes_total": "bytes of one sequence",
+    "bytes_sketch": "bytes of the sketches among them",
+}
 
 
 def configurations(summary_slots=4):
     """The 144 configurations, 108 of `topk` and 36 of `aggregate`, as dicts."""
     uses = [*(("topk", k) for k in TOPK), ("aggregate", 0)]
     return [
-        _named(use, width, depth, cap, k, summary_slots)
+        {
+            "configuration": f"{use}{k or ''} {width}x{depth} cap {cap}",
+            "use": use,
+            "width": width,
+            "depth": depth,
+            "max_cache_size": cap,
+            "attend_topk": k,
+            "summary_slots": summary_slots if use == "aggregate" else 0,
+        }
         for (use, k), width, depth, cap in itertools.product(uses, WIDTHS, DEPTHS, CAPS)
     ]
 
 
 def small(summary_slots=4):
     """A corner of the same grid, for a first look."""
+    corner = {"width": 128, "depth": 2}.items()
     return [
-        c
-        for c in configurations(summary_slots)
-        if (c["width"], c["depth"]) == (128, 2) and c["max_cache_size"] <= 128
+        c for c in configurations(summary_slots) if corner <= c.items() and c["max_cache_size"] < max(CAPS)
     ]
 
 
@@ -54,21 +59,45 @@ def method(configuration, seed=0):
     """What `methods.make_cache` is given for a configuration. The summary's slots are taken out of the cap, so that both
     uses hold the same number of slots."""
     c = configuration
-    return {
-        "method": "sketch",
-        "bits": 16,
+    use = (
+        {"summary_slots": c["summary_slots"]}
+        if c["use"] == "aggregate"
+        else {"attend_topk": min(c["attend_topk"], c["max_cache_size"])}
+    )
+    shape = {
         "width": c["width"],
         "depth": c["depth"],
-        "seed": seed,
         "max_cache_size": c["max_cache_size"] - c["summary_slots"],
-        **(
-            {"summary_slots": c["summary_slots"]}
-            if c["use"] == "aggregate"
-            else {"attend_topk": min(c["attend_topk"], c["max_cache_size"])}
-        ),
     }
+    return {"method": "sketch", "bits": 16, "seed": seed} | shape | use
 
 
 def point(method, text, **texts):
     """A grid point: `evaluate`, with the revision of the text (`text`) among what names it."""
     return evaluate(method, **texts)
+
+
+def table(grid, found):
+    """All rows of the grid points `found` under the names of their configurations, and the least eviction asserted."""
+    rows = pd.concat([pd.DataFrame(part).assign(**c) for c, part in zip(grid, found)], ignore_index=True)
+    assert (rows.evicted >= rows.tokens - rows.max_cache_size - 16).all() and (rows.evicted > 0).all()
+    assert rows.groupby("configuration").nll.mean().nunique() > len(grid) / 2, "configurations hardly differ"
+    return rows
+
+
+def summary(rows, seed=0):
+    """Loss and bytes of each configuration: a DataFrame (`SUMMARY`), the least loss first."""
+    found = stats.intervals(rows.assign(loss=rows.nll - rows.nll_full), list(COLUMNS), "loss", seed)
+    held = rows.groupby("configuration", as_index=False)[["bytes_total", "bytes_sketch"]].mean()
+    return found.merge(held).sort_values("mean", ignore_index=True)[list(SUMMARY)]
+
+
+def spread(found):
+    """How far perplexity moves with the sketch's shape alone, in percent of the full cache's: the most over uses and caps."""
+    every = found[(found.use == "aggregate") | (found.attend_topk >= found.max_cache_size)]
+    return (
+        every.assign(perplexity=stats.percent(every["mean"]))
+        .groupby(["use", "max_cache_size"])
+        .perplexity.agg(lambda x: x.max() - x.min())
+        .max()
+    )

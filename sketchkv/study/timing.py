@@ -1,4 +1,4 @@
-"""How the benchmarks measure: samples taken in turn, medians with their spread, and the floor of the hardware.
+"""How the benchmarks measure: samples taken in turn, medians with their spread.
 
 A ratio is the median of ratios of neighbouring samples of one run, so that what slows the machine for a while slows both
 sides of it. Warm-up is discarded, and a device is waited for at both ends of a sample.
@@ -12,59 +12,64 @@ import time
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import t as student
 
 COLUMNS = {
     "row": "what was measured",
-    "quantity": "which quantity",
-    "unit": "its unit",
-    "median": "median of the repetitions",
-    "low": "their 10th percentile",
-    "high": "their 90th percentile",
+    "unit": "its unit; 1: a ratio",
+    "median": "median of the repetitions (of a slope: the mean)",
+    "low": "their 10th percentile (of a slope: the lower end of its 95 % interval)",
+    "high": "their 90th percentile (of a slope: the upper end)",
     "n": "repetitions",
+    "settings": "hash of all settings of model and caches",
 }
 TIMINGS = ("median", "low", "high", "n")
 
 
 class Table:
-    """Rows of the long table (`COLUMNS`); `samples` {row: array} are kept for ratios."""
+    """Rows of the long table (`COLUMNS`); `samples` {row: array} are kept for ratios. until: the moment (`time.monotonic`)
+    from which on no further repetition begins, so that what was measured can be told."""
 
-    def __init__(self, quiet=False):
-        self.rows, self.samples, self.quiet = [], {}, quiet
+    def __init__(self, quiet=False, until=math.inf):
+        self.rows, self.samples, self.quiet, self.until, self.settings = [], {}, quiet, until, ""
 
-    def add(self, row, quantity, unit, samples):
+    def add(self, row, unit, samples):
         """Adds a row of its repetitions and returns their median."""
         samples = np.asarray(samples, dtype=float)
         self.samples[row] = samples
         low, median, high = np.percentile(samples, [10, 50, 90])
-        self.rows.append([row, quantity, unit, median, low, high, len(samples)])
+        return self._told(row, unit, median, low, high, len(samples))
+
+    def _told(self, row, unit, median, low, high, n):
+        self.rows.append([row, unit, median, low, high, n, self.settings])
         if not self.quiet:
-            print(f"{row:70} {median:10.4g} [{low:.4g}, {high:.4g}] {unit} (n={len(samples)})", flush=True)
+            print(f"{row:70} {median:10.4g} [{low:.4g}, {high:.4g}] {unit} (n={n})", flush=True)
         return float(median)
 
-    def ratio(self, row, top, bottom):
+    def ratio(self, top, bottom):
         """Adds the ratios of two rows' samples, in their order; nothing where one is missing."""
         if top in self.samples and bottom in self.samples:
             count = min(len(self.samples[top]), len(self.samples[bottom]))
-            return self.add(row, "ratio", "1", self.samples[top][:count] / self.samples[bottom][:count])
+            return self.add(
+                f"{top} / {bottom}", "1", self.samples[top][:count] / self.samples[bottom][:count]
+            )
 
-    def floor(self, row, microseconds, measured):
-        """Adds what the hardware needs at least, and how often `measured`, a row of times, takes as long."""
-        self.add(
-            f"floor, {row}", "bytes over copy bandwidth, or operations over matmul rate", "us", [microseconds]
-        )
-        self.add(f"{row} / floor", "ratio to floor", "1", self.samples[measured] / microseconds)
+    def slope(self, row, sizes, rows):
+        """Adds how much the time of `rows`, measured in turn, grows with each doubling of `sizes`, relative to their mean; the
+        interval is Student's, over repetitions."""
+        times = np.stack([self.samples[each] for each in rows], 1)
+        x = np.log2(sizes) - np.mean(np.log2(sizes))
+        slopes = (times / times.mean(1, keepdims=True)) @ x / (x @ x)
+        half = student.ppf(0.975, len(slopes) - 1) * slopes.std(ddof=1) / len(slopes) ** 0.5
+        mean = slopes.mean()
+        return self._told(row, "1", mean, mean - half, mean + half, len(slopes))
 
     def frame(self):
         return pd.DataFrame(self.rows, columns=list(COLUMNS))
 
 
-def synchronize():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def elapsed(run):
-    """Microseconds of `run()` on the current device, synchronised at both ends."""
+    """Milliseconds of `run()` on the current device, synchronised at both ends."""
     if torch.cuda.is_available():
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -72,27 +77,25 @@ def elapsed(run):
         run()
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) * 1000
+        return start.elapsed_time(end)
     begin = time.perf_counter()
     run()
-    return (time.perf_counter() - begin) * 1e6
+    return (time.perf_counter() - begin) * 1e3
 
 
-def in_turn(
-    table, candidates, per=1, repetitions=30, warmup=3, quantity="time per step, called", seconds=math.inf
-):
+def in_turn(table, candidates, per=1, repetitions=20, warmup=2, seconds=math.inf):
     """Times the functions of `candidates` {row: run} alternately, at most for `seconds`; `per`: steps that one run holds."""
     samples: dict[str, list] = {row: [] for row in candidates}
-    begin = time.monotonic()
+    end = min(time.monotonic() + seconds, table.until)
     for repetition in range(warmup + repetitions):
-        if repetition > warmup and time.monotonic() - begin > seconds:
+        if repetition > warmup + 1 and time.monotonic() > end:
             break
         for row, run in candidates.items():
             took = elapsed(run) / per
             if repetition >= warmup:
                 samples[row].append(took)
     for row, values in samples.items():
-        table.add(row, quantity, "us", values)
+        table.add(row, "ms", values)
 
 
 @contextlib.contextmanager
@@ -111,18 +114,9 @@ def limited(seconds):
         signal.signal(signal.SIGALRM, before)
 
 
-def copy_bandwidth(table, device="cuda", nbytes=2**31, repetitions=20):
+def copy_bandwidth(device, nbytes, repetitions=10):
     """Bytes per second, read and written together, of copying a tensor far larger than the caches."""
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
-    times = [elapsed(lambda: target.copy_(source)) for _ in range(repetitions + 5)][5:]
-    rates = [2 * source.nbytes / t * 1e-6 for t in times]
-    return table.add("copy bandwidth", "bytes read and written per second", "TB/s", rates) * 1e12
-
-
-def matmul_rate(table, device="cuda", dtype=torch.bfloat16, size=8192, repetitions=20):
-    """Operations per second (a multiplication and an addition are two) of a large square matrix product."""
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
-    times = [elapsed(lambda: a @ b) for _ in range(repetitions + 3)][3:]
-    rates = [2 * size**3 / t * 1e-6 for t in times]
-    return table.add("matmul rate", "operations per second", "TFLOP/s", rates) * 1e12
+    times = [elapsed(lambda: target.copy_(source)) for _ in range(repetitions + 3)][3:]
+    return 2 * source.nbytes / np.median(times) * 1e3

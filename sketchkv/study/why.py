@@ -3,26 +3,23 @@
 import pandas as pd
 import torch
 
-from sketchkv import score
-from sketchkv.oracle import full_cache_logits
+from sketchkv import AttentionMass, score
+from sketchkv.oracle import decode_and_watch, full_cache_logits
 from sketchkv.study import stats
 from sketchkv.study.attention_analysis import Oracle, attention_maps, future_mass
 from sketchkv.study.evaluate import _model, evaluate
 from sketchkv.study.methods import make_cache
 from sketchkv.texts import documents as read_documents
 
-# -- the ladder: one cap, one thing better at each rung -----------------------------------------------------------------
-
 EVERY = 16  # tokens between evictions
 
+# The rungs, from the worst to the best; each step down is one thing better.
 LABELS = {
     "random": "random",
-    "streaming": "StreamingLLM",
     "sketch": "sketch",
     "decayed": "exact scores",
-    "decayed_summary": "exact scores + mean of tail",
     "oracle": "oracle",
-    "oracle_summary": "oracle + mean of tail",
+    "oracle_summary": "oracle + mean",
     "full": "full cache",
 }
 STEPS = {
@@ -31,43 +28,25 @@ STEPS = {
     "lost tail": ("oracle", "oracle_summary", "the tail, as far as its mean tells"),
     "rest": ("oracle_summary", "full", "what neither brings back"),
 }
-# The same two steps the other way round: the tail first, then the choice.
-OTHER_WAY = {
-    "lost tail first": ("decayed", "decayed_summary", "the tail, before the choice"),
-    "wrong eviction after": ("decayed_summary", "oracle_summary", "wrong eviction, beside the tail's mean"),
-}
 COLUMNS = {
-    "method": "rung of the ladder: "
-    + ", ".join(LABELS)
-    + "; query: a set of tokens of its own for each query",
+    "method": f"rung of the ladder: {', '.join(LABELS)}; or layer N: exact scores in that layer, the others full",
     "slots": "slots per layer and KV head, the summary's among them",
     "document": "held-out file",
-    "nll": "mean negative log-likelihood of its tokens, nats per token",
-    "nll_full": "the same with the full cache",
-    "loss": "nll - nll_full",
+    "loss": "nats per token over the full cache",
 }
-
-
-def blind(slots, seed=0):
-    """The rungs that know no future, as methods: `slots` per KV head in the model's dtype, the summary's among them."""
-    return {
-        "random": {"method": "random", "max_cache_size": slots, "seed": seed},
-        "streaming": {"method": "streaming", "max_cache_size": slots},
-        "sketch": {"method": "sketch", "max_cache_size": slots, "seed": seed},
-        "decayed": {"method": "decayed", "max_cache_size": slots},
-        "decayed_summary": {"method": "decayed", "max_cache_size": slots - 1, "summary_slots": 1},
-    }
-
-
-def method(method, text, **texts):
-    """A grid point: `evaluate`, with the revision of the text (`text`) among what names it."""
-    return evaluate(method, **texts)
-
-
-def _texts(model, dataset, device, split, first, documents, length):
-    lm, tokenizer = _model(model, device)
-    texts = read_documents(dataset, tokenizer, split, first + documents, length)
-    return lm, texts.input_ids[first:].to(lm.device), texts.names[first:]
+STEP_COLUMNS = {
+    "step": "name of the step",
+    "label": "what it stands for",
+    "head": "method that it leads from",
+    "foot": "method that it leads to, which loses less",
+    "mean": "nats per token that the step is worth, mean of paired differences",
+    "low": "its 95 % interval, low",
+    "high": "its 95 % interval, high",
+    "share": "the same as a share of the sketch's loss",
+    "share_low": "its 95 % interval, low",
+    "share_high": "its 95 % interval, high",
+    "slots": COLUMNS["slots"],
+}
 
 
 def foresight(model, input_ids, maps, slots):
@@ -81,134 +60,126 @@ def foresight(model, input_ids, maps, slots):
     }
 
 
-def chosen_anew(maps, slots):
-    """The `slots` tokens that each query of the full cache attends to most: per layer, bool like `maps`."""
-    best = [layer.topk(min(slots, layer.shape[-1]), sorted=False).indices for layer in maps]
-    causal = torch.ones(maps.shape[-2:], dtype=torch.bool, device=maps.device).tril()
-    return [
-        torch.zeros_like(layer, dtype=torch.bool).scatter_(-1, top, True) & causal
-        for layer, top in zip(maps, best)
-    ]
-
-
 def _nll(logits, input_ids):
     """Nats per token `[batch]` of texts `[batch, tokens]`, each token predicted from the logits of the one before."""
     predicted, targets = logits[:, :-1].float().transpose(1, 2), input_ids[:, 1:]
     return torch.nn.functional.cross_entropy(predicted, targets, reduction="none").mean(1)
 
 
+def alone(model, input_ids, slots):
+    """{"layer N": nats per token `[batch]`} where exact scores bound that layer alone, to the tokens that it keeps when all
+    layers are bounded; every other layer sees the whole text."""
+    cache = make_cache(model.config, AttentionMass(), max_cache_size=slots)
+    _, visible = decode_and_watch(model, input_ids, cache, chunk_size=EVERY)
+    masks = [
+        [seen if layer == only else None for layer, seen in enumerate(visible)]
+        for only in range(len(visible))
+    ]
+    return {
+        f"layer {i}": _nll(full_cache_logits(model, input_ids, mask), input_ids)
+        for i, mask in enumerate(masks)
+    }
+
+
+def method(method, text, **texts):
+    """A grid point: rows of `evaluate`, with the revision of the text (`text`) among what names it."""
+    rows = evaluate(method, **texts)
+    assert all(row["evicted"] > 0 for row in rows), "texts are too short for an eviction"
+    return [{"document": row["document"], "loss": row["nll"] - row["nll_full"]} for row in rows]
+
+
 @torch.no_grad()
 def oracles(
     slots, *, text, first, documents, length, model="embedded", dataset="embedded", device="cpu", split="test"
 ):
-    """A grid point: rows (`COLUMNS`) of the rungs that know the future, for each number of `slots` (a list), on the
-    `documents` documents from number `first` on. Two passes: the full cache's attention first."""
-    lm, ids, names = _texts(model, dataset, device, split, first, documents, length)
+    """A grid point: rows (`COLUMNS`) of the rungs that know the future, for each number of `slots` (a list), and of layers
+    alone for the first of them, on the `documents` documents from number `first` on."""
+    lm, tokenizer = _model(model, device)
+    texts = read_documents(dataset, tokenizer, split, first + documents, length)
+    ids, names = texts.input_ids[first:].to(lm.device), texts.names[first:]
     maps, full, rows = attention_maps(lm, ids), score(lm, ids).mean(1), []
     for count in slots:
-        found = {}
+        found = alone(lm, ids, count) if count == slots[0] else {}
         for name, cache in foresight(lm, ids, maps, count).items():
             found[name] = score(lm, ids, cache).mean(1)
             assert cache.evicted_tokens > 0, "texts are too short for an eviction"
-        found["query"] = _nll(full_cache_logits(lm, ids, chosen_anew(maps, count)), ids)
         rows += [
-            {"method": name, "slots": count, "document": document, "nll": nll, "nll_full": whole}
-            for name, each in found.items()
-            for document, nll, whole in zip(names, each.tolist(), full.tolist())
+            {"method": name, "slots": count, "document": document, "loss": loss}
+            for name, nll in found.items()
+            for document, loss in zip(names, (nll - full).tolist())
         ]
     return rows
 
 
-def ladder(run, slots, *, documents, batch=4, seed=0, **texts):
+def ladder(run, slots, *, documents, batch=2, seed=0, **texts):
     """All rungs, computed through `run.grid`: a DataFrame (`COLUMNS`), one row per method, number of slots and document."""
-    asked = [(name, count, point) for count in slots for name, point in blind(count, seed).items()]
+    seeded = {"random": {"seed": seed}, "sketch": {"seed": seed}, "decayed": {}}
+    asked = [(name, count) for count in slots for name in seeded]
     texts |= {"text": run.data_revision}
-    points = [{"method": point, "documents": documents, **texts} for *_, point in asked]
-    rows = [
-        {"method": name, "slots": count, **{key: row[key] for key in ("document", "nll", "nll_full")}}
-        for (name, count, _), found in zip(asked, run.grid("why_method", method, points))
-        for row in found
-        if row["evicted"] > 0
-    ]
-    assert len(rows) == len(asked) * documents, "texts are too short for an eviction"
-    points = [
-        {"slots": list(slots), "first": first, "documents": min(batch, documents - first), **texts}
-        for first in range(0, documents, batch)
-    ]
-    rows += [row for found in run.grid("why_oracles", oracles, points) for row in found]
-    table = pd.DataFrame(rows)
-    return table.assign(loss=table.nll - table.nll_full)
-
-
-def steps(losses, which=STEPS, whole="sketch", seed=0):
-    """What each step of the ladder is worth: a DataFrame, one row a step.
-
-    losses: one row a document, one column a method, "full" being 0 where it is missing. "mean", "low", "high": nats per
-    token by which the method at its head loses more than the one at its foot; "share" and its interval: of the loss of
-    the method `whole`.
-    """
-    losses = losses.assign(full=0.0)
-    rows = []
-    for name, (head, foot, label) in which.items():
-        difference = (losses[head] - losses[foot]).to_numpy(copy=True)
-        shares = stats.ratio_interval(difference, losses[whole].to_numpy(copy=True), seed)
-        rows.append((name, label, head, foot, *stats.paired_interval(difference, seed), *shares))
-    return pd.DataFrame(rows, columns=list(STEP_COLUMNS)[:10])
-
-
-STEP_COLUMNS = {
-    "step": "name of the step",
-    "label": "what it stands for",
-    "head": "method that it leads from",
-    "foot": "method that it leads to, which loses less",
-    "mean": "nats per token that the step is worth, mean of paired differences",
-    "low": "its 95 % interval, low",
-    "high": "its 95 % interval, high",
-    "share": "the same as a share of the whole loss",
-    "share_low": "its 95 % interval, low",
-    "share_high": "its 95 % interval, high",
-}
-
-# -- the noise of few bits ----------------------------------------------------------------------------------------------
-
-
-def noise(run, bits, slots, **texts):
-    """What few bits add, computed through `run.grid`: a DataFrame, one row per number of bits (None: the setting's own),
-    place and document.
-
-    "evicted": `SketchCache.compact` with `slots` per KV head, its summary's among them, against itself in float16;
-    "whole": the whole text in as many bits against float16.
-    """
-    texts |= {"text": run.data_revision}
-    asked = [("evicted", b, compact(slots, b)) for b in (16, *bits)]
-    asked += [("whole", b, {"method": "full", "evict_every": 1, "bits": b}) for b in (16, *bits) if b]
-    found = run.grid("why_method", method, [{"method": point, **texts} for *_, point in asked])
-    table = pd.DataFrame(
+    found = run.grid(
+        "why_method",
+        method,
         [
             {
-                "place": place,
-                "bits": b or 0,
-                "document": row["document"],
-                "loss": row["nll"] - row["nll_full"],
+                "method": {"method": name, "max_cache_size": n} | seeded[name],
+                "documents": documents,
+                **texts,
             }
-            for (place, b, _), rows in zip(asked, found)
-            for row in rows
-        ]
+            for name, n in asked
+        ],
     )
-    half = table[table.bits == 16].set_index(["place", "document"]).loss
-    base = half.loc[list(zip(table.place, table.document))].to_numpy()
-    return table.assign(noise=table.loss - base)
+    rows = [{"method": name, "slots": n, **row} for (name, n), part in zip(asked, found) for row in part]
+    starts = range(0, documents, batch)
+    points = [
+        {"slots": list(slots), "first": i, "documents": min(batch, documents - i), **texts} for i in starts
+    ]
+    rows += [row for part in run.grid("why_oracles", oracles, points) for row in part]
+    return pd.DataFrame(rows)[list(COLUMNS)]
 
 
-NOISE_COLUMNS = {
-    "place": "evicted: the compact setting at its cap; whole: the whole text held",
-    "bits": "bits of a coordinate; 0: the compact setting's own",
-    "document": "held-out file",
-    "loss": "nats per token worse than the full cache",
-    "noise": "the same less that of float16 in the same place",
-}
+def steps(table, seed=0):
+    """What each step of `ladder` is worth, for each number of slots: a DataFrame (`STEP_COLUMNS`)."""
+    rows = []
+    for slots, part in table.groupby("slots"):
+        losses = part.pivot(index="document", columns="method", values="loss").assign(full=0.0)
+        for name, (head, foot, label) in STEPS.items():
+            worth = (losses[head] - losses[foot]).to_numpy(copy=True)
+            shares = stats.ratio_interval(worth, losses["sketch"].to_numpy(copy=True), seed)
+            rows.append((name, label, head, foot, *stats.paired_interval(worth, seed), *shares, slots))
+    return pd.DataFrame(rows, columns=list(STEP_COLUMNS))
 
 
-def compact(slots, bits=None):
-    """The compact setting as a method with `slots` per KV head, its one summary slot among them; bits: None, its own."""
-    return {"method": "compact", "max_cache_size": slots - 1} | ({"bits": bits} if bits else {})
+def layers(table, seed=0):
+    """What each layer loses alone, as a share of what all layers lose together: a DataFrame with the columns "layer", "share",
+    "low", "high", the most first."""
+    few = table[table.slots == table.slots.min()].pivot(index="document", columns="method", values="loss")
+    names = [name for name in few if name.startswith("layer ")]
+    both = ((few[name].to_numpy(copy=True), few["decayed"].to_numpy(copy=True)) for name in names)
+    rows = [
+        (int(name.removeprefix("layer ")), *stats.ratio_interval(*pair, seed))
+        for name, pair in zip(names, both)
+    ]
+    found = pd.DataFrame(rows, columns=["layer", "share", "low", "high"])
+    return found.sort_values("share", ascending=False, ignore_index=True)
+
+
+def facts(table, worth, seed=0):
+    """{name: number or word} for the report: the shares of the steps of the fewest and the most slots, and the worst layer."""
+    found: dict[str, object] = {}
+    ends = {"small": worth.slots.min(), "large": worth.slots.max()}
+    for size, slots in ends.items():
+        at = worth[worth.slots == slots]
+        for row in at.itertuples():
+            share = (row.share, row.share_low, row.share_high)
+            found |= stats.named(f"why_{size}_{row.step.replace(' ', '_')}", share)
+    few, worst = worth[worth.slots == ends["small"]], layers(table, seed).iloc[0]
+    return found | {
+        "why_slots": int(ends["small"]),
+        "why_large_slots": int(ends["large"]),
+        "why_documents": table.document.nunique(),
+        "why_largest": few.label[few.share.idxmax()],
+        "why_worst_layer": int(worst.layer),
+        "why_worst_layer_share": float(worst.share),
+        "why_worst_layer_low": float(worst.low),
+        "why_worst_layer_high": float(worst.high),
+    }

@@ -1,0 +1,253 @@
+"""Decode steps in C over coded slots: against the eager rule, and against attention in float64."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import build, named
+from test_fast import both
+
+import sketchkv
+from sketchkv import AttentionMass, SketchCache, Summary
+from sketchkv.checks import Settings
+from sketchkv.fast import cpu, native
+from sketchkv.fast.cpu import Coded, coded
+from sketchkv.layer import BoundedLayer
+from sketchkv.logits import Form
+from sketchkv.ops import Eager, eager
+from sketchkv.passes import Tokens
+from sketchkv.quantize import BITS, matrix, quantized
+
+compiles = pytest.mark.skipif(
+    native.library(cpu.SOURCE, DIM=16, KEY_BITS=5, VALUE_BITS=4, REST_BITS=4) is None,
+    reason=f"nothing is compiled here: {native.reasons}",
+)
+# Of `test_fast`: what C takes, and what falls back on the eager rule.
+TABLE = ["bits", "other bits", "compact", "ring", "other rings", "padding, ring", "padding, compact"]
+OTHERS = ["keys alone", "ring in 16 bits", "attend_topk", "half precision", "softcap and sinks", "windows"]
+
+
+class Told(Coded):
+    """Notes how many steps went through C."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def attend(self, layer, query, tokens, form):
+        self.steps += query.shape[2] == 1 and cpu._view(layer, query) is not None
+        return super().attend(layer, query, tokens, form)
+
+
+def agree(policy, feature, ops):
+    """As `test_fast.agree`: a code at the edge of two may fall to either side, a fault shows in every text."""
+    for _ in range(3):
+        try:
+            return both(policy, feature, fused=ops)
+        except AssertionError as error:
+            differ = error
+    raise differ
+
+
+@compiles
+@pytest.mark.parametrize("feature", TABLE)
+@pytest.mark.parametrize("policy", ["value norm", "plain mean", "H2O", "squared", "window", "SnapKV"])
+def test_steps_equal_the_eager_rule(policy, feature):
+    ops = Told()
+    agree(policy, feature, ops)
+    assert ops.steps > 0
+
+
+@pytest.mark.parametrize("feature", OTHERS)
+def test_what_c_does_not_know_falls_back(feature):
+    ops = Told()
+    agree("value norm", feature, ops)
+    assert not ops.steps
+
+
+def expected(layer, query, scaling, before):
+    """(output, mass) of a step in float64, from what the layer holds after it: no code of its ops."""
+    slots, codec, summary, ring = layer.slots, layer.slots.codec, layer.summary, layer.slots.codec.ring
+    turn = matrix(codec.rotations["keys"], torch.float64)
+    keys, values = (
+        slots.take(name, torch.arange(slots.used).expand(*slots.shape, -1)).double() for name in slots.parts
+    )
+    if ring:
+        rest_keys, rest_values = (ring.read(name, torch.float32).double() for name in ("keys", "values"))
+        for batch, head, slot in torch.cartesian_prod(
+            *map(torch.arange, (*slots.shape, slots.used))
+        ).tolist():
+            at = int(slots.positions[batch, head, slot])
+            if at < ring.sinks or at >= layer.seen - ring.newest:
+                row = at if at < ring.sinks else ring.sinks + at % ring.newest
+                keys[batch, head, slot] += rest_keys[batch, head, row]
+                values[batch, head, slot] += rest_values[batch, head, row]
+    grouped = query.double().unflatten(1, (slots.shape[1], -1))[:, :, :, 0] @ turn
+    logits = grouped @ keys.mT * scaling
+    if summary:
+        more = grouped @ summary.keys.double().mT * scaling + summary.counts.double().log()[..., None, :]
+        logits, values = torch.cat([logits, more], -1), torch.cat([values, summary.values.double()], 2)
+    share = logits.softmax(-1)
+    output = (share @ values @ turn.T).flatten(1, 2)[:, :, None]
+    return output, before * layer.policy.decay + share[..., : slots.used].sum(2)
+
+
+def run(
+    bits=(5, 4), newest=0, sinks=0, finer=4, summary=None, batch=2, group=3, width=64, kv_heads=2, steps=70
+):
+    """Raises AssertionError where a step of C is not that of float64, over several evictions."""
+    settings = Settings(2, 3, 4, codec=quantized(bits, newest, sinks, finer))
+    layer = BoundedLayer(AttentionMass(value_norm=True), 36, settings, summary)
+    ops = layer.ops = Told()
+    for step in range(steps):
+        query = torch.randn(batch, kv_heads * group, 1, width) * 3
+        key, value = torch.randn(2, batch, kv_heads, 1, width) + 0.5
+        tokens = Tokens(None, torch.tensor([[step]], dtype=torch.int32))
+        layer.update(key, value)
+        slots = layer.slots
+        before = torch.cat([slots["mass"], torch.zeros(batch, kv_heads, 1)], -1).double()
+        ops.append(layer, *ops.turn(layer, query, key, value)[1:], tokens)
+        layer.seen += 1
+        output = ops.turn_back(layer, ops.attend(layer, query, tokens, Form(0.2)))
+        wanted, mass = expected(layer, query, 0.2, before)
+        torch.testing.assert_close(output.double(), wanted, atol=2e-5, rtol=2e-5)
+        torch.testing.assert_close(slots["mass"].double(), mass, atol=2e-5, rtol=2e-5)
+        if layer.seen == slots.codec.settles_after:
+            slots.codec.settle(slots, layer.num_sinks)
+        if not slots.room:
+            ops.evict(layer, tokens)
+            layer.evicted += layer._narrow()
+    assert ops.steps == steps and layer.evicted > 2 * layer.evict_every
+
+
+SHAPES = [
+    *(dict(bits=(one, other)) for one, other in zip(BITS[1:], BITS[:0:-1], strict=True)),
+    dict(summary=Summary()),
+    dict(newest=5),
+    *(dict(newest=9, sinks=2, finer=finer, summary=Summary()) for finer in (2, 5, 8)),
+    *(dict(group=group, newest=3) for group in (1, 2, 4, 5)),
+    *(dict(width=width, newest=3, sinks=1) for width in (8, 24, 96, 128)),
+    dict(batch=1, kv_heads=1, summary=Summary()),
+]
+
+
+@compiles
+@pytest.mark.parametrize("shape", SHAPES, ids=named)
+def test_steps_equal_attention_in_float64(shape):
+    run(**shape)
+
+
+def broken(monkeypatch, tmp_path, old, new):
+    """C with a fault."""
+    source = cpu.SOURCE.read_text()
+    assert old in source
+    monkeypatch.setattr(cpu, "SOURCE", tmp_path / "cpu.c")
+    cpu.SOURCE.write_text(source.replace(old, new, 1))
+
+
+@compiles
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (
+            "i = 0; i < used; i++) {\n        float scale = read(&slots->keys",
+            "i = 0; i < used - 1; i++) {\n        float scale = read(&slots->keys",
+        ),
+        (
+            "i = 0; i < used; i++) {\n        float scale = read(&slots->values",
+            "i = 1; i < used; i++) {\n        float scale = read(&slots->values",
+        ),
+        ("weight[g * stride + i] += dot", "weight[g * stride + i] += 0 * dot"),
+        ("add(out + g * DIM, weight[g * stride + used]", "add(out + g * DIM, 0 * weight[g * stride + used]"),
+        ("decay * mass[i]", "0.999f * decay * mass[i]"),
+        ("slots->sinks + position % slots->newest", "slots->sinks + (position + 1) % slots->newest"),
+    ],
+)
+def test_the_reference_sees_small_faults(monkeypatch, tmp_path, old, new):
+    broken(monkeypatch, tmp_path, old, new)
+    with pytest.raises(AssertionError):
+        run(newest=5, sinks=2, summary=Summary())
+
+
+def tokens_of(model, cache, ids):
+    """Greedy tokens after a prompt."""
+    return model.generate(ids, past_key_values=cache, max_new_tokens=40, do_sample=False)
+
+
+@compiles
+def test_a_processor_without_wide_registers_gives_the_same(monkeypatch):
+    monkeypatch.setattr(native, "TUNED", (("-march=x86-64-v2",), ()))
+    monkeypatch.setattr(cpu, "library", native.library.__wrapped__)
+    run(newest=5, sinks=2, summary=Summary())
+
+
+@compiles
+def test_a_cpu_takes_c_by_itself_where_something_is_coded():
+    model = sketchkv.enable(build("llama"))
+    ids = torch.randint(1, 97, (2, 42))
+    cache, other = (SketchCache.compact(model.config, 24, recent_window=4, fine_window=3) for _ in "ab")
+    for layer in other.layers:
+        layer.ops = Eager()
+    found, wanted = (tokens_of(model, each, ids) for each in (cache, other))
+    assert all(layer.ops is coded for layer in cache.layers)
+    assert all(layer.slots in cpu._views for layer in cache.layers)
+    assert not any(layer.slots in cpu._views for layer in other.layers)
+    assert torch.equal(found, wanted)
+    plain = SketchCache(model.config, 24, recent_window=4)
+    tokens_of(model, plain, ids)
+    assert all(layer.ops is eager for layer in plain.layers)
+
+
+@compiles
+def test_a_copy_of_a_cache_writes_into_its_own_memory():
+    model = sketchkv.enable(build("llama"))
+    cache = SketchCache.compact(model.config, 24, recent_window=4)
+    model(torch.randint(1, 97, (1, 42)), past_key_values=cache)
+    model(torch.ones(1, 1, dtype=torch.int64), past_key_values=cache)
+    held = [tensor.clone() for tensor in cache.layers[0].slots.tensors()]
+    other = copy.deepcopy(cache)
+    model(torch.ones(1, 1, dtype=torch.int64), past_key_values=other)
+    assert all(map(torch.equal, held, cache.layers[0].slots.tensors()))
+
+
+def test_without_a_compiler_the_eager_rule_serves(monkeypatch, tmp_path):
+    model = sketchkv.enable(build("llama"))
+    ids = torch.randint(1, 97, (1, 42))
+    monkeypatch.setenv("SKETCHKV_CACHE", str(tmp_path))
+    monkeypatch.setattr(cpu, "library", native.library.__wrapped__)
+    for compiler, reason in ("false", "false"), ("no-such-compiler", "no-such-compiler"):
+        monkeypatch.setenv("CC", compiler)
+        monkeypatch.setattr(native, "reasons", [])
+        cache = SketchCache.compact(model.config, 24, recent_window=4)
+        tokens_of(model, cache, ids)
+        assert not any(layer.slots in cpu._views for layer in cache.layers)
+        assert reason in native.reasons[0]
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@compiles
+def test_several_processes_may_compile_at_once(tmp_path):
+    code = (
+        "import sys; from sketchkv.fast import cpu, native;"
+        "assert native.library(cpu.SOURCE, DIM=16, KEY_BITS=5, VALUE_BITS=4, REST_BITS=4), native.reasons"
+    )
+    environment = os.environ | {"SKETCHKV_CACHE": str(tmp_path)}
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
+    assert len(list((tmp_path / "compiled").iterdir())) == 1  # and nothing else is left
+
+
+@compiles
+def test_a_number_that_is_not_finite_is_found():
+    model = sketchkv.enable(build("llama"))
+    cache = SketchCache.compact(model.config, 24, recent_window=4, evict_every=4)
+    model(torch.randint(1, 97, (1, 24)), past_key_values=cache)
+    layer = cache.layers[0]
+    key = torch.full((1, 2, 1, 16), torch.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        for step in range(24, 28):
+            layer.update(key, key)
+            tokens = Tokens(None, torch.tensor([[step]], dtype=torch.int32))
+            layer.attend(torch.randn(1, 4, 1, 16), key, key, tokens, Form(0.25))

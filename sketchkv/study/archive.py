@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from sketchkv.study import baselines, results, stats
+from sketchkv.study import baselines, sources, stats
 
-FOLDER = results.ROOT / "data" / "archive"
+FOLDER = sources.ROOT / "data" / "archive"
 NATS = "nats per token more"
 ABOVE = "nats per token above the full cache"
 FOUND = "share of the answers found; more is better"
@@ -72,14 +72,14 @@ class ArchiveError(RuntimeError):
 
 def manifest(folder=FOLDER):
     """The manifest, after a check that the archive holds exactly the files that it names, unchanged. Raises ArchiveError."""
-    listed = results.read_json(folder / "manifest.json")
+    listed = sources.read_json(folder / "manifest.json")
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {"manifest.json"}
     if there != set(listed["files"]):
         raise ArchiveError(
             f"{folder} and its manifest differ in {', '.join(sorted(there ^ set(listed['files'])))}: git checkout it"
         )
     for name, entry in listed["files"].items():
-        if results.sha256(folder / name) != entry["sha256"]:
+        if sources.sha256(folder / name) != entry["sha256"]:
             raise ArchiveError(
                 f"{folder / name} is not what was archived (its checksum differs): git checkout it"
             )

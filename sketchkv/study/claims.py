@@ -89,7 +89,7 @@ def past(found):
         trials=facts["sketch_regimes_trials"],
         better=facts["sketch_regimes_better"],
         worse=facts["sketch_regimes_worse"],
-        documents=int(found.frame("sketch_gains_regimes").n.max()),
+        documents=facts["sketch_regimes_documents"],
         over=over,
         never=facts["sketch_regimes_better"] == 0 and all(each.high > 0 for each in over.values()),
         n=facts["pretrained_documents"],
@@ -132,11 +132,12 @@ def parts(found):
 
 
 def slot(found):
-    """Loss with no summary slot, with one and with several, at equal bytes: `loss[setting]` (Found)."""
-    table, facts = found.frame("summary_gains"), found.facts
-    table = table[(table.model == "gpt2") & (table.budget == facts["summaries_cap"])].set_index("setting")
+    """Loss with no summary slot, with one and with several, at equal bytes: `loss[setting]` (Found), in few and in many bytes."""
+    table, facts = found.frame("summary_losses"), found.facts
+    table = table[table.budget == table.budget.min()].set_index("setting")
     loss = {
-        name: _percent(table.loc[name, ["loss", "loss_low", "loss_high"]]) for name in ("none", "one", "hash")
+        name: Found(*map(float, table.loc[f"decayed {name}", ["mean", "low", "high"]]))
+        for name in ("none", "one")
     }
     return Claim(
         loss=loss,
@@ -165,26 +166,26 @@ def forgotten(found):
 
 
 def speed(found):
-    """A decode step beside that of the full cache."""
-    facts = found.facts
-    table = found.frame("speed_steps")
-    ratio = {
-        cache: (part["median"].min(), part["median"].max())
-        for cache, part in table.groupby("cache", sort=False)
+    """A decode step beside that of the full cache: `ratio[cache]` (least, most) where the study ran, `cards[device][cache]` at
+    the longest text elsewhere, `milliseconds[cache]` at the longest text."""
+    facts, table = found.facts, found.frame("speed_steps")
+    table = table[table.kind == "measured"]
+    devices = list(dict.fromkeys(table.device))
+    medians = {
+        device: part.pivot(index="context", columns="cache", values="median").rename(
+            columns={"DynamicCache": "full"}
+        )
+        for device, part in table.groupby("device")
     }
-    compiled = {"best": "speed_compiled_best", "worst": "speed_compiled_worst"}
+    ratios = {device: at.div(at["full"], axis=0).drop(columns="full") for device, at in medians.items()}
+    here = devices[0]
     return Claim(
-        ratio=ratio,
-        best=facts["speed_step_best"],
-        worst=facts["speed_step_worst"],
-        faster=facts["speed_step_faster"],
-        settings=facts["speed_step_settings"],
-        threads=facts["speed_threads"],
-        longest=facts["speed_longest"],
+        device=here,
+        ratio={cache: (column.min(), column.max()) for cache, column in ratios[here].items()},
+        cards={device: ratios[device].iloc[-1].dropna().to_dict() for device in devices[1:]},
+        milliseconds=medians[here].iloc[-1].to_dict(),
+        contexts=(int(medians[here].index.min()), int(medians[here].index.max())),
         slope=Found(*(100 * facts[f"speed_slope_{end}"] for end in ("median", "low", "high"))),
-        compiled={end: facts[name] for end, name in compiled.items()}
-        if "speed_compiled_best" in facts
-        else None,
         n=int(table.n.min()),
     )
 
@@ -210,10 +211,6 @@ def _verdict(found):
 
 def _ends(facts, name):
     return Found(*(facts[f"{name}_{end}"] for end in ("mean", "low", "high")))
-
-
-def _percent(nats):
-    return Found(*(100 * np.expm1(np.asarray(nats, dtype=float))))
 
 
 def _binomial(right, n):

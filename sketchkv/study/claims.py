@@ -89,7 +89,7 @@ def past(found):
         trials=facts["sketch_regimes_trials"],
         better=facts["sketch_regimes_better"],
         worse=facts["sketch_regimes_worse"],
-        documents=facts["sketch_regimes_documents"],
+        documents=int(found.frame("sketch_gains_regimes").n.max()),
         over=over,
         never=facts["sketch_regimes_better"] == 0 and all(each.high > 0 for each in over.values()),
         n=facts["pretrained_documents"],
@@ -169,7 +169,7 @@ def speed(found):
     """A decode step beside that of the full cache: `ratio[cache]` (least, most) where the study ran, `cards[device][cache]` at
     the longest text elsewhere, `milliseconds[cache]` at the longest text."""
     facts, table = found.facts, found.frame("speed_steps")
-    table = table[table.kind == "measured"]
+    table = table[table["kind"] == "measured"]
     devices = list(dict.fromkeys(table.device))
     medians = {
         device: part.pivot(index="context", columns="cache", values="median").rename(

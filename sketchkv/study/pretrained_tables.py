@@ -6,7 +6,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from sketchkv.study import figures
-from sketchkv.study.measured import BENCHMARKS, COUNTS, LABELS
+from sketchkv.study.measured import BENCHMARKS, COUNTS, LABELS, LENGTH
 from sketchkv.study.stats import paired_interval
 
 AT = 1 / 8  # the share of the bytes at which methods are compared
@@ -42,9 +42,15 @@ ANSWERS = {
 }
 
 
+def _quality(folder):
+    """What was measured of texts of one length."""
+    table = pd.read_csv(folder / "pretrained_quality.csv")
+    return table[table.tokens == LENGTH]
+
+
 def losses(folder=BENCHMARKS):
     """Loss of each method at each size: a DataFrame with the columns `LOSSES`."""
-    table = pd.read_csv(folder / "pretrained_quality.csv")
+    table = _quality(folder)
     near = table[table.name == "near"].groupby("text").nll.mean()
     rows = []
     for (text, name, share), part in table[table.name != "near"].groupby(
@@ -86,7 +92,7 @@ def answers(folder=BENCHMARKS):
 
 def compared(text, one, other, folder=BENCHMARKS, share=AT):
     """How much more perplexity `one` has than `other` at the same bytes on the same documents, in percent: (mean, low, high)."""
-    table = pd.read_csv(folder / "pretrained_quality.csv")
+    table = _quality(folder)
     table = table[(table.text == text) & (table.share == share)].set_index("document")
     nll = [table.nll[table.name == name] for name in (one, other)]
     return tuple(100 * np.expm1(paired_interval((nll[0] - nll[1]).to_numpy(copy=True))))
@@ -94,7 +100,7 @@ def compared(text, one, other, folder=BENCHMARKS, share=AT):
 
 def facts(losses, answers):
     """What the report says of both tables: {name: number or word}."""
-    found = {"pretrained_documents": int(losses.n.min()), "pretrained_tokens": 4096}
+    found = {"pretrained_documents": int(losses.n.min()), "pretrained_tokens": LENGTH}
     at = losses[losses.budget == AT]
     for text, part in at.groupby("text"):
         for row in part[part.method.isin(NAMED)].itertuples():

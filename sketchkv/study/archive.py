@@ -157,11 +157,11 @@ def table(folder=FOLDER):
         found=lambda t: (t.exact * t.n).round().astype(int)
     )
     for depth, part in recalled.groupby("depth"):
-        found, n = int(part.found.sum()), int(part.n.sum())
-        ends = binomtest(found, n).proportion_ci()
+        right, n = int(part.found.sum()), int(part.n.sum())
+        ends = binomtest(right, n).proportion_ci()
         where = f"0.125 of the bytes, fact at {depth} of the text, 2 tasks, 2 models"
         add(
-            "compact, asked for a fact", where, "not compared", FOUND, (found / n, *ends), n, "targets_recall"
+            "compact, asked for a fact", where, "not compared", FOUND, (right / n, *ends), n, "targets_recall"
         )
     errors = read("scaling_fit").error.abs()
     add(

@@ -74,7 +74,7 @@ def at_an_eighth(found):
     return Claim(
         loss=loss,
         slots=table.groupby("method").max_cache_size.first().to_dict(),
-        best={text: min(rows, key=rows.get) for text, rows in loss.items()},
+        best={text: min(rows, key=rows.__getitem__) for text, rows in loss.items()},
         n=int(table.n.min()),
         tokens=found.facts["pretrained_tokens"],
         embedded={name: 100 * float(np.expm1(value)) for name, value in front.items()},

@@ -128,7 +128,7 @@ def mark(fig, words):
 
 def smallest_type(svg):
     """Height of the smallest letters of an SVG's text, in pixels, where the picture is `PHONE` pixels wide."""
-    width = float(re.search(r'viewBox="0 0 ([\d.]+)', svg)[1])
+    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
     return (
         min(float(size) for size in re.findall(r"font(?:-size)?: ?[^;\"]*?([\d.]+)px", svg)) * PHONE / width
     )

@@ -141,10 +141,8 @@ def hero(losses, front):
     axes[0].set_ylabel("perplexity above the full cache, %")
     axes[1].set_xlabel("bytes held, share of the full cache's")
     at = losses[losses.budget == AT].set_index(["text", "method"])
-    best = {text: at.percent[text].idxmin() for text in ("prose", "code")}
-    words = " and ".join(dict.fromkeys(f"{NAMED.get(best[t], best)[0]} on {t}" for t in best))
-    if best["prose"] == best["code"]:
-        words = f"{NAMED.get(best['code'], best)[0]} on prose and code"
+    prose, code = (_label(at.percent[text].idxmin()) for text in ("prose", "code"))
+    words = f"{prose} on prose and code" if prose == code else f"{prose} on prose and {code} on code"
     return fig, (
         f"At an eighth of the bytes least is lost by {words}. Down and to the left is better. exact: exact scores of past attention; sketch: a Count-Min Sketch of them; grey: all others. "
         f"SmolLM2-135M-Instruct with Q4_1 weights, n = {int(at.n.min())} documents of 4,096 tokens each of prose and of code; "
@@ -153,11 +151,15 @@ def hero(losses, front):
     )
 
 
+def _label(method):
+    return NAMED[method][0] if method in NAMED else method
+
+
 def _crowd(axis, rows):
     for method, part in rows.groupby("method", sort=False):
         part = part.sort_values("share")
-        label, color, above = NAMED.get(method, ("", None, 0))
-        color = "#c4c4c4" if color is None else figures.PALETTE[color]
+        label, number, above = NAMED.get(method, ("", -1, 0))
+        color = figures.PALETTE[number] if label else "#c4c4c4"
         percent = part.percent.clip(lower=0.1)
         axis.plot(part["share"], percent, marker="o", color=color, markersize=5, zorder=3 if label else 1)
         if label:

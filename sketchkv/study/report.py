@@ -49,8 +49,8 @@ class Results:
         }
         self.tables = {p.stem: read[p.stem] for p in sorted(self.paths.results.glob("*.csv"))}
         self.figures = {p.stem: sources.read_json(p) for p in sorted(self.paths.figures.glob("*.json"))}
-        self.facts = {}
-        owners = {}
+        self.facts: dict[str, object] = {}
+        owners: dict[str, str] = {}
         for stored in (facts for name, facts in read.items() if name.startswith("facts_")):
             for name, value in stored["facts"].items():
                 if name in self.facts:
@@ -125,7 +125,7 @@ def compose(source, report_folder, template=TEMPLATE):
     written = [
         _markdown(found, up, template) for up in (Path(relpath(found.root, report_folder)).as_posix(), "")
     ]
-    title = re.search(r"^# (.*)$", written[0], re.M)[1]
+    title = next(line[2:] for line in written[0].splitlines() if line.startswith("# "))
     style, script = ((REPORT / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     page = _pandoc(written[0], "html5", "page.html", f"--variable=style:{style}", f"--variable=script:{script}",
                    "--toc", "--toc-depth=2", f"--metadata=pagetitle:{title}")  # fmt: skip

@@ -5,9 +5,9 @@ import shutil
 import pandas as pd
 import pytest
 
-from sketchkv.study import archive, results
+from sketchkv.study import archive, record, sources
 
-FILES = sorted(results.read_json(archive.FOLDER / "manifest.json")["files"])
+FILES = sorted(sources.read_json(archive.FOLDER / "manifest.json")["files"])
 
 
 @pytest.fixture
@@ -101,11 +101,11 @@ def test_a_claim_is_the_mean_of_its_documents(what, where, name, column, at):
 
 
 def test_the_report_tells_of_the_archive():
-    told = results.load_table("tried")
+    told = record.load_table("tried")
     pd.testing.assert_frame_equal(told, archive.table(), check_dtype=False)
     listed = archive.manifest()["files"]
     assert told.commit.tolist() == [listed[name]["commit"] for name in told.file]
-    drawn = {path.stem for path in (results.ROOT / "figures").glob("*.json")}
+    drawn = {path.stem for path in (sources.ROOT / "figures").glob("*.json")}
     assert drawn.isdisjoint(
         {"self_tuned", "self_tuned_heads", "budget_heads", "precision_falling", "speed_scaling"}
     )

@@ -57,7 +57,7 @@ def test_only_what_imports_reach_changes_a_fingerprint(copy, monkeypatch):
     addition = "\nADDED = 1\n"
     for module, reached in (
         ("study/report.py", {"report"}),
-        ("study/pdf.py", {"report"}),
+        ("study/claims.py", {"report"}),
         ("study/recall.py", {"notebook"}),  # an import inside a function
         ("study/why.py", {"point"}),
         ("study/methods.py", {"point", "notebook"}),  # imported by what is imported
@@ -94,7 +94,7 @@ def test_comments_docstrings_and_layout_change_nothing(copy):
         "from . import texts\nclass A:\n    def f(self, x):\n        return x + 1\n",
     ):
         assert fingerprint(other) != plain
-    assert fingerprint("from .study import aims\n") != fingerprint("from .study import pdf\n")
+    assert fingerprint("from .study import aims\n") != fingerprint("from .study import closure\n")
 
 
 def test_fingerprints_of_the_study_are_of_these_files():

@@ -180,8 +180,8 @@ def test_the_site_holds_everything_and_links_to_it(built, tmp_path):
         assert (built / page).exists()
     stems = {path.stem for path in notebooks.find(sources.ROOT)}
     assert stems <= {path.stem for path in (built / "notebooks").glob("*.html")}
-    assert 'href="notebooks/04_baselines.html"' in (built / "index.html").read_text()
-    assert "<details" in (built / "notebooks" / "04_baselines.html").read_text()
+    assert 'href="notebooks/11_pretrained.html"' in (built / "index.html").read_text()
+    assert "<details" in (built / "notebooks" / "05_baselines.html").read_text()
     (tmp_path / "a.html").write_text('<a href="b.html"></a><a href="#c"></a><a href="https://d.org">')
     assert site.broken(tmp_path) == ["a.html: #c", "a.html: b.html"]
 
@@ -205,7 +205,7 @@ def test_a_moved_slider_changes_the_picture(built, width, tmp_path):
         for page in (
             "explorer.html",
             "models.html",
-            "notebooks/04_baselines.html",
+            "notebooks/05_baselines.html",
             "api/sketchkv/cache.html",
         ):
             call("url", url=(built / page).as_uri())

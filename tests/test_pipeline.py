@@ -18,9 +18,6 @@ import nbformat
 import pandas as pd
 import pytest
 import torch
-import typst
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jupyter_client.kernelspec import KernelSpecManager
 from packaging.requirements import Requirement
 
@@ -29,9 +26,7 @@ from sketchkv.study import (
     evaluate,
     figures,
     notebooks,
-    pdf,
     record,
-    report,
     run,
     sources,
     store,
@@ -263,14 +258,6 @@ run.finish()"""
     assert {p: after[p] for p in before} == before
     smoke = tmp_path / "build" / "smoke"
     assert ">smoke: no conclusions<" in (smoke / "figures" / "drawn.svg").read_text()
-    template = tmp_path / "template.md.j2"
-    template.write_text("# Title\n\nText.\n\n{{ figure('drawn') }}")
-    markdown, page, paper = report.compose(smoke, smoke / "report", template)
-    assert markdown.startswith("# Smoke run: Title\n\n**Warning: this is a smoke run.**")
-    assert "<title>Smoke run: Title</title>" in page and page.index("Warning: this is") < page.index("Text.")
-    assert 'report.with("Smoke run: Title")' in paper and paper.index("Warning: this is") < paper.index(
-        "Text."
-    )
     ignored = subprocess.run(["git", "check-ignore", "-q", "build/smoke/figures/drawn.svg"], cwd=ROOT)
     assert ignored.returncode in (0, 128)  # 128: this is no checkout
 
@@ -513,146 +500,6 @@ def test_finish_removes_what_the_notebook_no_longer_makes(finished):
     opened.finish()
     left = {p.name for p in finished.rglob("*") if p.is_file()}
     assert left == {"facts_01_tiny.json", "run_01_tiny.json", "facts_02_other.json", "run_02_other.json"}
-
-
-# -- report -----------------------------------------------------------------------------------------------------------
-
-
-def test_prose_follows_the_results(finished, tmp_path):
-    template = tmp_path / "template.md.j2"
-    pieces = (
-        "# Title",
-        "## One",
-        'Share {{ fact("share", ".1%") }}.',
-        '{{ figure("error") }}',
-        '{{ table("error") }}',
-    )
-    template.write_text("\n\n".join(pieces))
-    before = report.compose(tmp_path, tmp_path / "report", template)
-    for name, old, new in (("facts_01_tiny.json", "0.1234", "0.9"), ("error.csv", "0.25", "0.875")):
-        path = tmp_path / "data" / "results" / name
-        path.write_text(path.read_text().replace(old, new))
-    after = report.compose(tmp_path, tmp_path / "report", template)
-    for old, new in zip(before, after):  # Markdown, HTML, Typst
-        assert "12.3%" in old and "12.3%" not in new and "90.0%" in new
-        assert "0.875" not in old and "0.875" in new
-        assert "make figures/error.svg PROFILE=smoke" in new and "01_tiny.ipynb" in new
-    written = tmp_path / "report" / "report.md", tmp_path / "report" / "report.html"
-    for path, text in zip(written, after):
-        sources.atomic_write(path, text)
-    assert report.problems(*written) == []
-    assert 'href="#one"' in after[1] and 'src="../figures/error.svg"' in after[1]
-    (tmp_path / "figures" / "error.svg").unlink()
-    written[1].write_text(after[1] + '<img src="https://example.org/x.png"> {{ fact }}')
-    assert len(report.problems(*written)) == 5
-    written[1].write_text(after[1] + " " * report.LARGEST)
-    assert len(report.problems(*written)) == 3
-
-
-def test_pdf_has_everything_and_is_the_same_every_time(finished, tmp_path):
-    template = tmp_path / "template.md.j2"
-    pieces = [
-        "# All of it",
-        "## One",
-        "[there](#two), *a* **b `c`** <https://example.org>",
-        '{{ figure("error") }}',
-    ]
-    pieces += ["- x\n- y", "> q", "```\ncode\n```", '{{ table("error") }}\n\n' * 20, "## Two"]
-    template.write_text("\n\n".join(pieces))
-    opened = record.start("08_report", output=str(tmp_path))
-    written = report.render(opened, template)[2].read_bytes()
-    again = report.compose(tmp_path, tmp_path / "report", template)[2]
-    assert written == pdf.compile(again, tmp_path) and written.startswith(b"%PDF")
-    assert b"All of it" in written and len(re.findall(rb"/Type\s*/Page\b", written)) > 1
-    drawn = json.loads(typst.query(again.encode(), "image", root=str(tmp_path)))
-    assert [image["alt"] for image in drawn] == ["The error falls with the width."]
-    for broken, named in ("[gone](#gone)", "gone"), ("<b>bold</b>", "<b>"):
-        template.write_text(broken)
-        with pytest.raises((RuntimeError, ValueError), match=named):
-            pdf.compile(report.compose(tmp_path, tmp_path / "report", template)[2], tmp_path)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.text(st.characters(exclude_categories=["Cs", "Cc"])))
-def test_pdf_reads_no_text_as_markup(text):
-    for markup in (f"#{pdf.quote(text)}", f"#{pdf.quote(pdf.breakable(text))}"):
-        shown = json.loads(
-            typst.query(f"#metadata({markup[1:]})<it>".encode(), "<it>", field="value", one=True)
-        )
-        assert shown.replace("\u200b", "") == text.replace("\u200b", "")
-    pdf.compile(pdf.inline(text), ROOT)
-
-
-@pytest.mark.parametrize("height,words,narrow", [(100, 20, False), (1500, 20, True), (1500, 400, True)])
-def test_a_tall_picture_leaves_room_for_its_caption(tmp_path, height, words, narrow):
-    (tmp_path / "tall.svg").write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="600" height="{height}"/>'
-    )
-    caption = "word " * words
-    markup = (
-        f'{pdf._STYLE}\n#show: report.with("x")\n#picture("/tall.svg", "tall", "", [{caption}], [source])'
-    )
-    (drawn,) = json.loads(typst.query(markup.encode(), "image", root=str(tmp_path)))
-    width = float(re.search(r"([\d.]+)pt", drawn["width"]).group(1))
-    lines = f"#context [#metadata(measure(width: 166mm, text(9.5pt, [{caption}])).height.pt())<below>]"
-    (below,) = json.loads(
-        typst.query(f"{pdf._STYLE}\n{lines}".encode(), "<below>", field="value", root=str(tmp_path))
-    )
-    assert width * height / 600 + below < 249 / 25.4 * 72
-    assert (width < 0.6 * 450 - 1) == narrow
-
-
-def test_missing_result_names_the_notebook_to_run(finished, tmp_path, monkeypatch):
-    write_notebook(tmp_path, "05_later", 'run.fact("later", 1)')
-    monkeypatch.setattr(sources, "ROOT", tmp_path)
-    template = tmp_path / "template.md.j2"
-    for asked, named in (
-        ('fact("later")', "05_later"),
-        ("facts.later + 1", "05_later"),
-        ('figure("never")', "no notebook makes one"),
-    ):
-        template.write_text(f"{{{{ {asked} }}}}")
-        with pytest.raises(report.ReportError, match=named):
-            report.compose(tmp_path, tmp_path / "report", template)
-    with pytest.raises(report.ReportError, match="make reproduce"):
-        report.compose(tmp_path / "empty", tmp_path / "report", template)
-
-
-@pytest.fixture
-def committed(tmp_path):
-    """A copy of the committed results and figures."""
-    for folder in ("data/results", "figures"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("points"))
-    return tmp_path
-
-
-def test_report_renders_from_the_committed_results(committed):
-    markdown, page, paper = report.compose(committed, committed / "report")
-    sources.atomic_write(committed / "report" / "report.md", markdown)
-    sources.atomic_write(committed / "report" / "report.html", page)
-    assert report.problems(committed / "report" / "report.md", committed / "report" / "report.html") == []
-    drawn = [
-        image["source"] for image in json.loads(typst.query(paper.encode(), "image", root=str(committed)))
-    ]
-    assert sorted(Path(source).stem for source in drawn) == sorted(
-        p.stem for p in (committed / "figures").glob("*.svg")
-    )
-    assert len(re.findall(rb"/Type\s*/Page\b", pdf.compile(paper, committed))) > 5
-    claims = [int(n) for n in re.findall(r"^(\d+)\. \*\*", markdown.split("\n## ")[1], re.M)]
-    assert claims == list(range(1, len(claims) + 1)) and len(claims) > 9, "a claim shares a line with another"
-    assert markdown == (ROOT / "report" / "report.md").read_text(encoding="utf-8"), "run `make reproduce`"
-
-
-def test_changed_results_change_claims_and_verdicts(committed):
-    before, *_ = report.compose(committed, committed / "report")
-    path = committed / "data" / "results" / "facts_02_integration.json"
-    stored = sources.read_json(path)
-    stored["facts"] |= {"loss_sketch_mean": 7.777, "sketch_against_exact": "better than"}
-    path.write_text(sources.to_json(stored))
-    after, *_ = report.compose(committed, committed / "report")
-    assert "7.777" in after and "7.777" not in before
-    said = "beats exact accumulators at equal slots"
-    assert said in after and said not in before
 
 
 # -- make and the pins ------------------------------------------------------------------------------------------------

@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from sketchkv.study import baselines, results, stats
+from sketchkv.study import baselines, sources, stats
 
-FOLDER = results.ROOT / "data" / "archive"
+FOLDER = sources.ROOT / "data" / "archive"
 NATS = "nats per token more"
 ABOVE = "nats per token above the full cache"
 FOUND = "share of the answers found; more is better"
@@ -72,14 +72,14 @@ class ArchiveError(RuntimeError):
 
 def manifest(folder=FOLDER):
     """The manifest, after a check that the archive holds exactly the files that it names, unchanged. Raises ArchiveError."""
-    listed = results.read_json(folder / "manifest.json")
+    listed = sources.read_json(folder / "manifest.json")
     there = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {"manifest.json"}
     if there != set(listed["files"]):
         raise ArchiveError(
             f"{folder} and its manifest differ in {', '.join(sorted(there ^ set(listed['files'])))}: git checkout it"
         )
     for name, entry in listed["files"].items():
-        if results.sha256(folder / name) != entry["sha256"]:
+        if sources.sha256(folder / name) != entry["sha256"]:
             raise ArchiveError(
                 f"{folder / name} is not what was archived (its checksum differs): git checkout it"
             )
@@ -174,3 +174,19 @@ def table(folder=FOLDER):
         "scaling_fit",
     )
     return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def facts(tried):
+    """What the report says of the table: {name: number or word}."""
+    counts = {
+        f"tried_{word}": int(tried.verdict.str.startswith(word).sum())
+        for word in ("better", "worse", "not d")
+    }
+    return {
+        "tried_better": counts["tried_better"],
+        "tried_worse": counts["tried_worse"],
+        "tried_not": counts["tried_not d"],
+        "tried_rows": int((tried.unit == NATS).sum()),
+        "tried_things": int(tried.what.nunique()),
+        "tried_code": manifest()["code"],
+    }

@@ -175,7 +175,7 @@ def point(method, label, share, loss):
 def points(front):
     """All of the table `baseline_front`."""
     rows = front.sort_values(["method", "share"])
-    return [point(m, LABELS[m], *at) for m, *at in zip(rows.method, rows.share, rows.loss)]
+    return [point(m, LABELS.get(m, m), *at) for m, *at in zip(rows.method, rows.share, rows.loss)]
 
 
 def best_at(rows, share):

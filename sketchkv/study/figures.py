@@ -2,17 +2,19 @@
 
 import io
 import re
+import textwrap
 import zlib
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
-from matplotlib import rc_context, rcdefaults
+from matplotlib import rc_context, rcdefaults, rcParams
 
 PALETTE = sns.color_palette("colorblind").as_hex()
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*")
-HALF = (5.2, 3.6)  # inches: a figure that shares a row
-FULL = (10.4, 4.2)  # inches: panels side by side
+SIZE = (7.0, 4.4)  # inches: one size for all, whose smallest type is 8 pixels high on a phone
+HALF = FULL = SIZE
+PHONE = 350  # pixels that a figure has on a screen of 390
 FONTS = (
     "DejaVu Sans",
     "Verdana",
@@ -71,7 +73,7 @@ def use_style():
         palette=PALETTE,
         font_scale=1.15,
         rc={
-            "figure.figsize": HALF,
+            "figure.figsize": SIZE,
             "figure.dpi": 100,
             "savefig.dpi": 200,
             "figure.constrained_layout.use": True,
@@ -111,19 +113,24 @@ def markers(names):
     return {name: method_style(name)["marker"] for name in names}
 
 
+def head(fig, finding):
+    """Draws the finding as the figure's title: left, as wide as the figure, above all else."""
+    size = rcParams["font.size"] * 1.1
+    letters = int(72 * fig.get_figwidth() / (0.6 * size))
+    words = textwrap.fill(finding.strip().rstrip("."), letters)
+    fig.suptitle(words, x=0.01, ha="left", fontsize=size, fontweight="bold")
+
+
 def mark(fig, words):
-    """Writes `words` across the figure, faintly."""
-    fig.text(
-        0.5,
-        0.5,
-        words,
-        ha="center",
-        va="center",
-        rotation=20,
-        color="#b22222",
-        alpha=0.4,
-        fontsize="x-large",
-        zorder=10,
+    """Writes `words` into the lower right corner, below all else."""
+    fig.text(1, -0.01, words, ha="right", va="top", color="#b22222", fontsize=12)
+
+
+def smallest_type(svg):
+    """Height of the smallest letters of an SVG's text, in pixels, where the picture is `PHONE` pixels wide."""
+    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
+    return (
+        min(float(size) for size in re.findall(r"font(?:-size)?: ?[^;\"]*?([\d.]+)px", svg)) * PHONE / width
     )
 
 
@@ -147,13 +154,11 @@ def _draw(fig, name):
     return re.sub(r'(?<= )(?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
 
 
-def show(fig):
-    """Shows the figure below the cell, once, and closes it; does nothing outside a notebook."""
-    try:
-        from IPython import get_ipython
-        from IPython.display import display
-    except ImportError:
-        get_ipython = lambda: None  # noqa: E731
+def show(fig, words=""):
+    """Shows the figure below the cell, once, `words` (Markdown) below it, and closes it; only closes it outside a notebook."""
+    from IPython import get_ipython
+    from IPython.display import Markdown, display
+
     if get_ipython() is not None:
-        display(fig)
+        display(fig, *[Markdown(words)] * bool(words))
     plt.close(fig)

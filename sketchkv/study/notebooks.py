@@ -7,12 +7,10 @@ from pathlib import Path
 
 import nbformat
 
-LAST = "08_report"  # reads what all others wrote, whatever their number
-
 
 def find(root):
-    """The notebooks `NN_name.ipynb` of `root`, in the order in which they run: by number, the report last."""
-    return sorted((Path(root) / "notebooks").glob("[0-9]*.ipynb"), key=lambda n: (n.stem == LAST, n.name))
+    """The notebooks `NN_name.ipynb` of `root`, in the order in which they are read and run."""
+    return sorted((Path(root) / "notebooks").glob("[0-9]*.ipynb"))
 
 
 def cells(path):

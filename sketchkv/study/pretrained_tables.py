@@ -1,12 +1,22 @@
-"""What notebook 16 shows of the tables that `sketchkv.study.pretrained` measured on a GPU."""
+"""What notebook 11 shows of the tables that `sketchkv.study.pretrained` measured on a GPU."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from sketchkv.study.measured import BENCHMARKS, COUNTS, LABELS
+from sketchkv.study import figures
+from sketchkv.study.measured import BENCHMARKS, COUNTS, LABELS, LENGTH
 from sketchkv.study.stats import paired_interval
 
+AT = 1 / 8  # the share of the bytes at which methods are compared
+# Of the hero figure: (label, place in the palette, points by which the label is above its point).
+NAMED = {
+    "compact": ("compact", 0, 2),
+    "recall": ("recall", 2, -8),
+    "decayed mean": ("exact", 4, -6),
+    "sketch 512x4": ("sketch", 3, 5),
+}
 LOSSES = {
     "text": "prose (documentation of Django) or code (Python of held-out packages)",
     "method": "eviction rule and codec",
@@ -32,9 +42,15 @@ ANSWERS = {
 }
 
 
+def _quality(folder):
+    """What was measured of texts of one length."""
+    table = pd.read_csv(folder / "pretrained_quality.csv")
+    return table[table.tokens == LENGTH]
+
+
 def losses(folder=BENCHMARKS):
     """Loss of each method at each size: a DataFrame with the columns `LOSSES`."""
-    table = pd.read_csv(folder / "pretrained_quality.csv")
+    table = _quality(folder)
     near = table[table.name == "near"].groupby("text").nll.mean()
     rows = []
     for (text, name, share), part in table[table.name != "near"].groupby(
@@ -72,3 +88,164 @@ def answers(folder=BENCHMARKS):
         counts = bool(full[task, depth] >= COUNTS)
         rows.append((task, LABELS[name], depth, right, n, bounds.low, bounds.high, counts))
     return pd.DataFrame(rows, columns=list(ANSWERS))
+
+
+def compared(text, one, other, folder=BENCHMARKS, share=AT):
+    """How much more perplexity `one` has than `other` at the same bytes on the same documents, in percent: (mean, low, high)."""
+    table = _quality(folder)
+    table = table[(table.text == text) & (table.share == share)].set_index("document")
+    nll = [table.nll[table.name == name] for name in (one, other)]
+    return tuple(100 * np.expm1(paired_interval((nll[0] - nll[1]).to_numpy(copy=True))))
+
+
+def facts(losses, answers):
+    """What the report says of both tables: {name: number or word}."""
+    found = {"pretrained_documents": int(losses.n.min()), "pretrained_tokens": LENGTH}
+    at = losses[losses.budget == AT]
+    for text, part in at.groupby("text"):
+        for row in part[part.method.isin(NAMED)].itertuples():
+            name = f"pretrained_{text}_{row.method.split()[0]}"
+            found |= {name: row.percent, f"{name}_low": row.low, f"{name}_high": row.high}
+        found[f"pretrained_{text}_best"] = part.method[part.percent.idxmin()]
+        for one, other in (("sketch", "decayed"), ("recall", "decayed"), ("recall", "compact")):
+            ends = zip(("mean", "low", "high"), compared(text, one, other))
+            found |= {f"pretrained_{text}_{one}_over_{other}_{end}": value for end, value in ends}
+    needle = answers[answers.counts & (answers.task == "needle")].groupby("method")[["right", "n"]].sum()
+    found["pretrained_needles"] = int(needle.right["compact"])
+    return {name: value if isinstance(value, (str, int)) else float(value) for name, value in found.items()}
+
+
+def hero(losses, front):
+    """Loss against bytes: prose and code of the pretrained model, and the embedded model; all methods grey, some named.
+
+    front: the table `baseline_front`. Returns (figure, caption).
+    """
+    embedded = pd.DataFrame(
+        {
+            "text": "embedded",
+            "method": front.method.replace({"decayed": "decayed mean", "sketch": "sketch 512x4"}),
+            "share": front["share"],
+            "percent": 100 * np.expm1(front.loss),
+        }
+    )
+    fig, axes = plt.subplots(1, 3, sharey=True)
+    for axis, (title, rows) in zip(
+        axes, ((t, d[d.text == t]) for d, t in ((losses, "prose"), (losses, "code"), (embedded, "embedded")))
+    ):
+        _crowd(axis, rows)
+        axis.set_title(title if title == "embedded" else f"SmolLM2, {title}")
+        axis.set(xscale="log", yscale="log", xlim=(0.011, 1.3), ylim=(0.09, 200))
+        axis.set_xticks([1 / 16, 1 / 4], ["1/16", "1/4"])
+        axis.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+        axis.minorticks_off()
+    axes[0].set_ylabel("perplexity above the full cache, %")
+    axes[1].set_xlabel("bytes held, share of the full cache's")
+    at = losses[losses.budget == AT].set_index(["text", "method"])
+    prose, code = (_label(at.percent[text].idxmin()) for text in ("prose", "code"))
+    words = f"{prose} on prose and code" if prose == code else f"{prose} on prose and {code} on code"
+    return fig, (
+        f"At an eighth of the bytes least is lost by {words}. Down and to the left is better. exact: exact scores of past attention; sketch: a Count-Min Sketch of them; grey: all others. "
+        f"SmolLM2-135M-Instruct with Q4_1 weights, n = {int(at.n.min())} documents of 4,096 tokens each of prose and of code; "
+        "right: the embedded model of 13 million parameters on 16 documents of 1,024 tokens of Python. "
+        "Values below 0.1 % are drawn at 0.1 %."
+    )
+
+
+def _label(method):
+    return NAMED[method][0] if method in NAMED else method
+
+
+def _crowd(axis, rows):
+    for method, part in rows.groupby("method", sort=False):
+        part = part.sort_values("share")
+        label, number, above = NAMED.get(method, ("", -1, 0))
+        color = figures.PALETTE[number] if label else "#c4c4c4"
+        percent = part.percent.clip(lower=0.1)
+        axis.plot(part["share"], percent, marker="o", color=color, markersize=5, zorder=3 if label else 1)
+        if label:
+            end = -1 if label == "sketch" else 0  # whose other end lies on that of exact scores
+            at, place = (part["share"].iloc[end], percent.iloc[end]), "left" if end else "right"
+            words = {
+                "color": color,
+                "fontsize": 12,
+                "textcoords": "offset points",
+                "ha": place,
+                "va": "center",
+            }
+            axis.annotate(label, at, (5 if end else -5, above), **words)
+
+
+def at_equal_bytes(losses):
+    """Loss of every method at an eighth of the bytes, with intervals, on prose and on code. Returns (figure, caption)."""
+    at = losses[losses.budget == AT]
+    order = at[at.text == "code"].sort_values("percent", ascending=False).method.tolist()
+    fig, axes = plt.subplots(1, 2, sharey=True)
+    for axis, text in zip(axes, ("prose", "code")):
+        rows = at[at.text == text].set_index("method").reindex(order)
+        for place, (method, row) in enumerate(rows.iterrows()):
+            color = figures.PALETTE[NAMED[method][1]] if method in NAMED else "#8c8c8c"
+            axis.errorbar(
+                row.percent,
+                place,
+                xerr=[[row.percent - row.low], [row.high - row.percent]],
+                fmt="o",
+                color=color,
+                capsize=2,
+            )
+        axis.set(title=text, xscale="log")
+        axis.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+        axis.minorticks_off()
+    axes[0].set_yticks(range(len(order)), [SHORT.get(method, method) for method in order])
+    fig.supxlabel("perplexity above the full cache, %", fontsize=plt.rcParams["axes.labelsize"])
+    code = at[at.text == "code"].set_index("method")
+    ahead = "far less than" if code.high["recall"] < code.low["decayed mean"] / 2 else "about as much as"
+    return fig, (
+        f"On code an index of the keys loses {ahead} exact scores of past attention do. Every method holds an eighth of the "
+        "bytes of the full cache, all it needs included; recall keeps what it brings back in host memory, which is not counted. "
+        f"SmolLM2-135M-Instruct, n = {int(at.n.min())} documents of each kind, 95 % intervals over documents."
+    )
+
+
+SHORT = {
+    "decayed mean": "exact scores",
+    "sketch 512x4": "a sketch",
+    "H2O, half of the cap recent": "H2O",
+    "SnapKV, window of 64": "SnapKV",
+}
+
+
+def found_again(answers):
+    """Right answers by where the fact stood, a line for each cache that was asked. Returns (figure, caption)."""
+    needle = answers[answers.task == "needle"]
+    fig, axis = plt.subplots()
+    colors = {"full cache": figures.FULL_CACHE["color"]} | {
+        m: figures.PALETTE[c] for m, (_, c, _) in NAMED.items()
+    }
+    asked = list(dict.fromkeys(needle.method))
+    for place, method in enumerate(asked):
+        rows = needle[needle.method == method].sort_values("depth")
+        share, color = 100 * rows.right / rows.n, colors.get(method, "#8c8c8c")
+        error = [share - 100 * rows.low, 100 * rows.high - share]
+        axis.errorbar(rows.depth + 0.006 * place, share, error, marker="o", color=color, capsize=2)
+        label = NAMED.get(method, (SHORT.get(method, method),))[0]
+        axis.annotate(
+            label,
+            (rows.depth.iloc[-1], share.iloc[-1]),
+            (12, 0),
+            textcoords="offset points",
+            color=color,
+            va="center",
+        )
+    axis.set(xlabel="where the fact stood: 0 the start of the text, 1 its end", ylabel="right answers, %")
+    axis.set(ylim=(-5, 105), xlim=(0.05, 1.15))
+    counted = needle[needle.counts].groupby("method", sort=False)[["right", "n"]].sum()
+    right, n = counted.right, counted.n
+    finding = f"compact answers {right['compact']} of {n['compact']} questions about the text, the full cache {right['full cache']}"
+    if "recall" in right:
+        finding = f"Of {n['recall']} questions about the text recall answers {right['recall']}, compact {right['compact']}"
+    unasked = [name for name in ("compact", "recall", "decayed mean") if name not in right]
+    return fig, (
+        f"{finding}. A number stands once in a text of 4,096 tokens and is asked for at its end; every cache holds an eighth of "
+        f"the bytes. SmolLM2-135M-Instruct, n = {int(needle.n.min())} questions a depth, exact binomial 95 % intervals."
+        + (f" Not asked yet: {', '.join(unasked)}." if unasked else "")
+    )

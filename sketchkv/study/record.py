@@ -33,6 +33,7 @@ INTERACTIVE = ROOT / "build" / "interactive"
 SMOKE = ROOT / "build" / "smoke"
 
 MAKE_DEFAULTS = {"model": "embedded", "dataset": "embedded", "device": "auto", "profile": "study"}
+LONGEST = 90  # letters of a finding: the first sentence of a caption, which is the title of its figure
 _NAME = re.compile(r"[a-z0-9][a-z0-9_]*")
 
 
@@ -119,6 +120,18 @@ def _check_first_cell(path):
         )
 
 
+def split_caption(caption):
+    """(finding, rest) of a caption: its first sentence, and what follows."""
+    finding, *rest = re.split(r"(?<=[.!?])\s", " ".join(caption.split()), maxsplit=1)
+    return finding, "".join(rest)
+
+
+def _documents(path):
+    """How many documents a table is made of, as far as it says so; else 0."""
+    frame = pd.read_csv(path)
+    return frame.document.nunique() if "document" in frame else int(frame.n.min()) if "n" in frame else 0
+
+
 class Run:
     """One notebook's run. Made by `start`; `device` ("cpu" or "cuda"), `seed`, `profile`, `params`,
     `paths`."""
@@ -187,15 +200,16 @@ class Run:
     def figure(self, name, fig, caption, tables=()):
         """Writes a matplotlib figure as `figures/NAME.svg` with a sidecar, and shows it inline.
 
-        `caption` states the finding, then how to read it; `tables` are the names of the tables it was drawn
-        from.
+        caption: its first sentence is the finding, which becomes the figure's title; the rest, how to read it, is shown below.
+        tables: names of the tables it was drawn from.
         """
         from sketchkv.study import figures
 
         self._check(name, self.paths.figures / f"{name}.json")
-        if not caption.strip():
+        finding, rest = split_caption(caption)
+        if not finding:
             raise ValueError(f"figure {name!r} needs a caption that states its finding")
-        drawn_from = {}
+        drawn_from, documents = {}, 0
         for table in tables:
             path = self.paths.results / f"{table}.csv"
             path = path if path.exists() else Paths(ROOT).results / path.name
@@ -204,18 +218,19 @@ class Run:
                     f"figure {name!r} is drawn from table {table!r}, which no notebook has written yet"
                 )
             drawn_from[table] = sha256(path)
+            documents = documents or _documents(path)
+        figures.head(fig, finding)
         if self.profile == "smoke":
-            figures.mark(fig, "smoke: no conclusions")
+            figures.mark(fig, f"smoke, n = {documents}" if documents else "smoke: no conclusions")
         path = self._write(self.paths.figures / f"{name}.svg", figures.render(fig, name))
         command = f"make figures/{name}.svg{self._knobs()}"
         self._sidecar(
             path.with_suffix(".json"), name, command, caption=" ".join(caption.split()), tables=drawn_from
         )
-        figures.show(fig)
+        figures.show(fig, rest)
 
     def fact(self, name, value):
-        """Records one number (or word) that the report's prose injects; raises ValueError for NaN and
-        infinity."""
+        """Records one number (or word) that the report's prose injects; raises ValueError for NaN and infinity."""
         value = value.item() if hasattr(value, "item") else value
         if not isinstance(value, (bool, int, float, str)):
             raise ValueError(f"fact {name!r} must be one number or word, not {type(value).__name__}")
@@ -224,7 +239,6 @@ class Run:
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} is no name for a fact: use a-z, 0-9 and _")
         self._facts[name] = value
-        return value
 
     def grid(self, kind, function, points, workers=None):
         """The results of many grid points (`store.compute`), kept in this run's folder under the model's

@@ -1,32 +1,37 @@
-"""Renders the report from `report/template.md.j2` and the results: `report.md` with links, `report.html` in one piece,
-and `report.pdf`.
+"""Renders the report from `report/template.md.j2` and the results: `report.md` for a repository's page, and through pandoc
+`report.html` in one piece and `report.pdf` (Typst). Styles, script and page templates are files in `report/`.
 
 The template's prose holds no number of its own. It asks for them:
 
-    {{ fact("name", ".2f") }}          one number
-    {{ figure("name") }}               picture, caption, and where it comes from
-    {{ table("name", rows=10) }}       a result table; `rows` and `columns` show less of it, and long ones are cut anyway
+    {{ fact("name", ".2f") }}   one number
+    {{ figure("name") }}        picture, how to read it, and where it comes from
+    {{ frame("name") }}         a result table, a DataFrame
+    {{ word("sink") }}          a word of the glossary, explained on hover
 
 What is missing stops the rendering with the name of the notebook that makes it.
 """
 
-import html
-import os
 import re
+from os.path import relpath
 from pathlib import Path
 
 import jinja2
+import matplotlib
 import pandas as pd
-from markdown_it import MarkdownIt
+import pypandoc
+import typst
+import yaml
 
-from sketchkv.study import notebooks, pdf, record, sources, webpage
+from sketchkv.study import claims, notebooks, record, sources
 
-TEMPLATE = sources.ROOT / "report" / "template.md.j2"
+REPORT = sources.ROOT / "report"
+TEMPLATE = REPORT / "template.md.j2"
 WARNING = (
     "**Warning: this is a smoke run.** It shows that everything runs. Its numbers come from a few documents and say nothing "
     "about the methods; those of the study are made by `make reproduce`."
 )
-LARGEST = 3_000_000  # bytes of report.html, whose pictures lie beside it
+LAST = "17_report"
+_FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # of the text in figures
 
 
 class ReportError(RuntimeError):
@@ -38,16 +43,15 @@ class Results:
 
     def __init__(self, root):
         self.root, self.paths = Path(root), record.Paths(root)
-        finished = sorted(self.paths.results.glob("run_*.json"))
-        self.runs = {p.stem.removeprefix("run_"): sources.read_json(p) for p in finished}
-        self.figures = {p.stem: sources.read_json(p) for p in sorted(self.paths.figures.glob("*.json"))}
-        self.tables = {
-            p.stem: sources.read_json(p.with_suffix(".json")) for p in self.paths.results.glob("*.csv")
+        read = {p.stem: sources.read_json(p) for p in sorted(self.paths.results.glob("*.json"))}
+        self.runs = {
+            name[4:]: run for name, run in read.items() if name.startswith("run_") and name[4:] != LAST
         }
+        self.tables = {p.stem: read[p.stem] for p in sorted(self.paths.results.glob("*.csv"))}
+        self.figures = {p.stem: sources.read_json(p) for p in sorted(self.paths.figures.glob("*.json"))}
         self.facts: dict[str, object] = {}
         owners: dict[str, str] = {}
-        for path in sorted(self.paths.results.glob("facts_*.json")):
-            stored = sources.read_json(path)
+        for stored in (facts for name, facts in read.items() if name.startswith("facts_")):
             for name, value in stored["facts"].items():
                 if name in self.facts:
                     raise ReportError(
@@ -55,229 +59,116 @@ class Results:
                     )
                 self.facts[name], owners[name] = value, stored["notebook"]
         files = [*self.paths.results.glob("*.*"), *self.paths.figures.glob("*.*")]
-        # Hidden files are temporary; the provenance of the report itself is written after it has been rendered.
-        self.files = sorted(f for f in files if not f.name.startswith(".") and f.name != "run_08_report.json")
+        self.files = sorted(f for f in files if f.name[0] != "." and f.stem != f"run_{LAST}")
+
+    def frame(self, name):
+        """A result table; raises KeyError where there is none."""
+        if name not in self.tables:
+            raise KeyError(name)
+        return pd.read_csv(self.paths.results / f"{name}.csv")
 
     def missing(self, kind, name):
-        for notebook in notebooks.find(sources.ROOT):
-            if name in notebooks.makes(notebook, kind):
-                how = (
-                    f"notebooks/{notebook.name} makes it: python -m sketchkv.study.run --only {notebook.stem}"
-                )
-                return ReportError(f"there is no {kind} {name!r} under {self.root}; {how}")
-        return ReportError(
-            f"there is no {kind} {name!r} under {self.root}, and no notebook makes one of that name"
-        )
+        made = (n for n in notebooks.find(sources.ROOT) if name in notebooks.makes(n, kind))
+        how = next((f"python -m sketchkv.study.run --only {n.stem}" for n in made), "make reproduce")
+        return ReportError(f"there is no {kind} {name!r} under {self.root}; run `{how}`")
 
 
-class Renderer:
-    """The functions that the template calls, for Markdown; `link` leads from the report to the results' root."""
+class Functions:
+    """What the template calls; `up` leads from the report to the results' root."""
 
-    # Of a table; the rest of it is in its file.
-    most_rows = 12
-    most_columns: int | None = None
-
-    def __init__(self, found, link):
-        self.found, self.link = found, link
+    def __init__(self, found, up, words):
+        self.found, self.up, self.words = found, up, words
 
     def fact(self, name, spec=""):
         if name not in self.found.facts:
             raise self.found.missing("fact", name)
         return format(self.found.facts[name], spec)
 
-    def has_fact(self, name):
-        return name in self.found.facts
+    def frame(self, name):
+        if name not in self.found.tables:
+            raise self.found.missing("table", name)
+        return self.found.frame(name)
 
-    def finding(self, name):
-        """The first sentence of a figure's caption, which states what it shows."""
-        return re.split(r"(?<=[.!?])\s", self._sidecar("figure", name)["caption"], maxsplit=1)[0]
+    def word(self, word, shown=None):
+        return f'<abbr title="{self.words[word]}">{shown or word}</abbr>'
 
     def figure(self, name):
-        sidecar = self._sidecar("figure", name)
-        alt = self.finding(name).replace("[", "(").replace("]", ")")
-        return (
-            f'<a id="figure-{name}"></a>\n![{alt}]({self.link}/figures/{name}.svg)\n\n'
-            f"**{name}.** {sidecar['caption']}\n\n{self._source(sidecar)}\n"
-        )
-
-    def table(self, name, rows=None, columns=None):
-        frame, numeric, legend = self._frame(name, rows, columns)
-        cells = frame.map(lambda value: value.replace("|", "\\|").replace("\n", " "))
-        rules = [" ---: |" if column in numeric else " --- |" for column in frame.columns]
-        lines = ["| " + " | ".join(frame.columns) + " |", "|" + "".join(rules)]
-        lines += ["| " + " | ".join(row) + " |" for row in cells.itertuples(index=False)]
-        return "\n".join([legend, "", *lines, ""])
-
-    def functions(self):
-        return {name: getattr(self, name) for name in ("fact", "has_fact", "finding", "figure", "table")}
-
-    def _sidecar(self, kind, name):
-        sidecars = self.found.figures if kind == "figure" else self.found.tables
-        if name not in sidecars:
-            raise self.found.missing(kind, name)
-        return sidecars[name]
+        if name not in self.found.figures:
+            raise self.found.missing("figure", name)
+        sidecar = self.found.figures[name]
+        finding, rest = record.split_caption(sidecar["caption"])
+        alt = finding.replace("[", "(").replace("]", ")")
+        picture = f"![{alt}]({self.up}/figures/{name}.svg)\n\n{rest}\n\n"
+        return f'{picture}<div class="source">\n\n{self._source(sidecar)}\n\n</div>\n'
 
     def _source(self, sidecar):
-        """One line: notebook, inputs, commit, command."""
-        given = sidecar["inputs"]
-        tables = ", ".join(f"`{name}.csv`" for name in sidecar["tables"]) or "no table"
+        """One line: notebook, tables, inputs, commit, command."""
+        given, name = sidecar["inputs"], sidecar["notebook"]
+        tables = (
+            ", ".join(f"[{t}.csv]({self.up}/data/results/{t}.csv)" for t in sidecar["tables"]) or "no table"
+        )
         knobs = ", ".join(
             f"{k} {v}" for k, v in given.items() if k not in ("output", "package") and v is not None
         )
+        made = f"commit `{sidecar['commit']}`{', modified' if sidecar['dirty'] else ''}"
         return (
-            f"*Source: `notebooks/{sidecar['notebook']}.ipynb` from {tables} ({knobs}); commit `{sidecar['commit']}`"
-            f"{', modified' if sidecar['dirty'] else ''}; again with* `{sidecar['command']}`"
+            f"Source: [notebooks/{name}.ipynb]({self.up}/notebooks/{name}.ipynb) from {tables} ({knobs}); {made}; "
+            f"reproduce with `{sidecar['command']}`"
         )
-
-    def _frame(self, name, rows, columns):
-        """(the part of a table that is shown, as text; its numeric columns; what the columns mean, in Markdown)."""
-        sidecar = self._sidecar("table", name)
-        frame = pd.read_csv(self.found.paths.results / f"{name}.csv")
-        unknown = set(columns or ()) - set(frame.columns)
-        if unknown:
-            has = ", ".join(frame.columns)
-            raise ReportError(f"table {name!r} has no column {', '.join(sorted(unknown))}; it has: {has}")
-        asked = frame[list(columns)] if columns else frame
-        shown = asked.iloc[: rows or self.most_rows, : self.most_columns]
-        extent = (
-            f"{len(frame)} rows"
-            if len(shown) == len(frame)
-            else f"The first {len(shown)} of {len(frame)} rows"
-        )
-        if left_out := len(asked.columns) - len(shown.columns):
-            extent += f", without {left_out} columns"
-        meanings = "; ".join(f"`{column}`: {sidecar['columns'][column]}" for column in shown.columns)
-        legend = f"**{name}.** {extent}, from `data/results/{name}.csv`. Columns: {meanings}."
-        return shown.map(_shown), set(shown.select_dtypes("number").columns), legend
-
-
-class HtmlRenderer(Renderer):
-    """The same functions for HTML, with tables that sort."""
-
-    def __init__(self, found, link):
-        super().__init__(found, link)
-        self.inline = MarkdownIt("commonmark", {"html": False}).renderInline
-
-    def figure(self, name):
-        sidecar = self._sidecar("figure", name)
-        # One line: a blank one would end the block of HTML.
-        return (
-            f'<figure id="figure-{name}"><img alt="{html.escape(self.finding(name))}" '
-            f'src="{self.link}/figures/{name}.svg">'
-            f"<figcaption>{self.inline(f'**{name}.** ' + sidecar['caption'])}"
-            f'<p class="source">{self.inline(self._source(sidecar))}</p></figcaption></figure>\n'
-        )
-
-    def table(self, name, rows=None, columns=None):
-        frame, numeric, legend = self._frame(name, rows, columns)
-        meanings, number = self._sidecar("table", name)["columns"], dict.fromkeys(numeric, ' class="number"')
-        head = "".join(
-            f'<th scope="col" title="{html.escape(meanings[c])}"{number.get(c, "")}>{html.escape(c)}</th>'
-            for c in frame.columns
-        )
-        classes = [number.get(c, "") for c in frame.columns]
-        body = "".join(
-            "<tr>"
-            + "".join(f"<td{kind}>{html.escape(value)}</td>" for kind, value in zip(classes, row))
-            + "</tr>"
-            for row in frame.itertuples(index=False)
-        )
-        return (
-            f'<p class="legend">{self.inline(legend)}</p>'
-            f'<div class="scroll results" tabindex="0" role="region" aria-label="Table {name}"><table class="sortable"><thead>'
-            f"<tr>{head}</tr></thead><tbody>{body}</tbody></table></div>\n"
-        )
-
-
-class TypstRenderer(Renderer):
-    """The same functions for the PDF: blocks of Typst markup, whose pictures are found from the results' root."""
-
-    most_rows, most_columns = 5, 12
-
-    def figure(self, name):
-        sidecar = self._sidecar("figure", name)
-        quoted = ", ".join(pdf.quote(text) for text in (f"/figures/{name}.svg", name, self.finding(name)))
-        caption, source = (
-            pdf.inline(text) for text in (f"**{name}.** {sidecar['caption']}", self._source(sidecar))
-        )
-        return f"```{{=typst}}\n#picture({quoted}, [{caption}], [{source}])\n```\n"
-
-    def table(self, name, rows=None, columns=None):
-        frame, numeric, legend = self._frame(name, rows, columns)
-        size = 8.5 if len(frame.columns) <= 6 else 7 if len(frame.columns) <= 9 else 6
-        # Left to itself Typst would narrow numbers and text alike, and break the numbers.
-        needed = [min(max(map(len, [*c.split("_"), *frame[c]])), 20) + 1 for c in frame.columns]
-        widths = "".join("auto, " if size > 7 else f"{n}fr, " for n in needed)
-        aligned = "".join("right, " if c in numeric else "left, " for c in frame.columns)
-        head = "".join(f"{pdf.quote(pdf.breakable(c))}, " for c in frame.columns)
-        text = frame.apply(lambda column: column if column.name in numeric else column.map(pdf.breakable))
-        body = "".join(f"{pdf.quote(value)}, " for value in text.to_numpy().ravel())
-        cells = f"({widths}), ({aligned}), ({head}), {body}"
-        return f"```{{=typst}}\n#results({size}pt, [{pdf.inline(legend)}], {cells})\n```\n"
-
-
-def _shown(value):
-    """A cell of a table as text."""
-    if not isinstance(value, float):
-        return str(value)
-    return "" if pd.isna(value) else f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
-
-
-def _notebooks(found):
-    """What the template iterates over: the finished notebooks, in order, with title, introduction and results."""
-    listed = []
-    for name, run in found.runs.items():
-        path = sources.ROOT / "notebooks" / f"{name}.ipynb"
-        cells = notebooks.cells(path) if path.exists() else []
-        text = next((cell.source for cell in cells if cell.cell_type == "markdown"), "").strip()
-        title, _, rest = text.partition("\n")
-        made = [Path(output) for output in run["outputs"]]
-        listed.append(
-            {
-                "name": name,
-                "title": title.lstrip("# ") or name,
-                "introduction": rest.strip(),
-                "figures": [p.stem for p in made if p.suffix == ".svg" and p.parent.name == "figures"],
-                "tables": [p.stem for p in made if p.suffix == ".csv"],
-                "run": run,
-            }
-        )
-    return [notebook for notebook in listed if notebook["name"] != "08_report"]
 
 
 def compose(source, report_folder, template=TEMPLATE):
     """(Markdown, HTML, Typst markup) of the report over the results under `source`, to be written into `report_folder`."""
     found = Results(source)
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    text = Path(template).read_text(encoding="utf-8")
-    context = {
-        "notebooks": _notebooks(found),
-        "facts": found.facts,
-        "figures": found.figures,
-        "tables": found.tables,
-    }
-    if not context["notebooks"]:
+    if not found.runs:
         raise ReportError(f"there are no results under {found.root}; run `make reproduce`")
-    link = Path(os.path.relpath(found.root, report_folder)).as_posix()
+    written = [
+        _markdown(found, up, template) for up in (Path(relpath(found.root, report_folder)).as_posix(), "")
+    ]
+    title = next(line[2:] for line in written[0].splitlines() if line.startswith("# "))
+    style, script = ((REPORT / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    page = _pandoc(written[0], "html5", "page.html", f"--variable=style:{style}", f"--variable=script:{script}",
+                   "--toc", "--toc-depth=2", f"--metadata=pagetitle:{title}")  # fmt: skip
+    paper = _pandoc(
+        written[1],
+        "typst",
+        "paper.typ",
+        f"--lua-filter={REPORT / 'paper.lua'}",
+        "--shift-heading-level-by=-1",
+    )
+    return written[0], page, paper
+
+
+def _markdown(found, up, template):
+    text = Path(template).read_text(encoding="utf-8")
+    cited = yaml.safe_load((sources.ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    words = yaml.safe_load((REPORT / "words.yml").read_text(encoding="utf-8"))
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    calls = Functions(found, up, words)
+    functions = {name: getattr(calls, name) for name in ("fact", "frame", "word", "figure")}
+    gathered = claims.gather(found)
     try:
-        written = [
-            environment.from_string(text).render(**context, **renderer.functions())
-            for renderer in (Renderer(found, link), HtmlRenderer(found, link), TypstRenderer(found, link))
-        ]
+        rendered = environment.from_string(text).render(
+            functions, **gathered, title=claims.title(gathered), up=up, facts=found.facts, figures=found.figures,
+            tables=found.tables, runs=found.runs, words=words, cited=cited,
+        )  # fmt: skip
     except jinja2.UndefinedError as error:
         if absent := re.search(r"no attribute '(\w+)'", str(error)):  # the template reads `facts.NAME`
             raise found.missing("fact", absent[1]) from error
         raise
     if any(run["inputs"]["profile"] == "smoke" for run in found.runs.values()):
-        written = [
-            re.sub(r"^# (.*)$", rf"# Smoke run: \1\n\n{WARNING}", t, count=1, flags=re.M) for t in written
-        ]
-    markdown, page, paper = written
-    return (
-        re.sub(r"\n{3,}", "\n\n", markdown).strip() + "\n",
-        webpage.compose(page),
-        pdf.typeset(webpage.parse(paper)[1]),
-    )
+        rendered = re.sub(r"^# (.*)$", rf"# Smoke run: \1\n\n{WARNING}", rendered, count=1, flags=re.M)
+    return re.sub(r"\n{3,}", "\n\n", rendered).strip() + "\n"
+
+
+def _pandoc(markdown, to, template, *arguments):
+    given = ["--standalone", f"--template={REPORT / template}", "--wrap=none", *arguments]
+    return pypandoc.convert_text(markdown, to, format="gfm", extra_args=given)
+
+
+def printed(paper, root):
+    """The PDF's bytes, always the same; pictures are found from `root`. Raises RuntimeError with Typst's own message."""
+    return typst.compile(paper.encode(), root=str(root), ignore_system_fonts=True, font_paths=[str(_FONTS)])
 
 
 def render(run, template=TEMPLATE):
@@ -286,10 +177,12 @@ def render(run, template=TEMPLATE):
     A notebook opened by hand renders the committed results.
     """
     source = sources.ROOT if run.paths.root == record.INTERACTIVE else run.paths.root
-    for path in [template, *Results(source).files]:
+    for path in [*REPORT.glob("[!r]*.*"), *REPORT.glob("report.[cj]s*"), template, *Results(source).files]:
         run.read(path)
+    if source != sources.ROOT:
+        run.output("report/cache.svg", (REPORT / "cache.svg").read_text(encoding="utf-8"))
     markdown, page, paper = compose(source, run.paths.report, template)
-    contents = {"md": markdown, "html": page, "pdf": pdf.compile(paper, source)}
+    contents = {"md": markdown, "html": page, "pdf": printed(paper, source)}
     return [run.output(f"report/report.{kind}", content) for kind, content in contents.items()]
 
 
@@ -297,27 +190,17 @@ def problems(markdown_path, html_path):
     """What is unresolved in a rendered report, as a list of sentences: empty when all is well."""
     markdown, page = (Path(p).read_text(encoding="utf-8") for p in (markdown_path, html_path))
     visible = re.sub(r"<style>.*?</style>|<script>.*?</script>", "", page, flags=re.DOTALL)
-    found = [
-        f"unrendered {mark!r}"
-        for mark in ("{{", "}}", "{%", "{#", "TODO")
-        if mark in markdown or mark in visible
-    ]
+    unfilled = [mark for mark in ("{{", "}}", "{%", "{#", "TODO") if mark in markdown or mark in visible]
     outside = re.findall(r'(?:src|<link [^>]*href)="https?:[^"]*"', visible)
-    found += [f"{reference} would be fetched from elsewhere" for reference in outside]
     images = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", markdown) + re.findall(
         r'src="(?!https?:)([^"]+)"', visible
     )
-    found += [
-        f"no picture at {image}" for image in images if not (Path(markdown_path).parent / image).exists()
-    ]
+    absent = [image for image in images if not (Path(markdown_path).parent / image).exists()]
     identifiers = set(re.findall(r'id="([^"]+)"', page))
-    found += [
-        f"no target for #{link}"
-        for link in re.findall(r'href="#([^"]+)"', visible)
-        if link not in identifiers
-    ]
-    if len(page) > LARGEST:
-        found.append(
-            f"{Path(html_path).name} is {len(page) / 1e6:.0f} MB large: draw fewer points, or save figures smaller"
-        )
-    return found
+    astray = [link for link in re.findall(r'href="#([^"]+)"', visible) if link not in identifiers]
+    return (
+        [f"unrendered {mark!r}" for mark in unfilled]
+        + [f"{reference} would be fetched from elsewhere" for reference in outside]
+        + [f"no picture at {image}" for image in absent]
+        + [f"no target for #{link}" for link in astray]
+    )

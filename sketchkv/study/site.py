@@ -26,7 +26,7 @@ BAR = {
     "models.html": "Models",
 }
 WATCHED = [{"name": name, "cap": cap} for cap in (64, 96) for name in explore.CACHES]
-COPIED = ("figures/*.svg", "data/*/*.csv", "report/report.[mp]*", "report/*.css")
+COPIED = ("figures/*.svg", "data/*/*.csv", "report/report.[mp]*", "report/*.css", "report/*.svg")
 LARGEST = 15_000_000
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -70,7 +70,6 @@ def front(page):
     """The report as front page: its own page with the site's bar, each notebook that it names a link."""
     style = '<link rel="stylesheet" href="report/bar.css">'
     page = re.sub(r"<body[^>]*>", lambda m: f"{style}{m[0]}{_bar('')}", page, count=1)
-    page = re.sub(r"<code>(notebooks/\w+)\.ipynb(?=</code>)", r'<code><a href="\1.html">\1.ipynb</a>', page)
     page = re.sub(r'href="(report\.\w+)"', r'href="report/\1"', page)
     return re.sub(
         r'(href|src)="\.\./([^"]*?)(\.ipynb)?"', lambda m: f'{m[1]}="{m[2]}{".html" * bool(m[3])}"', page
@@ -120,7 +119,7 @@ def _shown(book):
     not executed shows them, too."""
     for cell in (each for each in book.cells if each.cell_type == "code"):
         names = re.findall(r"""\.figure\(\s*["'](\w+)["']""", cell.source)
-        left_out = {WIDGET, "image/png"} if names else {WIDGET}
+        left_out = {WIDGET, "image/png", "text/markdown"} if names else {WIDGET}
         shown = (each for each in cell.outputs if not left_out & {*each.get("data", ())})
         cell.outputs = [each for each in shown if each.get("name") != "stderr"]
         for name in names:

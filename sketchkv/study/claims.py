@@ -1,0 +1,218 @@
+"""What the report's claims rest on, read from the results; the template (`report/template.md.j2`) has the words.
+
+Losses are percent of perplexity above the full cache; less is better. A claim whose results are absent is None, and the
+template says that it was not measured.
+"""
+
+from types import SimpleNamespace as Claim
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import binomtest
+
+EIGHTH = (0.12, 0.1251)  # shares of the bytes that count as an eighth
+TEXTS = ("prose", "code")
+
+
+class Found(NamedTuple):
+    """A mean and its 95 % interval, in percent."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self):
+        return f"{self.mean:.{self._digits()}f} % ({self.low:.{self._digits()}f} to {self.high:.{self._digits()}f})"
+
+    def short(self):
+        return f"{self.mean:.{self._digits()}f} %"
+
+    def than(self):
+        """Of a difference: "3.9 % (3.3 to 4.6) lower", or that none was measured."""
+        if self.low <= 0 <= self.high:
+            return f"not measurably different ({self.low:+.1f} to {self.high:+.1f} %)"
+        if self.high < 0:
+            return f"{Found(-self.mean, -self.high, -self.low)} lower"
+        return f"{self} higher"
+
+    def won(self):
+        """Of a share: as `str`, or that it is too small to be measured."""
+        return (
+            f"nothing measurable ({self.low:+.1f} to {self.high:+.1f} %)"
+            if self.low <= 0 <= self.high
+            else str(self)
+        )
+
+    def _digits(self):
+        return 0 if self.mean >= 20 else 1
+
+
+def gather(found):
+    """{name: Claim or None} of `report.Results`."""
+    claims = {}
+    for part in (at_an_eighth, past, keys, parts, slot, forgotten, speed):
+        try:
+            claims[part.__name__] = part(found)
+        except (KeyError, IndexError):
+            claims[part.__name__] = None
+    return claims
+
+
+def at_an_eighth(found):
+    """`loss[text][method]` (Found), `slots[method]`, `best[text]` of the pretrained model; `embedded` of the embedded one."""
+    table = found.frame("pretrained_losses")
+    table = table[table["share"].between(*EIGHTH)]
+    loss = {
+        text: {
+            row.method: Found(row.percent, row.low, row.high)
+            for row in table[table.text == text].itertuples()
+        }
+        for text in TEXTS
+    }
+    front = found.frame("baseline_front")
+    front = front[front["share"].between(*EIGHTH)].set_index("method").loss
+    return Claim(
+        loss=loss,
+        slots=table.groupby("method").max_cache_size.first().to_dict(),
+        best={text: min(rows, key=rows.__getitem__) for text, rows in loss.items()},
+        n=int(table.n.min()),
+        tokens=found.facts["pretrained_tokens"],
+        embedded={name: 100 * float(np.expm1(value)) for name, value in front.items()},
+    )
+
+
+def past(found):
+    """A sketch of past attention beside exact scores at equal bytes: trials of the embedded model, `over[text]` of the other."""
+    facts = found.facts
+    over = {text: _ends(facts, f"pretrained_{text}_sketch_over_decayed") for text in TEXTS}
+    return Claim(
+        trials=facts["sketch_regimes_trials"],
+        better=facts["sketch_regimes_better"],
+        worse=facts["sketch_regimes_worse"],
+        documents=int(found.frame("sketch_gains_regimes").n.max()),
+        over=over,
+        never=facts["sketch_regimes_better"] == 0 and all(each.high > 0 for each in over.values()),
+        n=facts["pretrained_documents"],
+    )
+
+
+def keys(found):
+    """Recall beside exact scores and beside compact, paired: `exact[text]` and `compact[text]`, percent more than they lose."""
+    facts = found.facts
+    exact, compact = (
+        {text: _ends(facts, f"pretrained_{text}_recall_over_{other}") for text in TEXTS}
+        for other in ("decayed", "compact")
+    )
+    return Claim(
+        exact=exact,
+        compact=compact,
+        ahead=all(each.high < 0 for each in exact.values()),
+        against={text: _verdict(each) for text, each in compact.items()},
+    )
+
+
+def parts(found):
+    """Shares of a small cache's loss: `share[step]` (Found) at the smallest size, the largest step first."""
+    table = found.frame("why_steps")
+    table = table[table.slots == table.slots.min()]
+    share = {
+        row.step: Found(100 * row.share, 100 * row.share_low, 100 * row.share_high)
+        for row in table.itertuples()
+        if row.step in ("sketch error", "wrong eviction", "lost tail", "rest")
+    }
+    order = sorted(share, key=lambda step: -share[step].mean)
+    facts = found.facts
+    return Claim(
+        share=share,
+        order=order,
+        slots=int(table.slots.iloc[0]),
+        tokens=facts["why_tokens"],
+        n=facts["why_documents"],
+    )
+
+
+def slot(found):
+    """Loss with no summary slot, with one and with several, at equal bytes: `loss[setting]` (Found), in few and in many bytes."""
+    table, facts = found.frame("summary_losses"), found.facts
+    table = table[table.budget == table.budget.min()].set_index("setting")
+    loss = {
+        name: Found(*map(float, table.loc[f"decayed {name}", ["mean", "low", "high"]]))
+        for name in ("none", "one")
+    }
+    return Claim(
+        loss=loss,
+        helps=facts["summaries_none_against"] == "worse than",
+        several=facts["summaries_hash_against"],
+        cap=facts["summaries_cap"],
+        tokens=facts["summaries_tokens"],
+        n=facts["summaries_documents"],
+    )
+
+
+def forgotten(found):
+    """Answers to questions about a fact in the text: `right[method]`, `n[method]`, `share[method]` with an exact interval, and
+    the same of the first depths alone, `far`; only depths at which the full cache answers well enough count."""
+    table = found.frame("pretrained_answers")
+    table = table[table.counts & (table.task == "needle")]
+    sums = table.groupby("method")[["right", "n"]].sum()
+    far = table[table.depth <= 0.5].groupby("method")[["right", "n"]].sum()
+    return Claim(
+        right=sums.right.to_dict(),
+        n=sums.n.to_dict(),
+        share={row.Index: _binomial(row.right, row.n) for row in sums.itertuples()},
+        far={row.Index: (row.right, row.n, _binomial(row.right, row.n)) for row in far.itertuples()},
+        depths=table.depth.nunique(),
+    )
+
+
+def speed(found):
+    """A decode step beside that of the full cache: `ratio[cache]` (least, most) where the study ran, `cards[device][cache]` at
+    the longest text elsewhere, `milliseconds[cache]` at the longest text."""
+    facts, table = found.facts, found.frame("speed_steps")
+    table = table[table["kind"] == "measured"]
+    devices = list(dict.fromkeys(table.device))
+    medians = {
+        device: part.pivot(index="context", columns="cache", values="median").rename(
+            columns={"DynamicCache": "full"}
+        )
+        for device, part in table.groupby("device")
+    }
+    ratios = {device: at.div(at["full"], axis=0).drop(columns="full") for device, at in medians.items()}
+    here = devices[0]
+    return Claim(
+        device=here,
+        ratio={cache: (column.min(), column.max()) for cache, column in ratios[here].items()},
+        cards={device: ratios[device].iloc[-1].dropna().to_dict() for device in devices[1:]},
+        milliseconds=medians[here].iloc[-1].to_dict(),
+        contexts=(int(medians[here].index.min()), int(medians[here].index.max())),
+        slope=Found(*(100 * facts[f"speed_slope_{end}"] for end in ("median", "low", "high"))),
+        n=int(table.n.min()),
+    )
+
+
+def title(claims):
+    """The report's title: as much as the results bear."""
+    past, keys = claims["past"], claims["keys"]
+    if past is None or keys is None:
+        return "What should a bounded KV cache remember?"
+    if past.never and keys.ahead:
+        return "Do not sketch what attention was; sketch the keys and let the query ask"
+    if past.never:
+        return "In a KV cache, exact scores do at least as well as a sketch of past attention"
+    return "In a KV cache, a sketch of past attention can beat exact scores"
+
+
+def _verdict(found):
+    """What a paired difference says: less is better."""
+    return (
+        "less than" if found.high < 0 else "more than" if found.low > 0 else "no measurable difference from"
+    )
+
+
+def _ends(facts, name):
+    return Found(*(facts[f"{name}_{end}"] for end in ("mean", "low", "high")))
+
+
+def _binomial(right, n):
+    ends = binomtest(int(right), int(n)).proportion_ci()
+    return Found(100 * right / n, 100 * ends.low, 100 * ends.high)

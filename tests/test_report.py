@@ -1,0 +1,254 @@
+"""The report: what it may hold, that it follows the results, and that it can be read on any screen."""
+
+import json
+import re
+import shutil
+
+import pandas as pd
+import pytest
+import typst
+import yaml
+from scipy.stats import beta
+from test_explore import browser
+
+from sketchkv.study import claims, drawing, figures, methods, pretrained_tables, record, report, sources
+
+ROOT = sources.ROOT
+NUMBER = r"\d[\d.,]*"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """A copy of the committed results and figures."""
+    folder = tmp_path_factory.mktemp("committed")
+    for name in ("data/results", "figures", "report"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("points"))
+    return folder
+
+
+@pytest.fixture
+def committed(results, tmp_path):
+    return shutil.copytree(results, tmp_path, dirs_exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def written(results):
+    return report.compose(results, results / "report")
+
+
+def plain(markdown):
+    """The words that a reader sees."""
+    return re.sub(r"\]\([^)]*\)|<[^>]*>|[`*#\[]", " ", markdown)
+
+
+def sections(markdown):
+    """{title: text} of the claims."""
+    return {t: body for t, body in re.findall(r"^## (\d\. .*)\n((?:(?!^## ).*\n)*)", markdown, re.M)}
+
+
+def test_the_committed_report_is_that_of_the_committed_results(written, results):
+    assert written[0] == (ROOT / "report" / "report.md").read_text(encoding="utf-8"), "run `make reproduce`"
+    assert report.problems(ROOT / "report" / "report.md", ROOT / "report" / "report.html") == []
+
+
+def test_the_box_is_short(written):
+    box = plain(written[0].split("</div>")[0])
+    assert len(box.split()) <= 350 and len(re.findall(NUMBER, box)) <= 40
+    assert (
+        re.findall(r"^ *\*\*(?:<[^>]*>)?(\w+)", written[0].split("</div>")[0], re.M)
+        == "Question Answer Sketch Price Limits".split()
+    )
+
+
+def test_a_claim_says_of_what_and_how_sure(written):
+    found = sections(written[0])
+    assert 1 <= len(found) <= 7
+    for title, text in found.items():
+        assert re.search(r"n = \d+", text) and re.search(r"SmolLM2|Embedded model|GPT-2", text), title
+        assert "95 %" in text and len(re.findall(r"^!\[", text, re.M)) == 1, title
+        assert len(title) <= 90
+    assert not re.search(r"\b0(\.0)?( %)? to 0(\.0)?\b", plain(written[0])), "an interval without width"
+    assert "nats" not in plain(written[0].split("## What we tried")[0].split("\n## 2.")[0])
+
+
+def test_no_name_is_used_before_it_is_explained(written):
+    words = yaml.safe_load((ROOT / "report" / "words.yml").read_text(encoding="utf-8"))
+    front = re.sub(
+        r'"[^"]*"', "", written[0].partition("\n")[2].split("## 1. ")[0]
+    )  # without the explanations themselves
+    for word in words:
+        if first := re.search(rf"(?<![\w.]){word}s?(?!\w)", front, re.I):
+            assert re.search(r"<abbr title=>`?$", front[: first.start()]), (
+                f"{word} is used before it is explained"
+            )
+    names = {*pretrained_tables.LABELS.values(), *methods.CACHES, "KIVI", "H2O"} - {"full", "full cache"}
+    unexplained = [n for n in names if re.search(rf"\b{re.escape(n)}\b", plain(front)) and n not in words]
+    assert set(unexplained) <= {"near"}
+
+
+def test_the_paper_is_short(written, results):
+    _, _, paper = written
+    out = report.printed(paper, results)
+    assert out.startswith(b"%PDF") and out == report.printed(paper, results)
+    marked = paper.replace("= What we tried", "#metadata(0)<main>\n= What we tried", 1)
+    where = "#context [#metadata(query(<main>).first().location().page())<page>]"
+    page = typst.query(f"{marked}\n{where}".encode(), "<page>", field="value", one=True, root=str(results))
+    assert 2 <= int(page) <= 8
+    drawn = json.loads(typst.query(paper.encode(), "image", root=str(results)))
+    assert len(drawn) == 8 and all(image["alt"] for image in drawn)
+
+
+@pytest.mark.skipif(
+    not (shutil.which("chromedriver") and shutil.which("chromium")), reason="no Chromium here"
+)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_screen_of_any_width_shows_all_of_it(written, results, width, tmp_path):
+    (results / "report" / "report.html").write_text(written[1], encoding="utf-8")
+    with browser(width, tmp_path) as (call, run):
+        call("url", url=(results / "report" / "report.html").as_uri())
+        assert run("return document.documentElement.scrollWidth") <= width
+        assert run("return [...document.images].every(image => image.naturalWidth)")
+        assert run("return document.querySelector('nav details').open") == (width > 960)
+        first = "return document.querySelector('tbody tr').textContent"
+        before = run(first)
+        run("document.querySelector('th button').click()")
+        assert width < 640 or run(first) != before
+
+
+def test_a_smoke_report_begins_with_its_warning(committed):
+    path = committed / "data" / "results" / "run_16_tried.json"
+    run = sources.read_json(path)
+    run["inputs"]["profile"] = "smoke"
+    path.write_text(sources.to_json(run))
+    markdown, page, paper = report.compose(committed, committed / "report")
+    assert markdown.startswith("# Smoke run: ") and markdown.splitlines()[2].startswith(
+        "**Warning: this is a smoke run."
+    )
+    assert page.index("Warning: this is") < page.index("Question.") and paper.index("Warning") < paper.index(
+        "Question."
+    )
+
+
+def change_facts(root, name, **changes):
+    path = root / "data" / "results" / f"facts_{name}.json"
+    stored = sources.read_json(path)
+    assert changes.keys() <= stored["facts"].keys()
+    path.write_text(sources.to_json(stored | {"facts": stored["facts"] | changes}))
+
+
+def test_changed_results_change_title_and_verdicts(committed):
+    def title():
+        return report.compose(committed, committed / "report")[0].splitlines()[0]
+
+    assert title() == "# Do not sketch what attention was; sketch the keys and let the query ask"
+    change_facts(committed, "11_pretrained", pretrained_code_recall_over_decayed_high=0.1)
+    assert "exact scores do at least as well" in title()
+    (sketches,) = (p.stem[6:] for p in (committed / "data/results").glob("facts_*_sketches.json"))
+    change_facts(committed, sketches, sketch_regimes_better=2)
+    assert "can beat exact scores" in title()
+    markdown = report.compose(committed, committed / "report")[0]
+    assert (
+        "better than" in markdown
+        and "in 2 of" in markdown
+        and "## 2. A sketch of past attention can beat" in markdown
+    )
+
+
+def test_answers_of_recall_are_told_once_they_are_there(committed):
+    path = committed / "data" / "results" / "pretrained_answers.csv"
+    table = pd.read_csv(path)
+    table = table[table.method != "recall"]
+    table.to_csv(path, index=False)
+    assert "`recall` was not asked yet" in report.compose(committed, committed / "report")[0]
+    asked = table[(table.task == "needle") & (table.method == "compact")].assign(method="recall", right=29)
+    pd.concat([table, asked]).to_csv(path, index=False)
+    markdown = report.compose(committed, committed / "report")[0]
+    assert (
+        "was not asked" not in markdown
+        and "far facts matter" in markdown
+        and f"`recall` {29 * len(asked)}" in markdown
+    )
+
+
+def test_what_was_not_measured_is_said(committed):
+    for path in (committed / "data" / "results").glob("*"):
+        if path.name.startswith(("facts_", "pretrained", "speed", "why", "summ")) and path.is_file():
+            path.unlink()
+    markdown, page, _ = report.compose(committed, committed / "report")
+    assert "# What should a bounded KV cache remember?" in markdown
+    assert markdown.count("was not measured in this run") >= 7 and len(sections(markdown)) == 7
+
+
+def test_intervals_are_exact_and_differences_are_in_words():
+    for right, n in ((0, 48), (48, 48), (13, 150)):  # Clopper and Pearson's formula
+        share = claims._binomial(right, n)
+        low = 100 * beta.ppf(0.025, right, n - right + 1) if right else 0
+        high = 100 * beta.ppf(0.975, right + 1, n - right) if right < n else 100
+        assert (
+            share.low == pytest.approx(low) and share.high == pytest.approx(high) and share.low < share.high
+        )
+    assert claims.Found(-3.94, -4.6, -3.31).than() == "3.9 % (3.3 to 4.6) lower"
+    assert claims.Found(3.94, 3.31, 4.6).than() == "3.9 % (3.3 to 4.6) higher"
+    assert claims.Found(0.2, -0.5, 0.5).than() == "not measurably different (-0.5 to +0.5 %)"
+    assert claims.Found(51.2, 43.9, 61.9).won() == "51 % (44 to 62)"
+
+
+def test_a_paired_difference_is_that_of_the_documents():
+    """By hand: geometric mean of the ratios of perplexity."""
+    table = pd.read_csv(pretrained_tables.BENCHMARKS / "pretrained_quality.csv")
+    at = table[(table.text == "code") & (table.share == 0.125) & (table.tokens == 4096)].pivot(
+        index="document", columns="name", values="nll"
+    )
+    mean, low, high = pretrained_tables.compared("code", "recall", "compact")
+    assert mean == pytest.approx(100 * (2.718281828459045 ** (at.recall - at.compact).mean() - 1))
+    assert low < mean < high
+
+
+def test_the_drawing_shows_every_kind_of_token(tmp_path):
+    svg = drawing.strip()
+    assert svg == (ROOT / "report" / "cache.svg").read_text(encoding="utf-8")
+    assert all(word in svg for word in (*drawing.LEGEND.values(), *drawing.TOKENS, "their mean"))
+    for _, kinds in drawing.ROWS:
+        assert len(kinds) == len(drawing.TOKENS) and set(kinds) <= set(drawing.LETTERS)
+    assert figures.smallest_type(svg) >= 8
+    boxes = [
+        float(x) + float(w) for x, w in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', svg)
+    ]
+    assert max(boxes) <= drawing.WIDTH
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "figures").glob("*.svg")))
+def test_a_picture_can_be_read_on_a_phone_and_its_title_is_short(name):
+    caption = sources.read_json(ROOT / "figures" / f"{name}.json")["caption"]
+    finding, rest = record.split_caption(caption)
+    assert len(finding) <= record.LONGEST and rest, finding
+    assert figures.smallest_type((ROOT / "figures" / f"{name}.svg").read_text(encoding="utf-8")) >= 8
+
+
+def test_missing_result_names_the_notebook_to_run(committed):
+    template = committed / "template.md.j2"
+    for asked, named in (
+        ('fact("tried_nothing")', "make reproduce"),
+        ("facts.tried_nothing + 1", "make reproduce"),
+        ('frame("tried_nothing")', "make reproduce"),
+        ('figure("pretrained_needles")', "make reproduce"),
+    ):
+        template.write_text(f"# Title\n\n{{{{ {asked} }}}}")
+        with pytest.raises(report.ReportError, match=named):
+            report.compose(committed, committed / "report", template)
+    (committed / "data" / "results" / "tried.csv").unlink()
+    template.write_text('# Title\n\n{{ frame("tried") }}')
+    with pytest.raises(report.ReportError, match="--only 16_tried"):
+        report.compose(committed, committed / "report", template)
+    with pytest.raises(report.ReportError, match="make reproduce"):
+        report.compose(committed / "empty", committed / "report", template)
+
+
+def test_what_is_unresolved_is_found(written, committed):
+    paths = [committed / "report" / f"report.{kind}" for kind in ("md", "html")]
+    for path, text in zip(paths, written):
+        path.write_text(text, encoding="utf-8")
+    assert report.problems(*paths) == []
+    paths[1].write_text(written[1] + '<img src="https://example.org/x.png"> {{ fact }} <a href="#gone">')
+    (committed / "figures" / "pretrained_loss.svg").unlink()
+    assert len(report.problems(*paths)) == 6

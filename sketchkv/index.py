@@ -84,8 +84,7 @@ class KeyIndex:
         # Rounded at once, so that codes do not depend on the chunks in which a text comes.
         keys = torch.cat([self.pending[:, :, : self.seen - self.coded], keys.to(self.pending.dtype)], 2)
         self.seen += count
-        full = keys.shape[2] // self.block * self.block
-        if full:
+        if full := keys.shape[2] // self.block * self.block:
             self._code(keys[:, :, :full].float().unflatten(2, (-1, self.block)))
         self.pending[:, :, : self.seen - self.coded] = keys[:, :, full:]
 
@@ -102,12 +101,12 @@ class KeyIndex:
         self.levels = levels_of_bytes(self.bits, device)
 
     def _hold(self, positions, count):
-        held, numbers = self.arrays.get("positions"), numbers(self.pending.device, self.capacity)
+        held, end = self.arrays.get("positions"), self.seen + count
+        follow = numbers(self.pending.device, self.capacity)
         if positions is not None and held is None:
-            held = self.arrays["positions"] = numbers.repeat(self.shape[0], 1, 1)
+            held = self.arrays["positions"] = follow.repeat(self.shape[0], 1, 1)
         if held is not None:
-            end = self.seen + count
-            held[:, 0, self.seen : end] = numbers[0, :, self.seen : end] if positions is None else positions
+            held[:, 0, self.seen : end] = follow[0, :, self.seen : end] if positions is None else positions
 
     def positions(self, count):
         """Of the first `count` tokens, int32 `[batch or 1, 1, count]`, -1 for padding."""

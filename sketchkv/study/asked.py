@@ -11,7 +11,7 @@ from sketchkv.study import figures, stats
 from sketchkv.study.baselines import against, at_budget, compare
 from sketchkv.study.figures import PALETTE
 from sketchkv.study.methods import BOUNDED, LABELS
-from sketchkv.study.pictures import LOSS, SMALL, WIDTH, ticks
+from sketchkv.study.pictures import SMALL, WIDTH, ticks
 from sketchkv.study.recall import make_instances
 from sketchkv.texts import documents
 

@@ -13,8 +13,8 @@ AT = 1 / 8  # the share of the bytes at which methods are compared
 # Of the hero figure: (label, place in the palette, points by which the label is above its point).
 NAMED = {
     "compact": ("compact", 0, 2),
-    "recall": ("recall", 2, -8),
-    "decayed mean": ("exact", 4, -6),
+    "recall": ("recall", 2, -9),
+    "decayed mean": ("exact", 4, 4),
     "sketch 512x4": ("sketch", 3, 5),
 }
 LOSSES = {
@@ -163,7 +163,7 @@ def _crowd(axis, rows):
         percent = part.percent.clip(lower=0.1)
         axis.plot(part["share"], percent, marker="o", color=color, markersize=5, zorder=3 if label else 1)
         if label:
-            end = -1 if label == "sketch" else 0  # whose other end lies on that of exact scores
+            end = -1 if label in ("sketch", "compact") else 0  # where there is room
             at, place = (part["share"].iloc[end], percent.iloc[end]), "left" if end else "right"
             words = {
                 "color": color,

@@ -125,8 +125,8 @@ class SketchCache(Cache):
     @classmethod
     def recall(cls, config, max_cache_size=512, top=256, store="host", *, fine_window=None, **changes):
         """Fast memory holds an index of all tokens and `max_cache_size` of them; each step attends to sinks, the newest 64 and
-        the `top` that the index ranks highest for its queries, read from `store` if need be (`sketchkv.recall`). 6-bit keys
-        and 5-bit values; `fine_window` as of `compact`, `changes` replace single parameters."""
+        the `top` that the index ranks highest for its queries, read from `store` if need be (`sketchkv.recall`). 6-bit keys and
+        5-bit values; `fine_window`, `changes` as of `compact`."""
         from sketchkv.index import KeyIndex
         from sketchkv.quantize import finely
 

@@ -28,8 +28,7 @@ class BoundedLayer(CacheLayerMixin):
     evict_every: int
     prefill_chunk: int | None
     codec: Any
-    # None until the first tokens come.
-    slots: Any
+    slots: Any  # None, as the two below, until the first tokens come
     home: Any
     nan: Any
 

@@ -2,7 +2,7 @@
 
 A notebook opens a run, hands over what it found, and closes it:
 
-    run = record.start("01_sketch_validation", model=model, dataset=dataset, device=device, profile=profile,
+    run = record.start("03_the_sketch", model=model, dataset=dataset, device=device, profile=profile,
                        seed=seed, output=output)
     run.table("sketch_error", frame, columns={"width": "counters per row", "error": "share of the total
     weight"}) run.figure("sketch_error", fig, caption="The error halves when the width doubles.",

@@ -90,7 +90,7 @@ def picture(axis, rows):
                 (0, -9 if below else 4),
                 textcoords="offset points",
                 color=style["color"],
-                fontsize="xx-small",
+                fontsize=11.5,
             )
             continue
         axis.errorbar(
@@ -106,7 +106,7 @@ def picture(axis, rows):
             (8, -9 if cache == _FULL else 1),
             textcoords="offset points",
             color=style["color"],
-            fontsize="small",
+            fontsize=11.5,
         )
     contexts = sorted(rows.context.unique())
     axis.set(
@@ -126,7 +126,7 @@ def caption(found, cap):
     ratio = {name: last[name] / last[_FULL] for name in ("sketch", "compact", "recall")}
     finding = f"After {first.context.max()} tokens a step with compact takes {ratio['compact']:.2f} times the full cache's"
     return (
-        f"{finding}; with the sketch {ratio['sketch']:.2f}, with recall {ratio['recall']:.2f} times. Milliseconds per token, "
+        f"{finding}. With the sketch {ratio['sketch']:.2f}, with recall {ratio['recall']:.2f} times. Milliseconds per token, "
         f"cap {cap}, one sequence, a model of random weights. Dashed: predicted, not measured; the least time that reading "
         f"weights and the full cache (grey) or compact takes at the bandwidth of a copy. Bars: 10th to 90th percentile of "
         f"{int(first.n.min())} cycles or more. Measured on: {', '.join(found.device.unique())}."

@@ -37,8 +37,8 @@ KV_HEADS = {"tiny": 2, "SmolLM2": 3, "Llama-3.1-8B": 8}
 FULL = "DynamicCache"
 
 
-class Bench:
-    """Models of one shape on one device, and a table that its measurements go to. settings: of `timing.in_turn`."""
+class Runs:
+    """Models of one shape on one device, what is timed of them, and a table for what is found. settings: of `timing.in_turn`."""
 
     def __init__(self, table, shape, device="cpu", batch=1, **settings):
         self.table, self.shape, self.device, self.batch, self.settings = table, shape, device, batch, settings
@@ -148,7 +148,9 @@ class Bench:
         for token in ids.split(1, 1):
             model(token, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    # Groups of rows
+
+class Bench(Runs):
+    """Groups of rows: what is compared with what."""
 
     def steps(self, contexts, cap=512, names=("sketch", "compact", "recall")):
         """Milliseconds a token against the context, all caches of all contexts in turn; the least time that copying takes."""

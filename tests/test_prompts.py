@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sketchkv
 from sketchkv import SketchCache, Window, prompts
-from sketchkv.fast import columns, prompt
+from sketchkv.fast import chunk, columns, prompt
 from sketchkv.fast.ops import Fused
 from sketchkv.passes import Tokens
 
@@ -118,6 +118,22 @@ def test_kernels_equal_the_rule_of_one_block(policy, feature):
             if "codec" not in FEATURES[feature]:
                 break
     raise differ
+
+
+@runs
+@pytest.mark.parametrize(
+    "fault",
+    [
+        lambda fine: fine._replace(newest=fine.newest - 1),
+        lambda fine: fine._replace(newest=fine.newest + 1),
+        lambda fine: fine._replace(sinks=fine.sinks - 1),
+    ],
+    ids=["newest less", "newest more", "sinks"],
+)
+def test_kernels_with_a_fault_in_the_ring_are_seen(fault):
+    right = chunk.Fine
+    with mock.patch.object(chunk, "Fine", lambda *parts: fault(right(*parts))), pytest.raises(AssertionError):
+        agree("decayed mean", "ring", Fused(), most=2**20)
 
 
 # batch, kv_heads, group, new tokens, stored before them, width of keys, of values

@@ -44,6 +44,14 @@ _REGIMES = {
 _SHAPES = {
     "64x2, one for all heads": "one sketch of key directions for all heads of a layer",
     "64x2, one for all layers": "one sketch of key directions for all layers",
+    "64x2, uint8": "counters of 8 bits",
+}
+_KEYS = {
+    "bigram": "a sketch keyed by bigrams",
+    "key direction, RACE": "RACE of key directions",
+    "query direction, RACE": "RACE of query directions",
+    "key direction, Count-Sketch": "a Count-Sketch of key directions",
+    "key direction, conservative": "conservative update of key directions",
 }
 _SPLITS = {
     "ada_kv": "heads that compete for a layer's slots",
@@ -138,9 +146,7 @@ def table(folder=FOLDER):
     more("summary_gains", "kind", _SUMMARIES, "bytes of {budget} slots", "1 summary slot, plain mean")
     more("sketch_gains_regimes", "method", _REGIMES, "{group}", exact, -1)
     more("sketch_gains_shapes", "method", _SHAPES, "{group}", exact, -1)
-    more(
-        "sketch_gains_keys", "method", {"bigram": "a sketch keyed by bigrams"}, "{group}", "exact scores", -1
-    )
+    more("sketch_gains_keys", "method", _KEYS, "{group}", "exact scores", -1)
     long = read("long_by_length")
     long["last"] = long.groupby("model").tokens.transform("max")
     for row in long[(long.tokens == long["last"]) & long.method.isin(_LONG)].itertuples():

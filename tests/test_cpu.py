@@ -117,8 +117,9 @@ def run(
         if layer.seen == slots.codec.settles_after:
             slots.codec.settle(slots, layer.num_sinks)
         if not slots.room:
+            used = slots.used
             ops.evict(layer, tokens)
-            layer.evicted += layer._narrow()
+            layer.evicted += used - slots.used
     assert ops.steps == steps and layer.evicted > 2 * layer.evict_every
 
 

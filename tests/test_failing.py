@@ -14,7 +14,6 @@ from transformers import DynamicCache
 import sketchkv
 from sketchkv import AttentionMass, Random, SketchCache, Summary, Window, disable, enable, generate, score
 from sketchkv.index import KeyIndex
-from sketchkv.ops import eager
 
 COMMON = dict(
     vocab_size=97,
@@ -85,9 +84,9 @@ def stop_at(model, cache, point, error, monkeypatch):
     layer = cache.layers[1]
     name, owner = {
         "update": ("update", layer),
-        "storing": ("append", eager),
-        "attention": ("attend", eager),
-        "eviction": ("evict", eager),
+        "storing": ("append", layer.ops),
+        "attention": ("attend", layer.ops),
+        "eviction": ("evict", layer.ops),
         "score": ("score", layer.policy),
         "memory": ("lazy_initialization", layer),
         "memory of the policy": ("allocate", layer.policy),

@@ -69,7 +69,8 @@ def finely(settings, given, window, max_cache_size):
     cap = min(whole("max_cache_size", each, 1, MOST_TOKENS) for each in caps)
     if window is None:
         window = 0 if cap < LEAST_FINE else min(MOST_FINE, cap // FINE_SHARE)
-    window = whole("fine_window", window, 0, cap)
+    # With an index, a token that is held finely must be one that is always in a slot.
+    window = whole("fine_window", window, 0, settings["recent_window"] if settings.get("index") else cap)
     return settings | {"codec": quantized(bits, window, settings.get("num_sinks", 4))}
 
 

@@ -77,6 +77,15 @@ class HostStore:
             self.pages[own] = self.pages[shared]
             self.table = torch.cat([self.table[:, :-1], own[:, None]], 1)
 
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "pages"}
+
+    def __setstate__(self, state):
+        """A copy's pages lie in its own bytes, whether it was copied or pickled."""
+        vars(self).update(state)
+        if "bytes" in state:
+            self.pages = self.bytes.view(-1, self.heads, PAGE, self.record)
+
     def close(self):
         """Gives the memory back."""
         self.bytes = torch.zeros(0, dtype=torch.uint8)
@@ -127,6 +136,21 @@ class FolderStore(HostStore):
         if not isinstance(path, (str, os.PathLike)) or not os.path.isdir(path):
             raise ValueError(f"store={path!r} is no folder: make it first, or write store='host'")
         self.path = os.fspath(path)
+
+    def __getstate__(self):
+        state = super().__getstate__()
+        state.pop("file", None)  # a copy gets a file of its own
+        return state | ({"bytes": self.bytes.clone()} if "bytes" in state else {})
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if "bytes" in state:
+            held = self.bytes
+            self.close()
+            if held.numel():
+                self.bytes = self._resized(held.numel())
+                self.bytes.copy_(held)
+                self.pages = self.bytes.view(-1, self.heads, PAGE, self.record)
 
     def close(self):
         super().close()

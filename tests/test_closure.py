@@ -58,6 +58,7 @@ def test_only_what_imports_reach_changes_a_fingerprint(copy, monkeypatch):
     for module, reached in (
         ("study/report.py", {"report"}),
         ("study/claims.py", {"report"}),
+        ("fast/cpu.c", {"point", "notebook", "report"}),  # compiled where a module runs
         ("study/recall.py", {"notebook"}),  # an import inside a function
         ("study/why.py", {"point"}),
         ("study/methods.py", {"point", "notebook"}),  # imported by what is imported

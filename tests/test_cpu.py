@@ -129,7 +129,7 @@ SHAPES = [
     dict(newest=5),
     *(dict(newest=9, sinks=2, finer=finer, summary=Summary()) for finer in (2, 5, 8)),
     *(dict(group=group, newest=3) for group in (1, 2, 4, 5)),
-    *(dict(width=width, newest=3, sinks=1) for width in (8, 24, 96, 128)),
+    *(dict(width=width, newest=3, sinks=1) for width in (8, 24, 96, 128, 192, 320)),
     dict(batch=1, kv_heads=1, summary=Summary()),
 ]
 

@@ -3,6 +3,7 @@
 import copy
 import errno
 import os
+import pickle
 
 import numpy as np
 import pytest
@@ -391,6 +392,22 @@ def test_a_store_without_room_says_so_and_keeps_what_it_holds(tmp_path, monkeypa
         opened(HostStore())._resized(2**60)
 
 
+@pytest.mark.parametrize("where", ["host", "folder"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_a_copy_goes_on_alone(llama, ids, where, copied, tmp_path):
+    store = "host" if where == "host" else tmp_path
+    cache, whole = recall(llama, store=store), recall(llama)
+    expected = torch.cat(
+        [llama(part, past_key_values=whole).logits for part in ids.split([70, *[1] * 30], 1)], 1
+    )
+    llama(ids[:, :70], past_key_values=cache)
+    other = copied(cache)
+    llama(ids[:, :70].flip(1), past_key_values=cache)  # what one reads is not what the other has read
+    found = [llama(token, past_key_values=other).logits for token in ids[:, 70:].split(1, 1)]
+    torch.testing.assert_close(torch.cat(found, 1), expected[:, 70:], atol=1e-4, rtol=0)
+    assert not (where == "folder" and os.listdir(tmp_path))
+
+
 # Bytes and bad input
 
 
@@ -417,6 +434,7 @@ def test_bad_combinations_are_told(llama):
     for changes, message in (
         (dict(max_cache_size=323), "4 sinks, a recent window of 64 and the top 256 .* raise it to 324"),
         (dict(recent_window=32), "raise recent_window to 64"),
+        (dict(fine_window=65), "fine_window must be .* 64"),
         (dict(attend_topk=300), "index and attend_topk exclude"),
         (dict(prefill_chunk=64), "index and prefill_chunk exclude"),
         (dict(summary=Summary()), "index and summary exclude"),

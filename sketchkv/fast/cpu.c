@@ -110,7 +110,8 @@ static void turned(const float *x, const float *matrix, float *out)
 
 #ifdef __AVX512F__ /* a table look-up of 16 numbers in one instruction, for which C has no words: three times as fast */
 #include <immintrin.h>
-#define WIDE(bits) ((bits) <= 5 && DIM % 64 == 0)
+/* The parts of a vector are as wide as a load, or half of it: not so for 192 or 320 channels. */
+#define WIDE(bits) ((bits) <= 5 && DIM >= 64 && (DIM & (DIM - 1)) == 0)
 
 /* What 16 channels from `start` on have in a part, as 16 numbers. */
 INLINE __m512i part_of(const uint8_t *packed, int start, int stretch, int width)

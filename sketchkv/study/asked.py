@@ -151,13 +151,10 @@ def instance(tokenizer, dataset, task, depth, number, length):
     first token, of the token after its last)."""
     fillers = documents(dataset, tokenizer, "development", number + 1, length).input_ids
     ids, starts, answers = make_instances(task, tokenizer, fillers, depth)
-    end = ids.shape[1] - answers[number]
-    first = starts[number]
-    bare, _, _ = make_instances(task, tokenizer, fillers, 1.0)
-    last = first + 1
-    while last < end and not torch.equal(ids[number, last:end], bare[number, last:end]) and last - first < 40:
-        last += 1
-    return ids[number : number + 1, :end], first, last
+    row, filler, first = ids[number], fillers[number], starts[number]
+    behind = filler[first : first + 12]  # what follows the fact
+    last = next(i for i in range(first + 1, len(row)) if torch.equal(row[i : i + len(behind)], behind))
+    return ids[number : number + 1, : ids.shape[1] - answers[number]], first, last
 
 
 def journey(lm, ids, first, last, cap):

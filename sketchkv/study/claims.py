@@ -151,16 +151,18 @@ def slot(found):
 
 def forgotten(found):
     """Answers to questions about a fact in the text: `right[method]`, `n[method]`, `share[method]` with an exact interval, and
-    the same of the first depths alone, `far`; only depths at which the full cache answers well enough count."""
+    the same of the first depths alone, `far`, and of the last, in words, `near`; only depths at which the full cache answers well enough count."""
     table = found.frame("pretrained_answers")
     table = table[table.counts & (table.task == "needle")]
     sums = table.groupby("method")[["right", "n"]].sum()
     far = table[table.depth <= 0.5].groupby("method")[["right", "n"]].sum()
+    last = table[table.depth == table.depth.max()].set_index("method").sort_values("right", ascending=False)
     return Claim(
         right=sums.right.to_dict(),
         n=sums.n.to_dict(),
         share={row.Index: _binomial(row.right, row.n) for row in sums.itertuples()},
         far={row.Index: (row.right, row.n, _binomial(row.right, row.n)) for row in far.itertuples()},
+        near=", ".join(f"{row.Index} answers {row.right} of {row.n}" for row in last.itertuples()),
         depths=table.depth.nunique(),
     )
 

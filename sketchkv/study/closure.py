@@ -61,6 +61,8 @@ class _Module:
         state = file.stat()
         self.name = name
         self.digest, self.imports = _read(file, name, state.st_mtime_ns, state.st_size)
+        if (beside := file.with_suffix(".c")).exists():  # what the module compiles
+            self.digest = hashlib.sha256(self.digest.encode() + beside.read_bytes()).hexdigest()
 
 
 @lru_cache(maxsize=512)

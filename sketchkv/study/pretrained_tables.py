@@ -142,7 +142,11 @@ def hero(losses, front):
     axes[1].set_xlabel("bytes held, share of the full cache's")
     at = losses[losses.budget == AT].set_index(["text", "method"])
     prose, code = (_label(at.percent[text].idxmin()) for text in ("prose", "code"))
-    words = f"{prose} loses least on prose and on code" if prose == code else f"{prose} loses least on prose, {code} on code"
+    words = (
+        f"{prose} loses least on prose and on code"
+        if prose == code
+        else f"{prose} loses least on prose, {code} on code"
+    )
     return fig, (
         f"At an eighth of the bytes, {words}. Down and to the left is better. exact: exact scores of past attention; sketch: a Count-Min Sketch of them; grey: all others. "
         f"SmolLM2-135M-Instruct with Q4_1 weights, n = {int(at.n.min())} documents of 4,096 tokens each of prose and of code; "

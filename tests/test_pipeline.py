@@ -439,8 +439,8 @@ def test_two_runs_give_identical_quality_tables(tmp_path):
 
 
 def test_two_runs_of_the_study_give_identical_tables(tmp_path):
-    """Notebook 04 at smoke size, as `make reproduce` runs it: own kernel, own workers, nothing kept from the first run."""
-    notebook = run.notebook_named("04", sources.ROOT)
+    """Notebook 05 at smoke size, as `make reproduce` runs it: own kernel, own workers, nothing kept from the first run."""
+    notebook = run.notebook_named("05", sources.ROOT)
     for name in ("a", "b"):
         knobs = {**record.MAKE_DEFAULTS, "device": "cpu", "profile": "smoke", "output": str(tmp_path / name)}
         run.reproduce([notebook], knobs, tmp_path / name)

@@ -102,11 +102,12 @@ class KeyIndex:
 
     def _hold(self, positions, count):
         held, end = self.arrays.get("positions"), self.seen + count
+        if positions is None and held is None:
+            return
         follow = numbers(self.pending.device, self.capacity)
-        if positions is not None and held is None:
+        if held is None:
             held = self.arrays["positions"] = follow.repeat(self.shape[0], 1, 1)
-        if held is not None:
-            held[:, 0, self.seen : end] = follow[0, :, self.seen : end] if positions is None else positions
+        held[:, 0, self.seen : end] = follow[0, :, self.seen : end] if positions is None else positions
 
     def positions(self, count):
         """Of the first `count` tokens, int32 `[batch or 1, 1, count]`, -1 for padding."""
@@ -153,8 +154,7 @@ class KeyIndex:
         query = query.float().unflatten(1, (self.shape[1], -1))
         group, flat = query.shape[2:4], query.flatten(2, 3)
         found = flat @ self.pending[:, :, : self.seen - self.coded].float().transpose(-1, -2)
-        found = torch.cat([self.estimate(flat), found], -1) if self.coded else found
-        return found.unflatten(2, group)
+        return (torch.cat([self.estimate(flat), found], -1) if self.coded else found).unflatten(2, group)
 
     def estimate(self, query):
         """The same for the tokens of full blocks, `[batch, kv_heads, m, coded]`.

@@ -84,12 +84,16 @@ class HostStore:
         """A copy's pages lie in its own bytes, whether it was copied or pickled."""
         vars(self).update(state)
         if "bytes" in state:
-            self.pages = self.bytes.view(-1, self.heads, PAGE, self.record)
+            self._hold(self.bytes)
 
     def close(self):
         """Gives the memory back."""
-        self.bytes = torch.zeros(0, dtype=torch.uint8)
-        self.pages = self.bytes.view(0, self.heads, PAGE, self.record)
+        self._hold(torch.zeros(0, dtype=torch.uint8))
+
+    def _hold(self, memory):
+        """Bytes, uint8 `[n]`, as pages of records."""
+        size = self.heads * PAGE * self.record
+        self.bytes, self.pages = memory, memory.view(len(memory) // size, self.heads, PAGE, self.record)
 
     def nbytes(self):
         """Bytes held, pages to come and the table included."""
@@ -108,8 +112,7 @@ class HostStore:
         taken[self.table] = True
         if len(taken) - int(taken.sum()) < count:
             pages = max(int(taken.sum()) + count, len(taken) * 3 // 2)
-            self.bytes = self._resized(pages * self.heads * PAGE * self.record)
-            self.pages = self.bytes.view(pages, self.heads, PAGE, self.record)
+            self._hold(self._resized(pages * self.heads * PAGE * self.record))
             taken = torch.cat([taken, taken.new_zeros(pages - len(taken))])
         return (~taken).nonzero()[:count, 0]
 
@@ -148,9 +151,7 @@ class FolderStore(HostStore):
             held = self.bytes
             self.close()
             if held.numel():
-                self.bytes = self._resized(held.numel())
-                self.bytes.copy_(held)
-                self.pages = self.bytes.view(-1, self.heads, PAGE, self.record)
+                self._hold(self._resized(held.numel()).copy_(held))
 
     def close(self):
         super().close()

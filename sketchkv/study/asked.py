@@ -75,17 +75,13 @@ def picture_of_losses(table, gained, seed=0):
     budgets = sorted(table.budget.unique())
     ticks(axis, budgets, words=lambda share: f"1/{1 / share:.0f}")
     axis.set(
-        xlim=(budgets[0] / 1.5, budgets[-1] * 1.2),
-        ylim=(0, None),
-        ylabel="perplexity above the full cache, %",
+        xlabel="bytes of fast memory, share of the full cache", ylabel="perplexity above the full cache, %"
     )
-    axis.set_xlabel("bytes of fast memory, share of the full cache")
-    axis.invert_xaxis()
-    axis.set_xlim(budgets[-1] * 1.2, budgets[0] / 1.9)
+    axis.set(xlim=(budgets[-1] * 1.2, budgets[0] / 1.9), ylim=(0, None))
     wins, n = int((gained.verdict == "better than").sum()), gained.n.min()
     each = "; ".join(
         f"1/{1 / row.budget:.0f}: {stats.percent(row.mean):.1f} % ({stats.percent(row.low):.1f} to {stats.percent(row.high):.1f})"
-        for row in gained.rename(columns={"mean": "gain"}).assign(mean=gained["mean"]).itertuples()
+        for row in gained.itertuples()
     )
     return fig, (
         f"Asking the keys beats exact scores of the past at {wins} of {len(gained)} sizes. By how much, paired: {each}. The "
@@ -169,13 +165,12 @@ def journey(lm, ids, first, last, cap):
     layer = max(range(len(found)), key=lambda i: found[i].max())
     head, token = divmod(int(found[layer].argmax()), last - first)
     token += first
-    with _watching(token):
-        cache.reset()
-        score(lm, ids, cache, chunk_size=1)
-        index = SketchCache.recall(
-            lm.config, roomy, index=Watched(top=roomy - 20, block=16, exact_prompts=False), recent_window=16
-        )
-        score(lm, ids, index, chunk_size=1)
+    policy, asked = Watching(), Watched(top=roomy - 20, block=16, exact_prompts=False)
+    policy.watched = asked.watched = token
+    cache = SketchCache(lm.config, roomy, policy=policy)
+    index = SketchCache.recall(lm.config, roomy, index=asked, recent_window=16)
+    for each in (cache, index):
+        score(lm, ids, each, chunk_size=1)
     bounded = SketchCache(lm.config, cap, policy=AttentionMass())
     _, visible = decode_and_watch(lm, ids, bounded)
     policy, above = cache.layers[layer].policy, index.layers[layer].index.above
@@ -190,19 +185,6 @@ def journey(lm, ids, first, last, cap):
         "tokens": list(steps),
     }
     return pd.DataFrame(table).astype({"index": "Int64"}), layer, head, token
-
-
-class _watching:
-    """Sets the token that `Watched` and `Watching` look at."""
-
-    def __init__(self, token):
-        self.token = token
-
-    def __enter__(self):
-        Watched.watched = Watching.watched = self.token
-
-    def __exit__(self, *_):
-        Watched.watched = Watching.watched = 0
 
 
 def picture_of_journey(table, cap, top, where):

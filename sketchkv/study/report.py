@@ -127,8 +127,16 @@ def compose(source, report_folder, template=TEMPLATE):
     ]
     title = next(line[2:] for line in written[0].splitlines() if line.startswith("# "))
     style, script = ((REPORT / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
-    page = _pandoc(written[0], "html5", "page.html", f"--variable=style:{style}", f"--variable=script:{script}",
-                   "--toc", "--toc-depth=2", f"--metadata=pagetitle:{title}")  # fmt: skip
+    page = _pandoc(
+        written[0],
+        "html5",
+        "page.html",
+        f"--variable=style:{style}",
+        f"--variable=script:{script}",
+        "--toc",
+        "--toc-depth=2",
+        f"--metadata=pagetitle:{title}",
+    )
     paper = _pandoc(
         written[1],
         "typst",
@@ -149,9 +157,17 @@ def _markdown(found, up, template):
     gathered = claims.gather(found)
     try:
         rendered = environment.from_string(text).render(
-            functions, **gathered, title=claims.title(gathered), up=up, facts=found.facts, figures=found.figures,
-            tables=found.tables, runs=found.runs, words=words, cited=cited,
-        )  # fmt: skip
+            functions,
+            **gathered,
+            title=claims.title(gathered),
+            up=up,
+            facts=found.facts,
+            figures=found.figures,
+            tables=found.tables,
+            runs=found.runs,
+            words=words,
+            cited=cited,
+        )
     except jinja2.UndefinedError as error:
         if absent := re.search(r"no attribute '(\w+)'", str(error)):  # the template reads `facts.NAME`
             raise found.missing("fact", absent[1]) from error

@@ -4,6 +4,7 @@ attention.
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,6 +94,9 @@ class RecallLayer(BoundedLayer):
     def attend(self, query, key, value, tokens, form):
         slots, codec, total, outputs, start = self.slots, self.slots.codec, query.shape[2], [], 0
         turned = codec.turn(query, key, value)
+        step = partial(
+            getattr(self.ops, "recall", recall), self
+        )  # fast operations may have a step of their own
         while start < total:
             most = QUERIES if self.exact_prompts else self.index.block - self.seen % self.index.block
             count = min(most, total - start)
@@ -102,7 +106,7 @@ class RecallLayer(BoundedLayer):
             new, coming, values = (x[:, :, block] for x in turned)
             self._enter(key[:, :, block], coming, values, now, alone=total == 1)
             given = query[:, :, block], new, now, form
-            outputs.append(self._step(*given) if total == 1 else stream(self, *given))
+            outputs.append(step(*given) if total == 1 else stream(self, *given))
             if self.seen == codec.settles_after:  # these keys have other codes now
                 codec.settle(slots, now.first + self.num_sinks)
                 self._write(0, {name: slots.arrays[name][:, :, : self.seen] for name in slots.kv})
@@ -127,7 +131,7 @@ class RecallLayer(BoundedLayer):
         if slots.room >= count:
             slots.used += count
         elif alone:
-            at = self._idle(self._always(tokens.first))[..., :1]
+            at = self.idle(self.always(tokens.first))[..., :1]
         self.seen += count
         if slots.used == self.seen or alone:
             self.place((*self.all(), at), coded, tokens.positions[:, None])
@@ -152,44 +156,18 @@ class RecallLayer(BoundedLayer):
         self.slots.positions[where] = positions.int()
         self.slots.arrays["asked"][where] = 0
 
-    def _always(self, first):
+    def always(self, first):
         """Which slots every query attends to: sinks and recent window, bool `[batch, num_kv_heads, used]`."""
         at = self.slots["positions"]
         return (at != EMPTY) & ((at >= self.seen - self.recent_window) | (at < first + self.num_sinks))
 
-    def _idle(self, needed):
+    def idle(self, needed):
         """All slots: empty ones first, then by when they were last attended to, the needed ones last."""
         asked, at = self.slots["asked"].long(), self.slots["positions"]
         age = ((asked << 32) + at).masked_fill(at == EMPTY, -1)
         return age.masked_fill(needed, torch.iinfo(torch.int64).max).argsort(-1)
 
     # Attention
-
-    def _step(self, query, turned, tokens, form):
-        """Attention of one new token: over slots, once they hold all that the index asks for."""
-        slots, (batch, heads), used = self.slots, self.slots.shape, self.slots.used
-        needed = self._always(tokens.first)
-        logits = self.logits(turned, slots["keys"], form).masked_fill(~needed[:, :, None, None], -torch.inf)
-        end = torch.tensor([[self.seen - self.recent_window]], device=slots.device)
-        chosen = self.choose(query, logits, tokens, form, end)[:, :, 0]
-        at, order = slots["positions"].sort(-1)
-        place = torch.searchsorted(at, chosen.int()).clamp(max=used - 1)
-        asked = chosen >= 0
-        here = (at.gather(-1, place) == chosen) & asked
-        slot = order.gather(-1, place).where(here, used)  # a column that is dropped
-        needed |= needed.new_zeros(batch, heads, used + 1).scatter_(-1, slot, True)[..., :used]
-        missing = asked & ~here
-        row, head, which = missing.nonzero(as_tuple=True)
-        self.moved["chosen"] += int(asked.sum())
-        self.moved["missing"] += len(row)
-        if len(row):
-            slot = self._idle(needed)[row, head, missing.cumsum(-1)[row, head, which] - 1]
-            token = chosen[row, head, which]
-            self.place((row, head, slot), self.read(row, head, token, "fetched"), token)
-            needed[row, head, slot] = True
-        slots["unattended"].copy_(~needed)
-        slots["asked"].masked_fill_(needed, self.seen)
-        return self.ops.attend(self, turned, tokens, form)
 
     def choose(self, query, logits, tokens, form, end):
         """Tokens that the index ranks highest, `[batch, num_kv_heads, n, top]`, -1 where there are fewer;
@@ -208,6 +186,34 @@ class RecallLayer(BoundedLayer):
         """Float32 `[batch, num_kv_heads, group, n, tokens]`."""
         query = query.float().unflatten(1, (self.slots.shape[1], -1)) * form.scaling
         return form.capped(query @ keys.float()[:, :, None].transpose(-1, -2))
+
+
+def recall(layer, query, turned, tokens, form):
+    """Attention of one new token: over slots, once they hold all that the index asks for. Parameters as of
+    `BoundedLayer.attend`; turned: the query as the codec multiplies it."""
+    slots, (batch, heads), used = layer.slots, layer.slots.shape, layer.slots.used
+    needed = layer.always(tokens.first)
+    logits = layer.logits(turned, slots["keys"], form).masked_fill(~needed[:, :, None, None], -torch.inf)
+    end = torch.tensor([[layer.seen - layer.recent_window]], device=slots.device)
+    chosen = layer.choose(query, logits, tokens, form, end)[:, :, 0]
+    at, order = slots["positions"].sort(-1)
+    place = torch.searchsorted(at, chosen.int()).clamp(max=used - 1)
+    asked = chosen >= 0
+    here = (at.gather(-1, place) == chosen) & asked
+    slot = order.gather(-1, place).where(here, used)  # a column that is dropped
+    needed |= needed.new_zeros(batch, heads, used + 1).scatter_(-1, slot, True)[..., :used]
+    missing = asked & ~here
+    row, head, which = missing.nonzero(as_tuple=True)
+    layer.moved["chosen"] += int(asked.sum())
+    layer.moved["missing"] += len(row)
+    if len(row):
+        slot = layer.idle(needed)[row, head, missing.cumsum(-1)[row, head, which] - 1]
+        token = chosen[row, head, which]
+        layer.place((row, head, slot), layer.read(row, head, token, "fetched"), token)
+        needed[row, head, slot] = True
+    slots["unattended"].copy_(~needed)
+    slots["asked"].masked_fill_(needed, layer.seen)
+    return layer.ops.attend(layer, turned, tokens, form)
 
 
 def _holds(layer, slots):

@@ -29,7 +29,7 @@ class SketchCache(Cache):
     prefill_chunk: tokens between evictions while a prompt passes; None: as while decoding.
     attend_topk: attention runs over this many of the stored tokens alone, those ranked highest at the last eviction, and
         over all that came since; a token left out stays stored, and the next eviction ranks it again. None: over all.
-    summary: a `sketchkv.summary.Summary`, into which evicted tokens are folded; None: they are dropped.
+    summary: a `sketchkv.summary.Summary`, into which evicted tokens are folded, or with an index a `sketchkv.tail.Tail`.
     bits: 8, 6, 5, 4, 3 or 2 holds keys and values quantized, 16 in float16; a pair is for keys and values; None: the model's
         dtype. Attention decodes one layer at a time: that working memory is not part of `nbytes`.
     codec: another way to store keys and values, a function of (dtype, device) that gives a `sketchkv.slots.Plain`.
@@ -64,8 +64,8 @@ class SketchCache(Cache):
         config = text_config(config)
         windows = layer_windows(config)
         if index is not None:
-            alone(index, policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk, summary=summary)
-        if summary is not None and (isinstance(summary, type) or not hasattr(summary, "fold")):
+            alone(index, summary, policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk)
+        elif summary is not None and (isinstance(summary, type) or not hasattr(summary, "fold")):
             raise TypeError(
                 f"summary must be a sketchkv.summary.Summary, such as Summary(1), or None; got {summary!r}"
             )
@@ -104,7 +104,7 @@ class SketchCache(Cache):
         if self.index is not None:
             from sketchkv.recall import RecallLayer
 
-            return RecallLayer(cap, settings, copy.copy(self.index))
+            return RecallLayer(cap, settings, copy.copy(self.index), summary)
         return BoundedLayer(policy, cap, settings, summary)
 
     @classmethod

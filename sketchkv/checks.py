@@ -148,17 +148,22 @@ def codec_of(bits, codec):
     return quantized(bits)
 
 
-def alone(index, **others):
-    """Raises TypeError for what is no index, ValueError for what an index leaves nothing to do."""
+def alone(index, summary, **others):
+    """Raises TypeError for what is no index and for a summary that does not go with one, ValueError for what an index leaves nothing to do."""
     if isinstance(index, type) or not hasattr(index, "choose"):
         raise TypeError(
             f"index must be a sketchkv.index.KeyIndex, such as KeyIndex(top=256), or None; got {index!r}"
         )
+    if summary is not None and (isinstance(summary, type) or not hasattr(summary, "stand_for")):
+        raise TypeError(
+            "with an index nothing is evicted for good that a Summary could stand for: give summary=sketchkv.tail.Tail(), "
+            f"which stands for what a query leaves out, or None; got {summary!r}"
+        )
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise ValueError(
-            f"index and {', '.join(given)} exclude each other: with an index nothing is lost that a summary could stand for, the "
-            "query decides what is attended to, slots attended to longest ago are overwritten, and prompts pass exactly"
+            f"index and {', '.join(given)} exclude each other: with an index the query decides what is attended to, "
+            "slots attended to longest ago are overwritten, and prompts pass exactly"
         )
 
 

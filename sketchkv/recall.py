@@ -36,14 +36,15 @@ class RecallLayer(BoundedLayer):
     that the signs of a key are stored twice. The index holds the keys of its open block a second time.
 
     index: a `sketchkv.index.KeyIndex` of the layer's own; its store is a template.
+    summary: a `sketchkv.tail.Tail` of what a query leaves out, or None.
     Raises ValueError for a cap or a window that is too small.
     """
 
     selective = True  # slots may be left out of attention
     capacity = property(lambda self: self.max_cache_size)
 
-    def __init__(self, max_cache_size, settings, index):
-        super().__init__(Window(), max_cache_size, settings)
+    def __init__(self, max_cache_size, settings, index, summary=None):
+        super().__init__(Window(), max_cache_size, settings, summary)
         self.index, self.store, self.exact_prompts = index, copy.copy(index.store), index.exact_prompts
         self.moved = dict.fromkeys(("written", "fetched", "streamed", "chosen", "missing"), 0)
         least = self.num_sinks + self.recent_window + index.top
@@ -126,6 +127,10 @@ class RecallLayer(BoundedLayer):
         slots.codec.keep(parts, tokens.positions, tokens.first)
         coded = {name: array for _, arrays in parts.values() for name, array in arrays.items()}
         self._write(self.seen, coded)
+        if self.summary and self.seen >= slots.codec.settles_after:  # keys before have another centre
+            at = tokens.positions[:, None]
+            at = at.masked_fill(at < tokens.first + self.num_sinks, EMPTY)
+            self.summary.take(key, value, at, passing=not (alone or self.exact_prompts))
         self.index.add(raw, tokens.positions if tokens.padded else None)
         at = torch.arange(slots.used, slots.used + count, device=slots.device)
         if slots.room >= count:
@@ -176,6 +181,11 @@ class RecallLayer(BoundedLayer):
         resident = logits.logsumexp(-1).flatten(1, 2)
         return self.index.choose(query, form.scaling, first + self.num_sinks, end, resident)
 
+    def real(self, tokens):
+        """Tokens seen up to each of n new ones, padding left out: int32 `[batch or 1, 1, n]`."""
+        positions = tokens.positions[:, None]
+        return (positions - tokens.first + 1).masked_fill(positions < 0, 0)
+
     def vectors(self, token):
         """Keys and values of these tokens, decoded, of all heads."""
         slots, arrays = self.slots, self.read(*self.all(), token, "streamed")
@@ -211,6 +221,8 @@ def recall(layer, query, turned, tokens, form):
         token = chosen[row, head, which]
         layer.place((row, head, slot), layer.read(row, head, token, "fetched"), token)
         needed[row, head, slot] = True
+    if layer.summary:
+        layer.summary.stand_for(layer.real(tokens)[:, :, 0] - needed.sum(-1))
     slots["unattended"].copy_(~needed)
     slots["asked"].masked_fill_(needed, layer.seen)
     return layer.ops.attend(layer, turned, tokens, form)
@@ -277,6 +289,13 @@ def stream(layer, query, turned, tokens, form):
         if near:
             output += (weights * near.seen) @ near.values.float()[:, :, None]
         most = higher
+    if layer.summary and layer.summary.means and allowed is not None:
+        token = torch.arange(layer.seen, device=device)
+        attended = (allowed & (token <= number) & (token >= first)).sum(-1)
+        logits, values = layer.summary.passing(turned, layer.real(tokens) - attended, form)
+        higher = torch.maximum(most, logits)
+        weights, kept = (logits - higher).exp_(), (most - higher).exp_()
+        total, output = total * kept + weights, output * kept + weights * values
     return (output / total).flatten(1, 2).to(query.dtype)
 
 

@@ -12,7 +12,7 @@ import transformers
 from conftest import build
 
 import sketchkv
-from sketchkv import SketchCache, Summary, Window, generate, score
+from sketchkv import SketchCache, Window, generate, score
 from sketchkv.checks import Settings
 from sketchkv.index import ExactKeys, KeyIndex
 from sketchkv.logits import Form
@@ -437,7 +437,6 @@ def test_bad_combinations_are_told(llama):
         (dict(fine_window=65), "fine_window must be .* 64"),
         (dict(attend_topk=300), "index and attend_topk exclude"),
         (dict(prefill_chunk=64), "index and prefill_chunk exclude"),
-        (dict(summary=Summary()), "index and summary exclude"),
         (dict(policy=Window()), "index and policy exclude"),
         (dict(store="/no/such/folder"), "is no folder"),
     ):

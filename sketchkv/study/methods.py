@@ -20,6 +20,7 @@ from sketchkv.study.extras.kivi import KiviCache
 from sketchkv.study.extras.ranges import ranges
 from sketchkv.summary import Summary
 from sketchkv.support import text_config
+from sketchkv.tail import Tail
 
 POLICIES = {
     "window": Window,
@@ -178,6 +179,7 @@ def _spelled(
     protects=False,
     rounding=None,
     recent_share=0,
+    tail=False,
     **options,
 ):
     """The study's options, which JSON can hold, as objects.
@@ -187,10 +189,13 @@ def _spelled(
     protects: whether a token that a summary would swallow stays longer.
     rounding: "range" for minimum and step of a group, as the peers round.
     recent_share: share of the cap that belongs to the newest tokens: half of it in the published H2O.
+    tail: whether what a query leaves out is attended to as one token (`sketchkv.tail`), of "recall".
     store: "device" is a `DeviceStore`; exact_prompts: of the index.
     """
     if summary_slots:
         options["summary"] = Summary(summary_slots, spread, protects)
+    if tail:
+        options["summary"] = Tail()
     if rounding:
         options["codec"] = ranges(options.pop("bits"))
     if options.get("store") == "device":

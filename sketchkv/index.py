@@ -82,8 +82,12 @@ class KeyIndex:
             self.capacity += more
         self._hold(positions, count)
         # Rounded at once, so that codes do not depend on the chunks in which a text comes.
-        keys = torch.cat([self.pending[:, :, : self.seen - self.coded], keys.to(self.pending.dtype)], 2)
+        held = self.seen - self.coded
         self.seen += count
+        if held + count < self.block:
+            self.pending[:, :, held : held + count] = keys
+            return
+        keys = torch.cat([self.pending[:, :, :held], keys.to(self.pending.dtype)], 2)
         if full := keys.shape[2] // self.block * self.block:
             self._code(keys[:, :, :full].float().unflatten(2, (-1, self.block)))
         self.pending[:, :, : self.seen - self.coded] = keys[:, :, full:]

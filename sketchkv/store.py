@@ -50,13 +50,17 @@ class HostStore:
         parts = (arrays[name].to("cpu", dtype).contiguous() for name, _, dtype in self.layout)
         records = torch.cat([part.view(torch.uint8) for part in parts], -1)
         end = start + records.shape[2]
-        more = -(-end // PAGE) - self.table.shape[1]
-        if more > 0:
-            self.table = torch.cat([self.table, self._free(self.batch * more).view(self.batch, more)], 1)
+        self.reserve(end)
         rows, heads = self._all()
         self.pages[self._at(rows, heads, torch.arange(start, end))] = records
         self.tokens = max(self.tokens, end)
         return records.numel()
+
+    def reserve(self, end):
+        """Takes pages for the tokens before number `end`."""
+        more = -(-end // PAGE) - self.table.shape[1]
+        if more > 0:
+            self.table = torch.cat([self.table, self._free(self.batch * more).view(self.batch, more)], 1)
 
     def read(self, rows, heads, tokens):
         """{name: array `[..., width]`} of the tokens with these numbers (int64, shapes that broadcast)."""

@@ -20,6 +20,7 @@ from sketchkv.fast import (
     prompt,
     storage,
     survivors,
+    token,
 )
 from sketchkv.layer import BoundedLayer
 from sketchkv.ops import Eager
@@ -70,7 +71,7 @@ class Fused(Eager):
         if type(slots.codec) is Plain:
             storage.append(keys, values, tokens.positions, slots, self.filled)
         else:
-            codes.append(keys, values, tokens.positions, slots, self.filled, tokens.first)
+            token.append(keys, values, tokens.positions, slots, self.filled, tokens.first)
         return self._stored(slots)
 
     def _stored(self, slots):

@@ -181,7 +181,7 @@ class SketchCache(Cache):
         """Of a cache with an index, since the last reset: bytes "written" to the store, "fetched" into slots by steps and
         "streamed" while passes of several tokens came, and tokens that steps have "chosen", of which "missing" in slots."""
         moved = [layer.moved for layer in self.layers if hasattr(layer, "moved")]
-        return {name: sum(each[name] for each in moved) for name in (moved[0] if moved else ())}
+        return {name: int(sum(each[name] for each in moved)) for name in (moved[0] if moved else ())}
 
     def check(self):
         """Raises ValueError if an importance was NaN or a mask hid stored tokens: on CUDA, where looking makes the host wait,

@@ -82,7 +82,10 @@ class RecallLayer(BoundedLayer):
             self.store.reorder(beam_idx)
 
     def nbytes(self):
-        return super().nbytes() | {"index": self.index.nbytes(), "host": self.store.nbytes()}
+        return super().nbytes() | {
+            "index": self.index.nbytes() + self.store.beside(),
+            "host": self.store.nbytes(),
+        }
 
     def shared(self):
         own = {id(tensor): ("index", tensor.nbytes) for tensor in self.index.shared()}
@@ -92,6 +95,14 @@ class RecallLayer(BoundedLayer):
         raise NotImplementedError("steps with an index can't be recorded: the query decides what they read")
 
     def attend(self, query, key, value, tokens, form):
+        whole = getattr(self.ops, "recalled", None) if query.shape[2] == 1 else None
+        output = whole and whole(self, query, key, value, tokens, form)
+        if output is None:
+            output = self._blocks(query, key, value, tokens, form)
+        self.evicted, self.waiting = self.seen - self.slots.used, False
+        return output
+
+    def _blocks(self, query, key, value, tokens, form):
         slots, codec, total, outputs, start = self.slots, self.slots.codec, query.shape[2], [], 0
         turned = codec.turn(query, key, value)
         step = partial(
@@ -113,7 +124,6 @@ class RecallLayer(BoundedLayer):
             start += count
         if total > 1 and self.seen > slots.capacity:
             refill(self, tokens)
-        self.evicted, self.waiting = self.seen - slots.used, False
         return codec.turn_back(outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2))
 
     # New tokens

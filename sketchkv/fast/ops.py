@@ -18,6 +18,7 @@ from sketchkv.fast import (
     columns,
     eviction,
     prompt,
+    recalled,
     storage,
     survivors,
     token,
@@ -73,6 +74,10 @@ class Fused(Eager):
         else:
             token.append(keys, values, tokens.positions, slots, self.filled, tokens.first)
         return self._stored(slots)
+
+    def recalled(self, layer, query, key, value, tokens, form):
+        """A whole step of a layer with an index (`sketchkv.recall`), or None."""
+        return recalled.step(layer, query, key, value, tokens, form)
 
     def _stored(self, slots):
         slots.used += 1

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.launch import jit, kernel, tl, triton
 from sketchkv.quantize import TINY
 
 
@@ -78,7 +78,7 @@ def ring_row(position, first, end, NEWEST: tl.constexpr, SINKS: tl.constexpr):
     return tl.where(sink, position - first, SINKS + position % NEWEST), held
 
 
-@jit(do_not_specialize=["slot"])
+@kernel("slot")
 def _append(
     key,
     value,
@@ -243,7 +243,7 @@ def bits_of(slots):
     return {"KEY_BITS": slots.codec.bits["keys"], "VALUE_BITS": slots.codec.bits["values"]}
 
 
-@jit(do_not_specialize=["used", "end"])
+@kernel("used", "end")
 def _importance(
     mass,
     positions,
@@ -321,7 +321,7 @@ def _fold_in(vector, sound, means, row, before, column, DIM: tl.constexpr):
     tl.store(means + row * DIM + column, mean + step / tl.maximum(before + added, 1.0))
 
 
-@jit
+@kernel()
 def _fold(
     evicted,
     positions,

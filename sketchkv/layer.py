@@ -226,7 +226,7 @@ def _fits(held, batch, like):
 
 def _allocated(layer, shape, widths, like):
     """Empty slots of a layer, and what its policy and summary hold."""
-    one = Slots((1, 1), 1, widths, layer.codec(*like))
+    one = Slots((1, 1), 1, widths, layer.codec(like[0], torch.device("cpu")))
     needed = shape.numel() * layer.capacity * one.nbytes(*one.arrays)
     remedy = f"lower max_cache_size, evict_every or the batch ({layer.capacity} slots per head and layer)"
     memory(needed, like[1], remedy)

@@ -48,8 +48,10 @@ def poisoned():
         yield
 
 
-def layer_of(ops, codec=None, index=None, cap=40):
-    settings = Settings(num_sinks=4, recent_window=16, codec=codec or quantized((5, 4), newest=8, sinks=4))
+def layer_of(ops, codec=None, index=None, cap=40, recent=16):
+    settings = Settings(
+        num_sinks=4, recent_window=recent, codec=codec or quantized((5, 4), newest=8, sinks=4)
+    )
     layer = RecallLayer(cap, settings, copy.copy(index or KeyIndex(top=12, block=16)))
     layer.ops = ops
     return layer
@@ -120,10 +122,8 @@ def test_steps_are_those_of_torch(case):
     given = dict(CASES[case])
     last = 96 if INTERPRET else 130
     text = Text(last, **{name: given.pop(name) for name in ("group", "dim", "padding") if name in given})
-    recent = given.pop("recent", 16)
     layers = [layer_of(ops, **given) for ops in (Fused(), Eager())]
     for layer in layers:
-        layer.recent_window = recent
         text.passed(layer, 0, 80)
     for end in range(81, last + 1):
         found, expected = (text.passed(layer, end - 1, end) for layer in layers)
@@ -145,8 +145,8 @@ def test_steps_are_those_of_torch(case):
 def test_a_step_attends_to_the_store_in_float64_and_chooses_as_numpy(dtype):
     if INTERPRET and dtype == torch.bfloat16:
         pytest.skip("the interpreter multiplies bfloat16 as integers")
-    text, layer = Text(301, dtype=dtype), layer_of(Fused(), quantized((6, 5)), KeyIndex(top=40, block=32), 80)
-    layer.recent_window = 32
+    text = Text(301, dtype=dtype)
+    layer = layer_of(Fused(), quantized((6, 5)), KeyIndex(top=40, block=32), cap=80, recent=32)
     text.passed(layer, 0, 300)
     output = text.passed(layer, 300, 301)
     slots, codec = layer.slots, layer.slots.codec

@@ -7,7 +7,7 @@ final normaliser, so logits (1/64 of the bytes of keys and values at head_dim 64
 
 import torch
 
-from sketchkv.fast.launch import INTERPRETED, jit, tl, triton
+from sketchkv.fast.launch import INTERPRETED, jit, kernel, tl, triton
 
 LOG2E = 1.4426950408889634
 MASKED = tl.constexpr(
@@ -66,7 +66,7 @@ def _receive(
     tl.store(address, attention, mask=slot < used)
 
 
-@jit(do_not_specialize=["used", "per_split"])
+@kernel("used", "per_split")
 def _attend(
     query,
     keys,
@@ -189,7 +189,7 @@ def _attend(
         tl.store(totals + part, total, mask=group < GROUP)
 
 
-@jit(do_not_specialize=["used"])
+@kernel("used")
 def _combine(
     received,
     filled,

@@ -3,7 +3,7 @@ longest ago, in one launch, and is read from the store in another. The host lear
 
 import torch
 
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.launch import jit, kernel, tl, triton
 from sketchkv.fast.scan import threshold
 from sketchkv.store import PAGE
 
@@ -11,7 +11,7 @@ PAIRS = 16384  # of a slot and a token that one program compares at a time
 READS = 16  # tokens that one program reads
 
 
-@jit(do_not_specialize=["used", "seen", "record"])
+@kernel("used", "seen", "record")
 def _choose(
     candidates,
     positions,
@@ -115,7 +115,7 @@ def record_of(
     return pages + ((page * kv_heads + head) * PAGE + token % PAGE) * RECORD
 
 
-@jit
+@kernel()
 def _fetch(
     pages,
     table,

@@ -10,7 +10,7 @@ import torch
 
 from sketchkv.fast.codes import bits_of, rests_of, ring_row, stored
 from sketchkv.fast.coding import code_of, put, vectors
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.launch import jit, kernel, tl, triton
 from sketchkv.fast.prompt import Fine
 from sketchkv.quantize import TINY
 
@@ -66,7 +66,7 @@ def _enter(
         tl.store(fine + fine_row[:, None] * DIM + column[None, :], vector, mask=inside[:, None])
 
 
-@jit(do_not_specialize=["count", "before", "end", "rows"])
+@kernel("count", "before", "end", "rows")
 def _store(
     key,
     value,
@@ -206,7 +206,7 @@ def _store(
     )
 
 
-@jit(do_not_specialize=["before", "count", "seen", "tiles"])
+@kernel("before", "count", "seen", "tiles")
 def _read(
     turn,
     factor,

@@ -9,10 +9,10 @@ import torch
 
 from sketchkv.fast.attention import LOG2E, MASKED, _combine, _hide, _receive, scratchpad
 from sketchkv.fast.codes import bits_of, levels_of, rests_of, ring_row, stored
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.launch import kernel, tl, triton
 
 
-@jit(do_not_specialize=["used", "per_split"])
+@kernel("used", "per_split")
 def _attend(
     query,
     turn,

@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.launch import jit, kernel, tl, triton
 
 
 @jit
@@ -19,8 +19,8 @@ def _plane(codes, slot, inside, column, DIM: tl.constexpr, BITS: tl.constexpr, P
 
 
 @jit
-def levels_of(codes, levels, slot, inside, column, DIM: tl.constexpr, BITS: tl.constexpr):
-    """Levels [rows, DIM], float32, of the codes in the slots `slot` [rows]."""
+def codes_of(codes, slot, inside, column, DIM: tl.constexpr, BITS: tl.constexpr):
+    """Codes [rows, DIM], int32, in the slots `slot` [rows]."""
     code = slot.to(tl.int32)[:, None] * 0 + column[None, :] * 0
     if BITS & 8:
         code += _plane(codes, slot, inside, column, DIM, BITS, 8)
@@ -30,7 +30,13 @@ def levels_of(codes, levels, slot, inside, column, DIM: tl.constexpr, BITS: tl.c
         code += _plane(codes, slot, inside, column, DIM, BITS, 2)
     if BITS & 1:
         code += _plane(codes, slot, inside, column, DIM, BITS, 1)
-    return tl.load(levels + code)
+    return code
+
+
+@jit
+def levels_of(codes, levels, slot, inside, column, DIM: tl.constexpr, BITS: tl.constexpr):
+    """Levels [rows, DIM], float32, of the codes in the slots `slot` [rows]."""
+    return tl.load(levels + codes_of(codes, slot, inside, column, DIM, BITS))
 
 
 @jit
@@ -70,7 +76,7 @@ def bits_of(slots):
     return {"KEY_BITS": slots.codec.bits["keys"], "VALUE_BITS": slots.codec.bits["values"]}
 
 
-@jit(do_not_specialize=["used", "end"])
+@kernel("used", "end")
 def _importance(
     mass,
     positions,
@@ -148,7 +154,7 @@ def _fold_in(vector, sound, means, row, before, column, DIM: tl.constexpr):
     tl.store(means + row * DIM + column, mean + step / tl.maximum(before + added, 1.0))
 
 
-@jit
+@kernel()
 def _fold(
     evicted,
     positions,

@@ -3,7 +3,7 @@
 import torch
 
 from sketchkv.fast.codes import levels_of, rests_of, ring_row, stored
-from sketchkv.fast.launch import jit, tl
+from sketchkv.fast.launch import jit, kernel, tl
 from sketchkv.quantize import CENTRE_AFTER, TINY
 
 MOST_SETTLED = CENTRE_AFTER  # slots that are occupied when keys are centred
@@ -57,7 +57,7 @@ def vectors(codes, scales, levels, slot, held, DIM: tl.constexpr, BITS: tl.const
     return level * tl.load(scales + slot, mask=held, other=0.0).to(tl.float32)[:, None]
 
 
-@jit(do_not_specialize=["used", "end", "capacity"])
+@kernel("used", "end", "capacity")
 def _settle(
     first,
     keys,

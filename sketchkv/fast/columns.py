@@ -7,13 +7,13 @@ import torch
 
 from sketchkv.fast.attention import _tile
 from sketchkv.fast.codes import ring_row
-from sketchkv.fast.launch import jit, tl, triton
-from sketchkv.fast.prompt import capped, factors, logits_of, near_to, parts_of, tiles, width_of
+from sketchkv.fast.launch import kernel, tl, triton
+from sketchkv.fast.prompt import NEVER, capped, close_to, factors, logits_of, parts_of, since, tiles, width_of
 
 PROGRAMS = 264  # two for each multiprocessor of a large chip
 
 
-@jit(do_not_specialize=["count", "used", "seen", "rows"])
+@kernel("count", "used", "seen", "rows")
 def _receive(
     query,
     keys,
@@ -68,24 +68,21 @@ def _receive(
         sinks_end += tl.load(first + batch)
     slot, column = begin + tl.arange(0, BLOCK), tl.arange(0, KEY_WIDTH)
     k = _tile(keys, slot, column, k_slot, 1, used, KEYS, KEY_WIDTH)
-    sums = tl.zeros([BLOCK], tl.float32)
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
     before = used - count
     start = tl.maximum(begin - before, 0) // ROWS * ROWS  # queries before see none of these slots
-    place = slot
-    if NEWEST:
-        place = tl.load(positions + line * p_head + slot, mask=slot < used, other=-1)
+    positions += line * p_head
+    first_row = since(slot, positions, before, used, seen, sinks_end, NEWEST)
     passes = (count - start + ROWS - 1) // ROWS
     for number in tl.range(0, GROUP * passes, num_stages=STAGES):
         each, row = number // passes, start + number % passes * ROWS + tl.arange(0, ROWS)
         q = _tile(query + each * q_head, row, column, q_row, 1, count, KEYS, KEY_WIDTH)
         weight = tl.load(weights + row, mask=row < count, other=0.0)
         total = tl.load(normaliser + each * count + row, mask=row < count, other=0.0)
-        logits = logits_of(q, k, hidden, slot, row, before, used, scale, softcap, CAPPED, HIDES)
-        if NEWEST:
-            near = near_to(place[None, :], seen + row[:, None], sinks_end, NEWEST)
-            logits = tl.where(near, -float("inf"), logits)
-        sums += tl.sum(tl.exp2(logits - total[:, None]) * weight[:, None], 0)
+        logits = logits_of(q, k, hidden, slot, used, first_row, row, scale, softcap, CAPPED, HIDES)
+        sums += tl.exp2(logits - total[:, None]) * weight[:, None]
     if NEWEST:
+        place = tl.load(positions + slot, mask=slot < used, other=-1)
         which, held = ring_row(place, sinks_end - SINKS, seen, NEWEST, SINKS)
         own = slot >= before
         which = tl.where(own, rows + slot - before, which)
@@ -105,10 +102,9 @@ def _receive(
             weight = tl.load(weights + row, mask=row < count, other=0.0)
             total = tl.load(normaliser + each * count + row, mask=row < count, other=0.0)
             logits = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, CAPPED)
-            near = near_to(place[None, :], seen + row[:, None], sinks_end, NEWEST) & held[None, :]
-            near = near & (slot[None, :] <= before + row[:, None])
-            logits = tl.where(near, logits, -float("inf"))
-            sums += tl.sum(tl.exp2(logits - total[:, None]) * weight[:, None], 0)
+            near = close_to(place, tl.where(held, slot - before, NEVER), row, seen, sinks_end, NEWEST)
+            sums += tl.exp2(tl.where(near, logits, -float("inf")) - total[:, None]) * weight[:, None]
+    sums = tl.sum(sums, 0)
     address = received + line * r_head + slot
     if ADD:
         sums += fade * tl.load(address, mask=slot < used, other=0.0)

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.launch import jit, kernel, tl, triton
 
 
 @jit
@@ -19,7 +19,7 @@ def _index(a, b, item, row, WIDTH: tl.constexpr):
     return value.to(tl.int32) % WIDTH
 
 
-@jit(do_not_specialize=["elapsed"])
+@kernel("elapsed")
 def _remember(
     items,
     mass,
@@ -120,7 +120,7 @@ def ranked(score, position, sinks_end, end, recent_window, nan):
     return (bits.to(tl.int64) << 32) + position
 
 
-@jit(do_not_specialize=["used", "end"])
+@kernel("used", "end")
 def _lowest(
     scores,
     positions,
@@ -201,7 +201,7 @@ def lowest(importance, positions, tokens, end, count, num_sinks, recent_window, 
     return chosen
 
 
-@jit(do_not_specialize=["start", "count"])
+@kernel("start", "count")
 def _codes(
     keys,
     projection,

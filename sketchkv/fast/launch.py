@@ -1,6 +1,10 @@
-"""What all kernels share: Triton where it is installed, its interpreter, and whether kernels can run at all."""
+"""What all kernels share: Triton where it is installed, its interpreter, whether kernels can run, and launches that cost little."""
 
+import inspect
 import os
+from functools import partial
+
+import torch
 
 try:
     import triton
@@ -25,3 +29,50 @@ INTERPRETED = (
 def usable(device):
     """Whether the kernels can run on `device`: a GPU with triton, or Triton's interpreter."""
     return triton is not None and (device.type == "cuda" or INTERPRETED)
+
+
+class Kernel:
+    """A Triton kernel: `kernel[grid](*tensors and numbers, **constants)`.
+
+    Triton looks at each argument of each launch anew, which takes the host longer than most of these kernels take the device.
+    Here what it compiled is found by all that it depends on: dtypes, whether addresses are multiples of 16, numbers, constants.
+
+    loose: names of numbers that the compiled code does not depend on.
+    """
+
+    def __init__(self, function, loose=()):
+        self.slow, self.compiled = jit(function, do_not_specialize=list(loose)), {}
+        self.names = list(inspect.signature(function).parameters)
+        self.loose = [self.names.index(name) for name in loose]
+
+    def __getitem__(self, grid):
+        return partial(self.launch, grid)
+
+    def launch(self, grid, *arguments, **constants):
+        if INTERPRETED:
+            return self.slow[grid](*arguments, **constants)
+        values, key, device = [], [], torch._C._cuda_getDevice()
+        for each in arguments:
+            if each.__class__ is torch.Tensor:
+                each = each.data_ptr()
+                key.append(each & 15)
+            else:
+                key.append(each if each.__class__ is int else each.__class__)
+            values.append(each)
+        for place in self.loose:
+            key[place] = values[place] >= 2**31
+        key += [each.dtype for each in arguments if each.__class__ is torch.Tensor]
+        found = self.compiled.get(key := (device, *key, *constants, *constants.values()))
+        if found is None:
+            new = self.slow[grid](*arguments, **constants)
+            rest = [constants[name] for name in self.names[len(arguments) :]]
+            self.compiled[key] = new.run, new.function, new.packed_metadata, rest
+            return
+        run, function, metadata, rest = found
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run(*grid, *(1,) * (3 - len(grid)), stream, function, metadata, None, None, None, *values, *rest)
+
+
+def kernel(*loose):
+    """Decorator of a function that is launched; `jit` is for those that are called in it."""
+    return partial(Kernel, loose=loose)

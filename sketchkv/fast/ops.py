@@ -63,25 +63,20 @@ class Fused(Eager):
 
     def append(self, layer, keys, values, tokens):
         slots, count = layer.slots, keys.shape[2]
-        if count > 1 and _is_coded(layer) and _adds_up(layer):
-            slots.coming = chunk.append(keys, values, slots, tokens, layer.seen)
-            slots.used += count
-            return slice(slots.used - count, slots.used)
-        if count > 1 or not (type(slots.codec) is Plain or _is_coded(layer)):
-            return super().append(layer, keys, values, tokens)
         if type(slots.codec) is Plain:
             storage.append(keys, values, tokens.positions, slots, self.filled)
+        elif not _is_coded(layer) or (count > 1 and not _adds_up(layer)):
+            return super().append(layer, keys, values, tokens)
+        elif count > 1:
+            slots.coming = chunk.append(keys, values, slots, tokens, layer.seen)
         else:
             token.append(keys, values, tokens.positions, slots, self.filled, tokens.first)
-        return self._stored(slots)
+        slots.used += count
+        return slice(slots.used - count, slots.used) if self.filled is None else self.filled
 
     def recalled(self, layer, query, key, value, tokens, form):
         """A whole step of a layer with an index (`sketchkv.recall`), or None."""
         return recalled.step(layer, query, key, value, tokens, form)
-
-    def _stored(self, slots):
-        slots.used += 1
-        return slice(slots.used - 1, slots.used) if self.filled is None else self.filled
 
     def attend(self, layer, query, tokens, form):
         slots, policy = layer.slots, layer.policy

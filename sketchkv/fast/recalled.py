@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from sketchkv.fast import coded
+from sketchkv.fast.attention import LOG2E
 from sketchkv.fast.choice import choose, copied, record_of
 from sketchkv.fast.codes import bits_of, rests_of, stored
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.launch import kernel, tl, triton
 from sketchkv.fast.scan import TILE, candidates
 from sketchkv.fast.token import store_token
 from sketchkv.index import KeyIndex
@@ -25,8 +26,10 @@ MOST_SLOTS = 4096
 COUNTED = ("chosen", "missing", "fetched")
 
 
-@jit(do_not_specialize=["slot", "seen"])
+@kernel("slot", "seen")
 def _enter(
+    query,
+    turned,
     key,
     value,
     turn,
@@ -56,6 +59,8 @@ def _enter(
     pending,
     pages,
     table,
+    q_batch,
+    q_head,
     k_batch,
     k_head,
     v_batch,
@@ -67,6 +72,7 @@ def _enter(
     slot,
     seen,
     factor,
+    scale,
     NEWEST: tl.constexpr,
     SINKS: tl.constexpr,
     REST_BITS: tl.constexpr,
@@ -74,6 +80,7 @@ def _enter(
     ALWAYS: tl.constexpr,
     PADDED: tl.constexpr,
     CLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
     DIM: tl.constexpr,
     KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr,
@@ -91,6 +98,12 @@ def _enter(
     if PADDED:
         begins = tl.load(first + batch)
     number = seen - 1
+    column = tl.arange(0, DIM)
+    rotation = tl.load(turn + column[:, None] * DIM + column[None, :]).to(tl.float32) * (factor * scale)
+    query += batch * q_batch + head * GROUP * q_head
+    for each in range(GROUP):
+        q = tl.load(query + each * q_head + column).to(tl.float32)
+        tl.store(turned + (row * GROUP + each) * DIM + column, tl.sum(q[:, None] * rotation, 0))
     if slot < 0:  # what was asked for longest ago is overwritten, an empty slot before all others
         index = tl.arange(0, SLOTS)
         at = tl.load(positions + row * capacity + index, mask=index < capacity, other=0)
@@ -137,7 +150,6 @@ def _enter(
         VALUE_BITS,
         LEAST,
     )
-    column = tl.arange(0, DIM)
     open_block = pending + (row * BLOCK + number % BLOCK) * DIM
     tl.store(open_block + column, raw.to(pending.dtype.element_ty))
     tl.debug_barrier()  # codes were stored by other threads, and positions read
@@ -156,16 +168,19 @@ def _enter(
     copied(value_scales.to(byte, bitcast=True) + source * 2, record + KEY + 2 + VALUE, one >= 0, 2, 2)
 
 
-def enter(layer, key, value, tokens, clock, seen):
-    """The new token of all heads, `[batch, num_kv_heads, 1, width]`, not turned, in one launch."""
+def enter(layer, query, key, value, scaling, tokens, clock, seen):
+    """The new token of all heads, key and value `[batch, num_kv_heads, 1, width]`, in one launch. Returns its query, turned and
+    scaled, float32 `[batch, num_heads, width]`, for powers of two; given is `[batch, num_heads, width]`."""
     slots, index, store, at = layer.slots, layer.index, layer.store, tokens.positions
     (batch, kv_heads), dim = slots.shape, slots.widths[0]
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     rests, sizes = rests_of(slots, "bounds")
-    slot = -1
+    turned, slot = torch.empty(query.shape, dtype=torch.float32, device=query.device), -1
     if slots.room:
         slot, slots.used = slots.used, slots.used + 1
     _enter[(batch * kv_heads,)](
+        query,
+        turned,
         key,
         value,
         slots.codec.rotations["keys"],
@@ -181,6 +196,7 @@ def enter(layer, key, value, tokens, clock, seen):
         index.pending,
         store.bytes,
         store.mirror,
+        *query.stride()[:2],
         *key.stride()[:2],
         *value.stride()[:2],
         at.stride(0) if at.shape[0] > 1 else 0,
@@ -190,11 +206,13 @@ def enter(layer, key, value, tokens, clock, seen):
         slot,
         seen,
         dim**-0.5,
+        scaling * LOG2E,
         **sizes,
         RECENT=layer.recent_window,
         ALWAYS=layer.num_sinks,
         PADDED=tokens.padded,
         CLOCK=tokens.clock is not None,
+        GROUP=query.shape[1] // kv_heads,
         DIM=dim,
         **bits_of(slots),
         BLOCK=index.block,
@@ -203,6 +221,7 @@ def enter(layer, key, value, tokens, clock, seen):
         PAGE=PAGE,
         num_warps=4,
     )
+    return turned
 
 
 class _Side:
@@ -271,14 +290,14 @@ def step(layer, query, key, value, tokens, form):
     side.count(layer.moved)
     seen, clock = layer.seen + 1, tokens.positions if tokens.clock is None else tokens.clock
     index.hold(tokens.positions if tokens.padded else None, 1)
-    enter(layer, key, value, tokens, clock, seen)
-    advanced(layer)
     query = query[:, :, 0]
     query = query if query.stride(-1) == 1 else query.contiguous()
+    turned = enter(layer, query, key, value, form.scaling, tokens, clock, seen)
+    advanced(layer)
     place = tokens.first if tokens.padded else clock, clock, seen
     sizes = dict(SINKS=layer.num_sinks, RECENT=layer.recent_window, PADDED=tokens.padded)
     sizes |= dict(CLOCK=tokens.clock is not None)
-    found = candidates(query, slots, index, form.scaling, place, **sizes)
+    found = candidates(turned, slots, index, place, **sizes)
     shown = choose(found, slots, index, layer.store, side.counters, place, **sizes)
     return coded.attend(query, _Seen(slots, shown), form.scaling, masked=True)[0][:, :, None]
 

@@ -3,9 +3,9 @@ each tile. A token of the open block is never a candidate: the recent window is 
 
 import torch
 
-from sketchkv.fast.attention import LOG2E, MASKED
-from sketchkv.fast.codes import levels_of, stored
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.attention import MASKED
+from sketchkv.fast.codes import codes_of, levels_of, stored
+from sketchkv.fast.launch import jit, kernel, tl, triton
 
 EACH = 256  # tokens that one program estimates
 TILE = 4096  # tokens of which one program keeps the highest
@@ -18,10 +18,9 @@ def _weigh(logits, top, total):
     return higher, total * tl.exp2(top - higher) + tl.sum(tl.exp2(logits - higher[:, None]), 1)
 
 
-@jit(do_not_specialize=["used", "seen", "room", "parts"])
+@kernel("used", "seen", "room", "parts")
 def _scan(
     query,
-    turn,
     positions,
     keys,
     key_scales,
@@ -38,16 +37,12 @@ def _scan(
     scores,
     tops,
     totals,
-    q_batch,
-    q_head,
     kv_heads,
     capacity,
     used,
     room,
     seen,
     parts,
-    scale,
-    factor,
     SINKS: tl.constexpr,
     RECENT: tl.constexpr,
     PADDED: tl.constexpr,
@@ -70,10 +65,8 @@ def _scan(
     if PADDED:
         begins = tl.load(first + row // kv_heads)
     group, column = tl.arange(0, GROUPS), tl.arange(0, DIM)
-    query += row // kv_heads * q_batch + row % kv_heads * GROUP * q_head
-    q = tl.load(query + group[:, None] * q_head + column[None, :], mask=group[:, None] < GROUP, other=0.0)
-    rotation = tl.load(turn + column[:, None] * DIM + column[None, :]).to(tl.float32)
-    q = tl.dot(q.to(tl.float32), rotation, input_precision="ieee") * (factor * scale)
+    inside = group[:, None] < GROUP
+    q = tl.load(query + (row * GROUP + group[:, None]) * DIM + column[None, :], mask=inside, other=0.0)
     top = tl.full([GROUPS], MASKED, tl.float32)
     total = tl.zeros([GROUPS], tl.float32)
     if part == 0:
@@ -93,20 +86,28 @@ def _scan(
         centres += row * (room // BLOCK) * (DIM // 2)
         scores += row * GROUP * room
         start, coded = (part - 1) * BLOCKS, (seen - 1) // BLOCK
+        # The matrix unit multiplies signs without an error, and a query that is the sum of two halves with one of 2^-24.
+        length = tl.maximum(tl.max(tl.abs(q), 1), 1e-30)[:, None]
+        coarse = (q / length).to(tl.float16)
+        rest = (q / length - coarse.to(tl.float32)).to(tl.float16)
         for number in range(start, tl.minimum(start + BLOCKS, coded)):
             token = number * BLOCK + tl.arange(0, BLOCK)
             held = token >= 0
             one = number + tl.arange(0, 1)
             middle = levels_of(centres, centre_levels, one, one >= 0, column, DIM, 4)
             middle *= tl.load(centre_scales + row * (room // BLOCK) + number).to(tl.float32)
-            key = levels_of(signatures, levels, token, held, column, DIM, INDEX_BITS)
-            size = tl.load(factors + row * room + token).to(tl.float32)
-            # Three products of 19 bits are as good as one of float32, and the matrix unit does them.
-            logits = tl.dot(q, tl.trans(key), input_precision="tf32x3") * size[None, :]
+            size = tl.load(factors + row * room + token).to(tl.float32)[None, :]
+            if INDEX_BITS == 1:
+                sign = codes_of(signatures, token, held, column, DIM, 1) * 2 - 1
+                sign = tl.trans(sign.to(tl.float16))
+                logits = tl.dot(rest, sign, tl.dot(coarse, sign)) * (length * tl.load(levels + 1)) * size
+            else:
+                key = levels_of(signatures, levels, token, held, column, DIM, INDEX_BITS)
+                logits = tl.dot(q, tl.trans(key), input_precision="ieee") * size
             logits += tl.sum(q * middle, 1)[:, None]
             asked = (token >= begins + SINKS) & (token < seen - RECENT) & (begins >= 0)
             logits = tl.where(asked[None, :], logits, -float("inf"))
-            tl.store(scores + group[:, None] * room + token[None, :], logits, mask=group[:, None] < GROUP)
+            tl.store(scores + group[:, None] * room + token[None, :], logits, mask=inside)
             top, total = _weigh(logits, top, total)
     target = (row * GROUP + group) * parts + part
     tl.store(tops + target, top, mask=group < GROUP)
@@ -115,16 +116,18 @@ def _scan(
 
 @jit
 def threshold(key, count, BITS: tl.constexpr):
-    """The largest number of BITS bits that at least `count` of `key` (int64 [n], -1 for none) reach, 0 if there is none."""
+    """A number of BITS bits that `count` of `key` (int64 [n], distinct, -1 for none) reach; 0 if there are no more."""
     least = tl.sum(key * 0, 0)
-    for step in range(BITS):
-        further = least | (tl.full([1], 1, tl.int64) << (BITS - 1 - step))
-        enough = tl.sum((key >= further).to(tl.int32), 0) >= count
-        least = tl.where(enough, tl.sum(further, 0), least)
+    step = tl.where(tl.sum((key >= 0).to(tl.int32), 0) <= count, -1, BITS - 1)
+    while step >= 0:
+        further = least | ((least == least).to(tl.int64) << step)
+        reach = tl.sum((key >= further).to(tl.int32), 0)
+        least = tl.where(reach >= count, further, least)
+        step = tl.where(reach == count, -1, step - 1)
     return least
 
 
-@jit(do_not_specialize=["seen", "room", "parts", "tiles"])
+@kernel("seen", "room", "parts", "tiles")
 def _pool(
     scores,
     tops,
@@ -180,11 +183,11 @@ def _pool(
     tl.store(candidates + index, tl.full([TOPS], -1, tl.int64), mask=(index >= count) & (index < TOP))
 
 
-def candidates(query, slots, index, scaling, place, **sizes):
+def candidates(query, slots, index, place, **sizes):
     """Tokens among which the `index.top` of highest rank are: int64 `[batch, num_kv_heads, n]`, rank << shift | number, -1 for none;
     and `shift`.
 
-    query: `[batch, num_heads, width]`, not turned. scaling: factor of the logits.
+    query: float32 `[batch, num_heads, width]`, turned and scaled by the factor of the logits and LOG2E.
     place: (first, clock, seen) as of `recalled`. sizes: SINKS, RECENT, PADDED and CLOCK.
     """
     (batch, kv_heads), dim, room, block = slots.shape, slots.widths[0], index.capacity, index.block
@@ -197,7 +200,6 @@ def candidates(query, slots, index, scaling, place, **sizes):
     found = torch.empty(batch, kv_heads, tiles * top, dtype=torch.int64, device=device)
     _scan[(rows, parts)](
         query,
-        index.rotation,
         slots.positions,
         *stored(slots, "keys"),
         slots.codec.centre,
@@ -212,15 +214,12 @@ def candidates(query, slots, index, scaling, place, **sizes):
         scores,
         tops,
         totals,
-        *query.stride()[:2],
         kv_heads,
         slots.capacity,
         slots.used,
         room,
         seen,
         parts,
-        scaling * LOG2E,
-        dim**-0.5,
         **sizes,
         GROUP=group,
         GROUPS=max(16, triton.next_power_of_2(group)),

@@ -6,7 +6,7 @@ import torch
 from sketchkv.fast.codes import bits_of, stored
 from sketchkv.fast.coding import vectors
 from sketchkv.fast.eviction import ranked
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.launch import jit, kernel, tl, triton
 from sketchkv.slots import Slots
 
 TOGETHER = 6  # arrays that one launch moves
@@ -25,7 +25,7 @@ def _copy(source, target, at, to, moved, fresh, blank, SIZE: tl.constexpr, WIDTH
         tl.store(target + to[:, None] * SIZE + column[None, :], row, mask=fresh[:, None] & inside)
 
 
-@jit(do_not_specialize=["capacity", "room", "count"])
+@kernel("capacity", "room", "count")
 def _move(
     index,
     s0,
@@ -115,7 +115,7 @@ def widened(slots, capacity):
     return wide
 
 
-@jit(do_not_specialize=["used", "end"])
+@kernel("used", "end")
 def _rank(
     scores,
     positions,
@@ -178,7 +178,7 @@ def chosen(importance, slots, tokens, layer):
     return ranks, best.values, best.indices
 
 
-@jit(do_not_specialize=["used", "kept"])
+@kernel("used", "kept")
 def _fold(
     ranks,
     best,
@@ -236,7 +236,7 @@ def _fold(
     tl.store(added + part, count)
 
 
-@jit(do_not_specialize=["parts"])
+@kernel("parts")
 def _mean(sums, added, means, value_means, counts, parts, DIM: tl.constexpr):
     """One program: the running means of one KV head of one sequence take in the sums."""
     line = tl.program_id(0).to(tl.int64)

@@ -3,7 +3,7 @@
 import torch
 
 from sketchkv.fast.codes import bits_of, rests_of, ring_row, stored
-from sketchkv.fast.launch import jit, tl
+from sketchkv.fast.launch import jit, kernel, tl
 from sketchkv.quantize import TINY
 
 
@@ -121,7 +121,7 @@ def store_token(
     return raw
 
 
-@jit(do_not_specialize=["slot"])
+@kernel("slot")
 def _append(
     key,
     value,

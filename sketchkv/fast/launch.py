@@ -3,6 +3,7 @@
 import inspect
 import os
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -41,7 +42,8 @@ class Kernel:
     """
 
     def __init__(self, function, loose=()):
-        self.slow, self.compiled = jit(function, do_not_specialize=list(loose)), {}
+        self.slow: Any = jit(function, do_not_specialize=list(loose))
+        self.compiled: dict[tuple, tuple] = {}
         self.names = list(inspect.signature(function).parameters)
         self.loose = [self.names.index(name) for name in loose]
 
@@ -51,18 +53,19 @@ class Kernel:
     def launch(self, grid, *arguments, **constants):
         if INTERPRETED:
             return self.slow[grid](*arguments, **constants)
-        values, key, device = [], [], torch._C._cuda_getDevice()
+        device, values, kinds = torch._C._cuda_getDevice(), [], []
         for each in arguments:
             if each.__class__ is torch.Tensor:
                 each = each.data_ptr()
-                key.append(each & 15)
+                kinds.append(each & 15)
             else:
-                key.append(each if each.__class__ is int else each.__class__)
+                kinds.append(each if each.__class__ is int else each.__class__)
             values.append(each)
         for place in self.loose:
-            key[place] = values[place] >= 2**31
-        key += [each.dtype for each in arguments if each.__class__ is torch.Tensor]
-        found = self.compiled.get(key := (device, *key, *constants, *constants.values()))
+            kinds[place] = values[place] >= 2**31
+        dtypes = [each.dtype for each in arguments if each.__class__ is torch.Tensor]
+        key = device, *kinds, *dtypes, *constants, *constants.values()
+        found = self.compiled.get(key)
         if found is None:
             new = self.slow[grid](*arguments, **constants)
             rest = [constants[name] for name in self.names[len(arguments) :]]

@@ -203,9 +203,9 @@ def _attend(
             slot = at + tl.arange(0, BLOCK)
             k = _tile(keys, slot, key_column, k_slot, 1, end, KEYS, KEY_WIDTH)
             v = _tile(values, slot, value_column, v_slot, 1, end, VALUES, VALUE_WIDTH)
-            first = since(slot, positions, before, end, seen, sinks_end, NEWEST)
+            starts = since(slot, positions, before, end, seen, sinks_end, NEWEST)
             ALL: tl.constexpr = PART == 0 and NEWEST == 0
-            logits = logits_of(q, k, hidden, slot, end, first, row, scale, softcap, CAPPED, HIDES, ALL)
+            logits = logits_of(q, k, hidden, slot, end, starts, row, scale, softcap, CAPPED, HIDES, ALL)
             top, total, sums = _add(logits, v, top, total, sums)
     if NEWEST:
         # What the ring held before, sinks among the new tokens, and those that came just before the queries.

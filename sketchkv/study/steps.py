@@ -37,6 +37,7 @@ SHAPES = {
 }
 KV_HEADS = {"tiny": 2, "SmolLM2": 3, "Llama-3.1-8B": 8}
 FULL = "DynamicCache"
+QUANTIZED = "QuantizedCache, quanto", "QuantizedCache, hqq"
 
 
 class Runs:
@@ -110,8 +111,8 @@ class Runs:
         cache = {
             FULL: lambda: DynamicCache(config=self.config),
             "OffloadedCache": lambda: DynamicCache(config=self.config, offloading=True),
-            "QuantizedCache, quanto": lambda: QuantizedCache("quanto", self.config),
-            "QuantizedCache, hqq": lambda: QuantizedCache("hqq", self.config),
+            QUANTIZED[0]: lambda: QuantizedCache("quanto", self.config),
+            QUANTIZED[1]: lambda: QuantizedCache("hqq", self.config),
         }[kind]()
         for layer in range(self.config.num_hidden_layers):
             cache.update(*self._states(seen), layer)
@@ -180,20 +181,19 @@ class Bench(Runs):
                     f"predicted, {name}, {seen} seen", "ms", [1e3 * (weights + self.batch * size) / rate]
                 )
 
-    def peers(self, seen, caps=(512,), fast=("compact", "sketch"), plain=("sketch", "compact")):
-        """A step after `seen` tokens: transformers' caches, ours as they are, ours compiled (on a GPU recorded, too)."""
+    def peers(
+        self, seen, caps=(512,), fast=("compact", "sketch"), plain=("sketch", "compact"), others=QUANTIZED
+    ):
+        """A step after `seen` tokens: transformers' caches, `others` among them, ours as they are, ours compiled (on a GPU
+        recorded, too)."""
         where = f"{seen} seen, batch {self.batch}"
         self.begin(seen=seen, caps=caps, methods=[self.method(name, caps[0]) for name in (*fast, *plain)])
         makers = {
             FULL: partial(self.full, seen),
             "StaticCache, compiled": partial(self.full, seen, "StaticCache"),
         }
-        kinds = [
-            "QuantizedCache, quanto",
-            "QuantizedCache, hqq",
-            *["OffloadedCache"] * (self.device == "cuda"),
-        ]
-        makers |= {kind: partial(self.full, seen, kind) for kind in kinds}
+        others = [*others, *["OffloadedCache"] * (self.device == "cuda" and self.batch == 1)]
+        makers |= {kind: partial(self.full, seen, kind) for kind in others}
         for cap in caps:
             makers |= {f"{n}, cap {cap}": partial(self.cycle, n, seen, cap) for n in plain}
             makers |= {
@@ -233,7 +233,7 @@ class Bench(Runs):
         self.begin(prompt=prompt, new=new, chunk=chunk, methods=[self.method(name, cap) for name in names])
         ids = self.ids(prompt)
         own = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
-        plain, held = f"generate, {FULL}", {}
+        plain, held = f"generate, {FULL}", dict[str, Any]()
 
         def bounded(row, name):
             cache = held.setdefault(row, self.bounded(name, cap, prefill_chunk=chunk))
@@ -276,7 +276,7 @@ class Bench(Runs):
         for name in names:
             for kind, fast in (("as it is", False), ("recorded", True)):
                 run = self.cycle(name, seen, cap, fast)
-                for _ in range(3 if fast else 1):  # recorded once and again
+                for _ in range(3):  # recorded when they come again
                     run()
                 counts = []
                 for _ in range(5):

@@ -39,6 +39,7 @@ class SketchCache(Cache):
     """
 
     layers: Any
+    is_compileable = False  # True, set for a cache: `model.generate` compiles its steps
 
     def __init__(
         self,

@@ -205,9 +205,8 @@ class BoundedLayer(CacheLayerMixin):
 
     def shared(self):
         """Tensors that layers share, which count once: {identity: (kind, bytes)}."""
-        if self.slots is None:
-            return {}
-        return {id(tensor): ("kv", tensor.nbytes) for tensor in self.slots.codec.shared()}
+        tensors = () if self.slots is None else self.slots.codec.shared()
+        return {id(tensor): ("kv", tensor.nbytes) for tensor in tensors}
 
 
 def _fits(held, batch, like):

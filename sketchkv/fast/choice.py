@@ -3,7 +3,7 @@ longest ago, in one launch, and is read from the store in another. The host lear
 
 import torch
 
-from sketchkv.fast.launch import jit, kernel, tl, triton
+from sketchkv.fast.launch import jit, kernel, pieces, power, tl
 from sketchkv.fast.scan import threshold
 from sketchkv.store import PAGE
 
@@ -162,7 +162,7 @@ def choose(found, slots, index, store, moved, place, **sizes):
     shown = torch.empty_like(slots.positions)
     chosen, missing, places = torch.empty(3, rows, top, dtype=torch.int32, device=device)
     absent = torch.empty(rows, dtype=torch.int32, device=device)
-    size = triton.next_power_of_2(capacity)
+    size = power(capacity)
     _choose[(rows,)](
         found,
         slots.positions,
@@ -182,9 +182,9 @@ def choose(found, slots, index, store, moved, place, **sizes):
         seen,
         store.record,
         COUNT=found.shape[2],
-        SIZE=triton.next_power_of_2(found.shape[2]),
+        SIZE=power(found.shape[2]),
         TOP=top,
-        TOKENS=max(2, min(triton.next_power_of_2(top), PAIRS // size)),
+        TOKENS=max(2, min(power(top), PAIRS // size)),
         SLOTS=size,
         SHIFT=shift,
         **sizes,
@@ -192,7 +192,7 @@ def choose(found, slots, index, store, moved, place, **sizes):
     )
     arrays = [slots.arrays[name].view(torch.uint8) for name, *_ in store.layout]
     key, value = arrays[0].shape[-1], arrays[2].shape[-1]
-    _fetch[(rows, triton.cdiv(top, READS))](
+    _fetch[(rows, pieces(top, READS))](
         store.bytes,
         store.mirror,
         missing,
@@ -207,7 +207,7 @@ def choose(found, slots, index, store, moved, place, **sizes):
         PAGE=PAGE,
         KEY=key,
         VALUE=value,
-        WIDTH=triton.next_power_of_2(max(key, value)),
+        WIDTH=power(max(key, value)),
         num_warps=4,
     )
     return shown

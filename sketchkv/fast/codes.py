@@ -5,7 +5,7 @@ import math
 
 import torch
 
-from sketchkv.fast.launch import jit, kernel, tl, triton
+from sketchkv.fast.launch import jit, kernel, pieces, power, tl
 
 
 @jit
@@ -122,7 +122,7 @@ def importance(policy, slots, tokens, end):
     """What `AttentionMass.score` gives, norms of values taken from their codes: float32 `[batch, num_kv_heads, used]`."""
     (batch, kv_heads), used = slots.shape, slots.used
     scores = torch.empty(batch, kv_heads, used, dtype=torch.float32, device=slots.device)
-    _importance[(batch * kv_heads, triton.cdiv(used, 64))](
+    _importance[(batch * kv_heads, pieces(used, 64))](
         slots.arrays["mass"],
         slots.positions,
         *stored(slots, "values"),
@@ -213,7 +213,7 @@ def fold(summary, slots, evicted):
         summary.counts,
         slots.capacity,
         COUNT=count,
-        SIZE=triton.next_power_of_2(count),
+        SIZE=power(count),
         DIM=slots.widths[0],
         **bits_of(slots),
         num_warps=4,

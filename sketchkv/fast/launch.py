@@ -3,6 +3,7 @@
 import inspect
 import os
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -41,36 +42,50 @@ class Kernel:
     """
 
     def __init__(self, function, loose=()):
-        self.slow, self.compiled = jit(function, do_not_specialize=list(loose)), {}
-        self.names = list(inspect.signature(function).parameters)
-        self.loose = [self.names.index(name) for name in loose]
+        self.slow: Any = jit(function, do_not_specialize=list(loose))
+        self.names, self.loose = list(inspect.signature(function).parameters), loose
+        self.layouts: dict[tuple, tuple] = {}
+        self.compiled: dict[tuple, tuple] = {}
 
     def __getitem__(self, grid):
         return partial(self.launch, grid)
 
+    def _layout(self, kinds):
+        """Places of tensors, and of numbers that the compiled code depends on."""
+        named = [(place, kind) for place, kind in enumerate(kinds) if self.names[place] not in self.loose]
+        self.layouts[kinds] = tuple([p for p, k in named if k is kind] for kind in (torch.Tensor, int))
+        return self.layouts[kinds]
+
     def launch(self, grid, *arguments, **constants):
         if INTERPRETED:
             return self.slow[grid](*arguments, **constants)
-        values, key, device = [], [], torch._C._cuda_getDevice()
-        for each in arguments:
-            if each.__class__ is torch.Tensor:
-                each = each.data_ptr()
-                key.append(each & 15)
-            else:
-                key.append(each if each.__class__ is int else each.__class__)
-            values.append(each)
-        for place in self.loose:
-            key[place] = values[place] >= 2**31
-        key += [each.dtype for each in arguments if each.__class__ is torch.Tensor]
-        found = self.compiled.get(key := (device, *key, *constants, *constants.values()))
-        if found is None:
+        kinds, device, values = tuple(map(type, arguments)), torch._C._cuda_getDevice(), list(arguments)
+        tensors, numbers = self.layouts.get(kinds) or self._layout(kinds)
+        key: Any = [device, kinds, *constants, *constants.values()]
+        for place in numbers:  # what Triton looks at
+            key.append(-1 if values[place] == 1 else values[place] & 15 == 0)
+        for place in tensors:
+            values[place] = pointer = arguments[place].data_ptr()
+            key += arguments[place].dtype, pointer & 15
+        key = tuple(key)
+        if key not in self.compiled:
             new = self.slow[grid](*arguments, **constants)
             rest = [constants[name] for name in self.names[len(arguments) :]]
             self.compiled[key] = new.run, new.function, new.packed_metadata, rest
             return
-        run, function, metadata, rest = found
+        run, function, metadata, rest = self.compiled[key]
         stream = torch._C._cuda_getCurrentRawStream(device)
         run(*grid, *(1,) * (3 - len(grid)), stream, function, metadata, None, None, None, *values, *rest)
+
+
+def pieces(count, size):
+    """How many parts of a size make up a count."""
+    return -(-count // size)
+
+
+def power(count):
+    """The least power of two that is no less."""
+    return 1 << (count - 1).bit_length()
 
 
 def kernel(*loose):

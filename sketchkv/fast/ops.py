@@ -33,6 +33,8 @@ from sketchkv.sketch_policy import Sketch
 from sketchkv.slots import Plain
 from sketchkv.summary import Summary
 
+FEW_SLOTS = 1024
+
 
 class Fused(Eager):
     """One launch to store a token, one to attend and accumulate, one each to score, choose and close holes.
@@ -96,17 +98,27 @@ class Fused(Eager):
         # A subclass that observes in its own way is asked to.
         accumulates = type(policy).observe is AttentionMass.observe and not tokens.padded
         decay = policy.decay if accumulates else 1.0
+        # Where the host launches each step, one launch less is worth more than a full chip.
+        splits = 1 if tokens.clock is None and slots.used <= FEW_SLOTS else None
         if plain:
             mass = self._stretch(slots, "mass") if accumulates else None
             positions = slots["positions"] if tokens.padded else None
             stored = self._stretch(slots, "keys"), self._stretch(slots, "values")
             output, received = attention.attend(
-                query[:, :, 0], *stored, form.scaling, positions, mass, decay, self.filled
+                query[:, :, 0], *stored, form.scaling, positions, mass, decay, self.filled, splits=splits
             )
         else:
             mass = slots.arrays["mass"] if accumulates else None
             output, received = coded.attend(
-                query[:, :, 0], slots, form.scaling, layer.summary, mass, decay, tokens.padded, self.filled
+                query[:, :, 0],
+                slots,
+                form.scaling,
+                layer.summary,
+                mass,
+                decay,
+                tokens.padded,
+                self.filled,
+                splits=splits,
             )
         if policy.uses_attention and not accumulates:
             received = received[:, :, None]

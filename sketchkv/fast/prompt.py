@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sketchkv.fast.attention import LOG2E, MASKED, _tile
-from sketchkv.fast.launch import jit, kernel, tl, triton
+from sketchkv.fast.launch import jit, kernel, pieces, power, tl
 
 NEVER = tl.constexpr(2**31 - 1)  # of no query
 
@@ -194,18 +194,25 @@ def _attend(
         mean = _mean(value_means + kv * VALUES, turn, value_column, VALUES, TURN)
         sums = share[:, None] * mean[None, :]
         top = higher
-    whole, end = (before + begin) // BLOCK * BLOCK, tl.minimum(before + begin + ROWS, used)
-    if NEWEST and not PADDED:  # of the last ones nothing is read here
-        end = before + tl.minimum(tl.maximum(begin + ROWS - NEWEST, 0), count)
-        whole = tl.minimum(whole, end)
-    for PART in tl.static_range(2):  # slots that all of these queries see, and the others
-        for at in tl.range(whole if PART else 0, end if PART else whole, BLOCK, num_stages=STAGES):
+    end = tl.minimum(before + begin + ROWS, used)
+    edge, whole = 0, (before + begin) // BLOCK * BLOCK
+    if NEWEST:
+        edge = end
+        if (
+            not PADDED
+        ):  # of the newest nothing is read here; which slots older tokens and sinks have, their positions say
+            end = before + tl.minimum(tl.maximum(begin + ROWS - NEWEST, 0), count)
+            edge = (before + tl.maximum(sinks_end - seen, 0) + BLOCK - 1) // BLOCK * BLOCK
+            whole = tl.maximum(before + begin - NEWEST + 1, 0) // BLOCK * BLOCK
+    for PART in tl.static_range(0 if NEWEST else 1, 3):  # the second: slots that all of these queries read
+        start = 0 if PART == 0 else edge if PART == 1 else tl.maximum(edge, whole)
+        stop = tl.minimum(edge, end) if PART == 0 else whole if PART == 1 else end
+        for at in tl.range(start, stop, BLOCK, num_stages=STAGES):
             slot = at + tl.arange(0, BLOCK)
             k = _tile(keys, slot, key_column, k_slot, 1, end, KEYS, KEY_WIDTH)
             v = _tile(values, slot, value_column, v_slot, 1, end, VALUES, VALUE_WIDTH)
-            first = since(slot, positions, before, end, seen, sinks_end, NEWEST)
-            ALL: tl.constexpr = PART == 0 and NEWEST == 0
-            logits = logits_of(q, k, hidden, slot, end, first, row, scale, softcap, CAPPED, HIDES, ALL)
+            starts = since(slot, positions, before, end, seen, sinks_end, NEWEST)
+            logits = logits_of(q, k, hidden, slot, end, starts, row, scale, softcap, CAPPED, HIDES, PART == 1)
             top, total, sums = _add(logits, v, top, total, sums)
     if NEWEST:
         # What the ring held before, sinks among the new tokens, and those that came just before the queries.
@@ -260,7 +267,7 @@ def attend(
     normaliser = torch.empty(batch, heads, count, dtype=torch.float32, device=query.device)
     rows, block, stages, warps = tiles(query, values)
     near, (seen, before), sizes = parts_of(fine, normaliser)
-    _attend[(triton.cdiv(count, rows), batch * heads)](
+    _attend[(pieces(count, rows), batch * heads)](
         query,
         keys,
         values,
@@ -315,14 +322,15 @@ def factors(scaling, softcap):
 
 
 def width_of(vectors):
-    return max(16, triton.next_power_of_2(vectors.shape[-1]))
+    return max(16, power(vectors.shape[-1]))
 
 
-def tiles(query, other):
-    """Queries and slots of a tile, stages and warps: what fits in the memory of a multiprocessor."""
+def tiles(query, other, rows=64):
+    """Queries and slots of a tile, stages and warps: what fits in the memory of a multiprocessor; rows: queries, of narrow
+    vectors."""
     row = max(width_of(query), width_of(other)) * query.element_size()  # bytes of a vector
     if row <= 128:
-        return 128, 64, 3, 4
+        return rows, 64, 3, 4
     if row <= 256:
         return 128, 64, 2, 8
     return (64, 64, 1, 4) if row <= 512 else (32, 32, 1, 4)

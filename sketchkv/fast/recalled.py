@@ -13,7 +13,7 @@ from sketchkv.fast import coded
 from sketchkv.fast.attention import LOG2E
 from sketchkv.fast.choice import choose, copied, record_of
 from sketchkv.fast.codes import bits_of, rests_of, stored
-from sketchkv.fast.launch import kernel, tl, triton
+from sketchkv.fast.launch import kernel, power, tl
 from sketchkv.fast.scan import TILE, candidates
 from sketchkv.fast.token import store_token
 from sketchkv.index import KeyIndex
@@ -216,7 +216,7 @@ def enter(layer, query, key, value, scaling, tokens, clock, seen):
         DIM=dim,
         **bits_of(slots),
         BLOCK=index.block,
-        SLOTS=triton.next_power_of_2(slots.capacity),
+        SLOTS=power(slots.capacity),
         LEAST=TINY,
         PAGE=PAGE,
         num_warps=4,

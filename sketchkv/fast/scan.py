@@ -5,7 +5,7 @@ import torch
 
 from sketchkv.fast.attention import MASKED
 from sketchkv.fast.codes import codes_of, levels_of, stored
-from sketchkv.fast.launch import jit, kernel, tl, triton
+from sketchkv.fast.launch import jit, kernel, pieces, power, tl
 
 EACH = 256  # tokens that one program estimates
 TILE = 4096  # tokens of which one program keeps the highest
@@ -193,7 +193,7 @@ def candidates(query, slots, index, place, **sizes):
     (batch, kv_heads), dim, room, block = slots.shape, slots.widths[0], index.capacity, index.block
     rows, group, (first, clock, seen) = batch * kv_heads, query.shape[1] // kv_heads, place
     blocks = max(1, EACH // block)
-    parts, tiles = 1 + triton.cdiv(room // block, blocks), triton.cdiv(room, TILE)
+    parts, tiles = 1 + pieces(room // block, blocks), pieces(room, TILE)
     device, top, arrays = query.device, min(index.top, TILE), index.arrays
     scores = torch.empty(rows, group, room, dtype=torch.float32, device=device)
     tops, totals = torch.empty(2, rows * group, parts, dtype=torch.float32, device=device)
@@ -222,7 +222,7 @@ def candidates(query, slots, index, place, **sizes):
         parts,
         **sizes,
         GROUP=group,
-        GROUPS=max(16, triton.next_power_of_2(group)),
+        GROUPS=max(16, power(group)),
         DIM=dim,
         KEY_BITS=slots.codec.bits["keys"],
         INDEX_BITS=index.bits,
@@ -247,11 +247,11 @@ def candidates(query, slots, index, place, **sizes):
         tiles,
         **sizes,
         GROUP=group,
-        PARTS=triton.next_power_of_2(parts),
+        PARTS=power(parts),
         TILE=TILE,
         SHIFT=shift,
         TOP=top,
-        TOPS=triton.next_power_of_2(top),
+        TOPS=power(top),
         num_warps=8,
     )
     return found, shift

@@ -2,7 +2,7 @@
 
 import torch
 
-from sketchkv.fast.launch import kernel, tl, triton
+from sketchkv.fast.launch import kernel, pieces, power, tl
 
 
 @kernel("slot", "count")
@@ -58,7 +58,7 @@ def append(key, value, position, slots, filled=None):
     (batch, kv_heads), widths, count = slots.shape, slots.widths, key.shape[2]
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     rows = 1 if count == 1 else 32
-    _append[(batch * kv_heads, triton.cdiv(count, rows))](
+    _append[(batch * kv_heads, pieces(count, rows))](
         key,
         value,
         position,
@@ -76,7 +76,7 @@ def append(key, value, position, slots, filled=None):
         slots.capacity,
         KEYS=widths[0],
         VALUES=widths[1],
-        WIDTH=triton.next_power_of_2(max(widths)),
+        WIDTH=power(max(widths)),
         ROWS=rows,
         GROWS=filled is not None,
         num_warps=1 if count == 1 else 4,
@@ -142,9 +142,9 @@ def compact(slots, evicted):
             kept,
             -1 if name == "positions" else 0,
             COUNT=count,
-            SIZE=triton.next_power_of_2(count),
+            SIZE=power(count),
             INNER=inner,
-            WIDTH=triton.next_power_of_2(inner),
+            WIDTH=power(inner),
             CLEAR=name not in slots.kv,
             num_warps=1 if inner == 1 else 4,
         )

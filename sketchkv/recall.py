@@ -92,7 +92,10 @@ class RecallLayer(BoundedLayer):
         return own | super().shared()  # a rotation that the codec counts is the same
 
     def advance(self):
-        raise NotImplementedError("steps with an index can't be recorded: the query decides what they read")
+        self.seen += 1
+        self.index.seen = self.store.tokens = self.seen
+        self.moved["written"] += self.slots.shape[0] * self.slots.shape[1] * self.store.record
+        self.evicted = self.seen - self.slots.used
 
     def attend(self, query, key, value, tokens, form):
         whole = getattr(self.ops, "recalled", None) if query.shape[2] == 1 else None

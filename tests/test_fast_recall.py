@@ -6,11 +6,13 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import interpreted
+from conftest import build, interpreted
 from test_kernels import DEVICE, HAS_TRITON, INTERPRET, runs
 
+import sketchkv
+from sketchkv import SketchCache, generate
 from sketchkv.checks import Settings
-from sketchkv.fast import scan
+from sketchkv.fast import coding, scan
 from sketchkv.fast.ops import Fused
 from sketchkv.index import ExactKeys, KeyIndex
 from sketchkv.logits import Form
@@ -175,6 +177,34 @@ def test_a_step_attends_to_the_store_in_float64_and_chooses_as_numpy(dtype):
 
 
 @runs
+@pytest.mark.parametrize(
+    "bits, dtype", [(1, torch.float32), (2, torch.bfloat16), (4, torch.float16)], ids=str
+)
+def test_a_block_is_coded_as_by_the_index(bits, dtype):
+    keys = torch.randn(2, 3, 96, 64, device=DEVICE) + torch.randn(64, device=DEVICE)
+    keys[0, 1, 40, 3] = float("inf")  # counts in no centre
+    keys, found = keys.to(dtype), KeyIndex(top=8, bits=bits, block=32, num_sinks=36)
+    found.add(keys[:, :, :63])
+    expected = copy.deepcopy(found)
+    found.pending[:, :, 31] = keys[:, :, 63]
+    coding.block(found)
+    expected.code(torch.cat([expected.pending[:, :, :31], keys[:, :, 63:64]], 2))
+    assert found.coded == expected.coded == 64
+    sound = torch.arange(64, device=DEVICE) != 40
+    for name, array in expected.arrays.items():
+        got, want = (
+            found.arrays[name][:, :, : 64 * array.shape[2] // 1024],
+            array[:, :, : 64 * array.shape[2] // 1024],
+        )
+        if got.shape[2] == 64:
+            got, want = got[:, :, sound], want[:, :, sound]
+        if got.dtype == torch.uint8:
+            assert (got != want).float().mean() < 0.01, name  # beside a rounding edge
+        else:
+            torch.testing.assert_close(got, want, atol=1e-3, rtol=2e-3, msg=name)
+
+
+@runs
 def test_equal_ranks_give_the_newest_tokens():
     text, layer = Text(200), layer_of(Fused())
     text.parts[0].zero_()  # no key is nearer than another
@@ -236,6 +266,32 @@ def test_a_text_begins_again_and_rows_move():
         torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-2)
         assert torch.equal(attended(layers[0]), attended(layers[1])), end
     assert {k: int(v) for k, v in layers[0].moved.items()} == layers[1].moved
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("store", ["host", DeviceStore()], ids=["host", "device"])
+def test_recorded_steps_give_the_same_tokens(store):
+    model = sketchkv.enable(build("llama", positions=2048)).to(DEVICE)
+    ids = torch.randint(1, 97, (2, 1000), device=DEVICE)
+    settings = dict(recent_window=16, index=KeyIndex(top=12, block=16, store=store), bits=(6, 5))
+    caches = [SketchCache.recall(model.config, 40, **settings) for _ in range(3)]
+    for layer in caches[2].layers:
+        layer.ops = Eager()
+    for length, new in ((1000, 60), (300, 40)):  # the first text passes a place where memory grows
+        expected, got, eager = (
+            generate(model, ids[:, :length], cache, new, graph=number == 1)
+            for number, cache in enumerate(caches)
+        )
+        assert torch.equal(got, expected) and torch.equal(got, eager)
+        assert caches[1].traffic() == caches[0].traffic() and caches[0].traffic()["fetched"] > 0
+        for layer in range(2):
+            kept = [cache.kept_positions(layer).sort(-1).values for cache in caches]
+            assert torch.equal(kept[0], kept[1])
+        assert caches[1].recordings.graphs
+        logits = [model(got[:, -1:], past_key_values=cache).logits for cache in caches[:2]]
+        torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+        for cache in caches:
+            cache.reset()
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")

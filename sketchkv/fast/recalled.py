@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sketchkv.fast import coded
+from sketchkv.fast import coded, coding
 from sketchkv.fast.attention import LOG2E
 from sketchkv.fast.choice import choose, copied, record_of
 from sketchkv.fast.codes import bits_of, rests_of, stored
@@ -264,50 +264,57 @@ def _serves(layer):
     )
 
 
+def _side(layer):
+    """What is beside a layer that kernels serve as it is now, else None."""
+    slots, index = layer.slots, layer.index
+    side = _sides.get(slots)
+    if side is None:
+        side = _sides[slots] = _Side(layer)
+    served = side.serves and index.seen >= index.block and layer.seen >= slots.codec.settles_after
+    return side if served else None
+
+
 def ready(layer):
-    """Room for one more token in the index and the store, and a full block is coded; what must not be recorded."""
-    index, store = layer.index, layer.store
+    """Room for one more token in the index and the store, and a full block is coded; what must not be recorded. Returns what a
+    recording depends on, or None if kernels do not serve the layer."""
+    index, store, side = layer.index, layer.store, _side(layer)
+    if side is None:
+        return None
+    side.count(layer.moved)
     store.reserve(layer.seen + 1)
     store.mirrored(layer.slots.device)
     index.reserve(layer.seen + 1)
     if index.seen - index.coded == index.block:
-        index.code(index.pending)
+        if index.coded and "positions" not in index.arrays:
+            coding.block(index)
+        else:
+            index.code(index.pending)
+    return layer.slots.used, index.capacity, store.bytes.data_ptr(), store.mirror.data_ptr()
 
 
 def step(layer, query, key, value, tokens, form):
     """Attention of one new token, which enters: `[batch, num_heads, 1, width]`, or None if kernels do not serve the layer. Parameters
     as of `BoundedLayer.attend`."""
-    slots, index = layer.slots, layer.index
-    if form.softcap is not None or form.sinks is not None or layer.seen < slots.codec.settles_after:
-        return None
-    side = _sides.get(slots)
+    slots, index, side = layer.slots, layer.index, _side(layer)
     if side is None:
-        side = _sides[slots] = _Side(layer)
-    if not side.serves or index.seen < index.block:
         return None
-    if tokens.clock is None:
+    if form.softcap is not None or form.sinks is not None:
+        side.serves = False
+        return None
+    if not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
         ready(layer)
-    side.count(layer.moved)
     seen, clock = layer.seen + 1, tokens.positions if tokens.clock is None else tokens.clock
     index.hold(tokens.positions if tokens.padded else None, 1)
     query = query[:, :, 0]
     query = query if query.stride(-1) == 1 else query.contiguous()
     turned = enter(layer, query, key, value, form.scaling, tokens, clock, seen)
-    advanced(layer)
+    layer.advance()
     place = tokens.first if tokens.padded else clock, clock, seen
     sizes = dict(SINKS=layer.num_sinks, RECENT=layer.recent_window, PADDED=tokens.padded)
     sizes |= dict(CLOCK=tokens.clock is not None)
     found = candidates(turned, slots, index, place, **sizes)
     shown = choose(found, slots, index, layer.store, side.counters, place, **sizes)
     return coded.attend(query, _Seen(slots, shown), form.scaling, masked=True)[0][:, :, None]
-
-
-def advanced(layer):
-    """What one step changes on Python's side."""
-    layer.seen += 1
-    layer.index.seen = layer.store.tokens = layer.seen
-    layer.moved["written"] += layer.slots.shape[0] * layer.slots.shape[1] * layer.store.record
-    layer.evicted, layer.waiting = layer.seen - layer.slots.used, False
 
 
 class _Seen:

@@ -39,6 +39,7 @@ class SketchCache(Cache):
     """
 
     layers: Any
+    is_compileable = False  # True, set for a cache: `model.generate` compiles its steps
 
     def __init__(
         self,
@@ -86,10 +87,7 @@ class SketchCache(Cache):
         super().__init__(layers=layers)
         self.passes.layers = self.layers
 
-    recordable = property(
-        lambda self: self.index is None,
-        doc="Whether steps can be recorded: with an index the host chooses what they read.",
-    )
+    recordable = True  # steps: a cache that chooses on the host says no
     max_chunk_size = property(
         lambda self: 1 if self.index is not None and self.index.exact_prompts else None,
         doc="Tokens of a text to be scored that may pass at once: with an index, prompts may pass otherwise than steps.",
@@ -181,7 +179,7 @@ class SketchCache(Cache):
         """Of a cache with an index, since the last reset: bytes "written" to the store, "fetched" into slots by steps and
         "streamed" while passes of several tokens came, and tokens that steps have "chosen", of which "missing" in slots."""
         moved = [layer.moved for layer in self.layers if hasattr(layer, "moved")]
-        return {name: sum(each[name] for each in moved) for name in (moved[0] if moved else ())}
+        return {name: int(sum(each[name] for each in moved)) for name in (moved[0] if moved else ())}
 
     def check(self):
         """Raises ValueError if an importance was NaN or a mask hid stored tokens: on CUDA, where looking makes the host wait,

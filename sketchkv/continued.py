@@ -5,6 +5,7 @@ and begins otherwise would be continued from another text without a word.
 """
 
 import inspect
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,16 +44,29 @@ class Prepare:
                         f"the cache holds {seen} tokens of another text than this prompt begins with: "
                         "call cache.reset() before a new text, or use a new cache"
                     )
-        return self.own(input_ids, *args, **kwargs)
+        inputs = self.own(input_ids, *args, **kwargs)
+        if (
+            isinstance(cache, SketchCache) and cache.is_compileable
+        ):  # the mask as it was, not one for a static cache
+            inputs["attention_mask"] = kwargs.get("attention_mask")
+        return inputs
+
+
+def _compiled_call(model, config=None):
+    from sketchkv.fast import compiled_call
+
+    return compiled_call(model, config)
 
 
 def watch(model):
-    """Puts `Prepare` in its place, once."""
+    """Puts `Prepare` in its place, and what `model.generate` takes for a compiled step, once."""
     if hasattr(model, NAME) and NAME not in vars(model):
         setattr(model, NAME, Prepare(model))
+        model.get_compiled_call = partial(_compiled_call, model)
 
 
 def unwatch(model):
     """Takes `watch` back."""
     if isinstance(vars(model).get(NAME), Prepare):
         delattr(model, NAME)
+        del model.get_compiled_call

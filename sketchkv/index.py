@@ -76,11 +76,8 @@ class KeyIndex:
         if self.seen == 0 and self.shape != shape:
             self._allocate(keys, shape)
         _same(self.shape, shape)
-        more = -(-(self.seen + count - self.capacity) // self.growth) * self.growth
-        if more > 0:
-            self.arrays = {name: longer(x, more, self.capacity) for name, x in self.arrays.items()}
-            self.capacity += more
-        self._hold(positions, count)
+        self.reserve(self.seen + count)
+        self.hold(positions, count)
         # Rounded at once, so that codes do not depend on the chunks in which a text comes.
         held = self.seen - self.coded
         self.seen += count
@@ -89,7 +86,7 @@ class KeyIndex:
             return
         keys = torch.cat([self.pending[:, :, :held], keys.to(self.pending.dtype)], 2)
         if full := keys.shape[2] // self.block * self.block:
-            self._code(keys[:, :, :full].float().unflatten(2, (-1, self.block)))
+            self.code(keys[:, :, :full])
         self.pending[:, :, : self.seen - self.coded] = keys[:, :, full:]
 
     def _allocate(self, keys, shape):
@@ -104,7 +101,15 @@ class KeyIndex:
         self.coder, self.centres = (Normal(bits, device) for bits in (self.bits, CENTRE_BITS))
         self.levels = levels_of_bytes(self.bits, device)
 
-    def _hold(self, positions, count):
+    def reserve(self, tokens):
+        """Room for so many tokens in all."""
+        more = -(-(tokens - self.capacity) // self.growth) * self.growth
+        if more > 0:
+            self.arrays = {name: longer(x, more, self.capacity) for name, x in self.arrays.items()}
+            self.capacity += more
+
+    def hold(self, positions, count):
+        """Takes note of the positions of n new tokens, as of `add`."""
         held, end = self.arrays.get("positions"), self.seen + count
         if positions is None and held is None:
             return
@@ -118,8 +123,9 @@ class KeyIndex:
         held = self.arrays.get("positions")
         return numbers(self.pending.device, count) if held is None else held[:, :, :count]
 
-    def _code(self, blocks):
-        tokens = blocks.shape[2] * self.block
+    def code(self, keys):
+        """Codes the keys of full blocks, `[batch, kv_heads, n * block, head_dim]`."""
+        blocks, tokens = keys.float().unflatten(2, (-1, self.block)), keys.shape[2]
         positions = self.positions(self.coded + tokens)[:, :, self.coded :]
         member = (positions >= self.num_sinks).unflatten(2, (-1, self.block))[..., None]
         for name, rows in self.encode(blocks, member).items():

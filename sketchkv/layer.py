@@ -205,9 +205,8 @@ class BoundedLayer(CacheLayerMixin):
 
     def shared(self):
         """Tensors that layers share, which count once: {identity: (kind, bytes)}."""
-        if self.slots is None:
-            return {}
-        return {id(tensor): ("kv", tensor.nbytes) for tensor in self.slots.codec.shared()}
+        tensors = () if self.slots is None else self.slots.codec.shared()
+        return {id(tensor): ("kv", tensor.nbytes) for tensor in tensors}
 
 
 def _fits(held, batch, like):
@@ -226,7 +225,7 @@ def _fits(held, batch, like):
 
 def _allocated(layer, shape, widths, like):
     """Empty slots of a layer, and what its policy and summary hold."""
-    one = Slots((1, 1), 1, widths, layer.codec(*like))
+    one = Slots((1, 1), 1, widths, layer.codec(like[0], torch.device("cpu")))
     needed = shape.numel() * layer.capacity * one.nbytes(*one.arrays)
     remedy = f"lower max_cache_size, evict_every or the batch ({layer.capacity} slots per head and layer)"
     memory(needed, like[1], remedy)

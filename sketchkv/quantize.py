@@ -104,7 +104,7 @@ class Quantized(Plain):
             raise ValueError(
                 f"vectors of {width} channels can't be packed in {bits} bits: head_dim must be a multiple of 8"
             )
-        return Half() if bits == 16 else Normal(bits, self.device)
+        return coder(bits, self.device)
 
     def all_coders(self):
         """What codes keys, values and what their codes lack."""
@@ -117,9 +117,9 @@ class Quantized(Plain):
             if name == "keys" and self.centre is None:  # wider slots for a prompt share it
                 self.centre = torch.zeros(*shape[:2], 1, width, dtype=torch.float16, device=self.device)
         if self.ring:
-            self.ring.allocate(name, shape[:2], width, self._coder(self.finer, width), self.device)
-        codes, scales = self.coders[name].encode(torch.zeros(1, 1, 1, width, device=self.device))
-        stored = (name, codes), (f"{name}_scale", scales)
+            fine = self._coder(self.finer, width)
+            self.ring.allocate(name, shape[:2], fine, blank(fine, width, self.device))
+        stored = zip((name, f"{name}_scale"), blank(self.coders[name], width, self.device), strict=True)
         return {part: like.new_zeros(*shape, like.shape[-1]) for part, like in stored}
 
     def encode(self, name, vectors):
@@ -167,6 +167,18 @@ class Quantized(Plain):
 
     def shared(self):
         return list(self.rotations.values())
+
+
+@lru_cache
+def coder(bits, device):
+    """One for all layers: what comes from the host takes a GPU longer than all else that a layer allocates."""
+    return Half() if bits == 16 else Normal(bits, device)
+
+
+@lru_cache
+def blank(coder, width, device):
+    """What a coder makes of one vector of so many channels, to be allocated alike."""
+    return coder.encode(torch.zeros(1, 1, 1, width, device=device))
 
 
 def pack(codes, bits):

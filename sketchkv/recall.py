@@ -4,7 +4,6 @@ attention.
 """
 
 import copy
-from functools import partial
 from typing import Any
 
 import torch
@@ -83,14 +82,20 @@ class RecallLayer(BoundedLayer):
             self.store.reorder(beam_idx)
 
     def nbytes(self):
-        return super().nbytes() | {"index": self.index.nbytes(), "host": self.store.nbytes()}
+        return super().nbytes() | {
+            "index": self.index.nbytes() + self.store.beside(),
+            "host": self.store.nbytes(),
+        }
 
     def shared(self):
         own = {id(tensor): ("index", tensor.nbytes) for tensor in self.index.shared()}
         return own | super().shared()  # a rotation that the codec counts is the same
 
     def advance(self):
-        raise NotImplementedError("steps with an index can't be recorded: the query decides what they read")
+        self.seen += 1
+        self.index.seen = self.store.tokens = self.seen
+        self.moved["written"] += self.slots.shape[0] * self.slots.shape[1] * self.store.record
+        self.evicted = self.seen - self.slots.used
 
     def attend(self, query, key, value, tokens, form):
         whole = getattr(self.ops, "recalled", None) if query.shape[2] == 1 else None
@@ -103,9 +108,6 @@ class RecallLayer(BoundedLayer):
     def _blocks(self, query, key, value, tokens, form):
         slots, codec, total, outputs, start = self.slots, self.slots.codec, query.shape[2], [], 0
         turned = codec.turn(query, key, value)
-        step = partial(
-            getattr(self.ops, "recall", recall), self
-        )  # fast operations may have a step of their own
         while start < total:
             most = QUERIES if self.exact_prompts else self.index.block - self.seen % self.index.block
             count = min(most, total - start)
@@ -115,7 +117,7 @@ class RecallLayer(BoundedLayer):
             new, coming, values = (x[:, :, block] for x in turned)
             self._enter(key[:, :, block], coming, values, now, alone=total == 1)
             given = query[:, :, block], new, now, form
-            outputs.append(step(*given) if total == 1 else stream(self, *given))
+            outputs.append(recall(self, *given) if total == 1 else stream(self, *given))
             if self.seen == codec.settles_after:  # these keys have other codes now
                 codec.settle(slots, now.first + self.num_sinks)
                 self._write(0, {name: slots.arrays[name][:, :, : self.seen] for name in slots.kv})

@@ -80,15 +80,14 @@ class Ring:
             None  # of several tokens that attention has not come for yet: (span before, {name: vectors})
         )
 
-    def allocate(self, name, shape, width, coder, device):
-        """Rows for "keys" or "values" of so many channels."""
+    def allocate(self, name, shape, coder, coded):
+        """Rows for "keys" or "values"; coded: what `coder` makes of one vector."""
         if name in self.parts:  # wider slots for a prompt share them
             return
         self.coders[name] = coder
-        coded = coder.encode(torch.zeros(1, 1, 1, width, device=device))
         self.parts[name] = [like.new_zeros(*shape, self.rows, like.shape[-1]) for like in coded]
         # Position of the first real token of a row, and of the token to come.
-        self.span = torch.zeros(shape[0], 2, dtype=torch.int32, device=device)
+        self.span = torch.zeros(shape[0], 2, dtype=torch.int32, device=coded[0].device)
 
     def row(self, positions, span):
         """Where tokens are, int64 like `positions` `[batch, any, n]`; `rows` for one that has no row."""

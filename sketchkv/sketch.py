@@ -40,8 +40,8 @@ class CarterWegmanHash:
         self.width, self.depth = whole("width", width, 1, PRIME), whole("depth", depth, 1, MOST_ROWS)
         self.seed = checked_seed(seed)
         generator = torch.Generator().manual_seed(self.seed)
-        self.a = torch.randint(1, PRIME, (self.depth,), generator=generator).to(device)
-        self.b = torch.randint(0, PRIME, (self.depth,), generator=generator).to(device)
+        self.a = torch.randint(1, PRIME, (self.depth,), generator=generator).to(device, non_blocking=True)
+        self.b = torch.randint(0, PRIME, (self.depth,), generator=generator).to(device, non_blocking=True)
 
     def __call__(self, items):
         """Indices in [0, width), int64 `[..., depth, n]`, of int32 or int64 `items` `[..., n]`.
@@ -87,7 +87,7 @@ class SimHash:
 
     def __init__(self, dim, bits, seed=0, device=None):
         generator = torch.Generator().manual_seed(seed)
-        self.projection = torch.randn(dim, bits, generator=generator).to(device)
+        self.projection = torch.randn(dim, bits, generator=generator).to(device, non_blocking=True)
         self.powers = 2 ** torch.arange(bits, device=device, dtype=torch.int32)
 
     def __call__(self, vectors):

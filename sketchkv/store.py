@@ -23,6 +23,10 @@ class HostStore:
     """
 
     table: Any = None  # pages of each sequence, int64 [batch, pages]
+    device = "cpu"  # where the pages are
+    in_place = True  # whether kernels may read and write them where they are
+    mirror: Any = None  # the table where kernels read it, int32 [at least as many pages, batch]
+    mirrors: Any = None  # the table that it is a copy of
 
     def open(self, arrays, shape, pinned=False):
         """Room for a batch, empty.
@@ -32,7 +36,7 @@ class HostStore:
         self.layout = [(name, like.shape[-1], like.dtype) for name, like in arrays.items()]
         self.record = sum(width * dtype.itemsize for _, width, dtype in self.layout)  # bytes
         self.batch, self.heads = shape
-        self.pinned = pinned
+        self.pinned, self.mirror, self.mirrors = pinned, None, None
         self.close()
         self.clear()
 
@@ -47,7 +51,7 @@ class HostStore:
 
         Raises MemoryError or OSError before anything has changed if there is no room.
         """
-        parts = (arrays[name].to("cpu", dtype).contiguous() for name, _, dtype in self.layout)
+        parts = (arrays[name].to(self.device, dtype).contiguous() for name, _, dtype in self.layout)
         records = torch.cat([part.view(torch.uint8) for part in parts], -1)
         end = start + records.shape[2]
         self.reserve(end)
@@ -61,6 +65,20 @@ class HostStore:
         more = -(-end // PAGE) - self.table.shape[1]
         if more > 0:
             self.table = torch.cat([self.table, self._free(self.batch * more).view(self.batch, more)], 1)
+
+    def mirrored(self, device):
+        """Brings `mirror` up to date, on `device`, without waiting for it; it keeps its address while it is long enough."""
+        if self.mirrors is self.table:
+            return
+        pages, own = self.table.shape[1], self.table.T.to(torch.int32).contiguous()
+        if self.mirror is None or len(self.mirror) < pages:
+            self.mirror = torch.zeros(pages * 3 // 2, self.batch, dtype=torch.int32, device=device)
+        self.mirror[:pages].copy_(own.pin_memory() if device.type == "cuda" else own, non_blocking=True)
+        self.mirrors = self.table
+
+    def beside(self):
+        """Bytes beside the model that kernels need to find a page."""
+        return 0 if self.mirror is None else self.mirror.nbytes
 
     def read(self, rows, heads, tokens):
         """{name: array `[..., width]`} of the tokens with these numbers (int64, shapes that broadcast)."""
@@ -122,6 +140,8 @@ class HostStore:
 
     def _resized(self, size):
         """`size` bytes, of which the first are those held."""
+        if self.pinned:
+            torch.cuda.synchronize()  # kernels may be writing to what is copied
         try:
             larger = torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
         except RuntimeError as error:
@@ -138,6 +158,8 @@ class FolderStore(HostStore):
 
     path: an existing folder, on a disk and not in memory.
     """
+
+    in_place = False
 
     def __init__(self, path):
         if not isinstance(path, (str, os.PathLike)) or not os.path.isdir(path):

@@ -2,13 +2,15 @@
 
 import copy
 import shutil
+from unittest import mock
 
 import pytest
 import torch
 from conftest import build
+from transformers import CompileConfig
 
-from sketchkv import H2O, Sketch, SketchCache, Summary, Window, enable, generate
-from sketchkv.fast.compiled import compiled_step
+from sketchkv import H2O, Sketch, SketchCache, Summary, Window, disable, enable, generate
+from sketchkv.fast.compiled import CompiledStep, compiled_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_compiler = pytest.mark.skipif(
@@ -117,3 +119,24 @@ def test_without_a_compiler_the_error_says_what_to_do(gpt2, ids, monkeypatch):
         generate(gpt2, ids, SketchCache(gpt2.config, 40), 4),
         generate(gpt2, ids, SketchCache(gpt2.config, 40), 4),
     )
+
+
+@needs_compiler
+@pytest.mark.parametrize("padded", [False, True])
+def test_model_generate_compiles_the_steps_of_a_compileable_cache(gpt2, ids, padding, padded):
+    """The same tokens as without, though transformers compiles by itself only on a GPU; other caches go on as before."""
+    ids, mask = padding if padded else (ids, torch.ones_like(ids))
+    model, ids, mask = gpt2.to(DEVICE), ids[:, :60].to(DEVICE), mask[:, :60].to(DEVICE)
+    config = CompileConfig()
+    config._compile_all_devices = True
+    own = dict(attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    caches = [SketchCache(model.config, 40, evict_every=4, bits=(5, 4)) for _ in range(2)]
+    expected = model.generate(ids, past_key_values=caches[0], **own)
+    caches[1].is_compileable = True
+    with mock.patch.object(
+        CompiledStep, "__call__", autospec=True, side_effect=CompiledStep.__call__
+    ) as steps:
+        got = model.generate(ids, past_key_values=caches[1], compile_config=config, **own)
+    assert torch.equal(got, expected) and (steps.call_count == 19 or DEVICE == "cuda")
+    assert caches[0].evicted_tokens == caches[1].evicted_tokens > 0
+    assert not disable(copy.deepcopy(model)).get_compiled_call.__func__.__module__.startswith("sketchkv")

@@ -11,7 +11,7 @@ from conftest import interpreted
 from sketchkv import AttentionMass, Sketch, Summary
 from sketchkv.checks import Settings
 from sketchkv.fast import attention as fast_attention
-from sketchkv.fast import coded, codes, eviction, launch, storage
+from sketchkv.fast import coded, codes, eviction, launch, storage, token
 from sketchkv.fast.attention import attend
 from sketchkv.fast.ops import Fused
 from sketchkv.layer import BoundedLayer
@@ -392,7 +392,7 @@ def test_a_token_is_coded_as_by_the_codec(bits, dim, filled):
     if filled:
         slots[1].used = 2  # Python's count is not looked at
     before = {name: array.clone() for name, array in slots[1].arrays.items()}
-    codes.append(key, value, position, slots[1], counter if filled else None)
+    token.append(key, value, position, slots[1], counter if filled else None)
     for name, array in slots[1].arrays.items():
         untouched = torch.arange(slots[1].capacity, device=DEVICE) != 7
         assert torch.equal(array[:, :, untouched].nan_to_num(), before[name][:, :, untouched].nan_to_num())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from sketchkv.study import bench, speed, timing
+from sketchkv.study import bench, speed, steps, timing
 from sketchkv.study.steps import CYCLE, FULL, Bench
 
 
@@ -68,6 +68,14 @@ def test_what_fails_is_left_out_but_a_limit_is_not():
         Bench._there({"d": raising(TimeoutError)})
 
 
+def test_the_most_that_fits_is_found():
+    def fits(count):
+        if count > 123_456:
+            raise torch.OutOfMemoryError
+
+    assert 123_456 / 1.02 <= steps.most(fits) <= 123_456
+
+
 def test_a_group_is_stopped_at_its_limit():
     with pytest.raises(TimeoutError, match="0.05 s"), timing.limited(0.05):
         time.sleep(2)
@@ -75,18 +83,18 @@ def test_a_group_is_stopped_at_its_limit():
 
 def test_verdicts_are_of_the_first_device_that_was_asked():
     here = rows(
-        ("compact, slope per doubling", 0.01, 0.002, 0.02),
+        ("prompt of 1024, compact / prompt of 1024, DynamicCache", 2, 1.9, 2.1),
         ("generate, sketch / generate, DynamicCache", 9, 9, 9),
     )
     there = rows(
-        ("compact, slope per doubling", 0.01, -0.1, 0.1),
+        ("prompt of 1024, compact / prompt of 1024, DynamicCache", 1, 1, 1),
         ("recall, 8192 seen / DynamicCache, 8192 seen", 0.6, 0.5, 0.9),
     )
     gpu = rows(("generate, sketch / generate, DynamicCache", 1.2, 1.1, 1.3))
     found = speed.verdicts({"CPU, here": here, "CPU, make bench": there, "NVIDIA H100": gpu})
     found = found.set_index("question")
-    slope = found.loc["growth of compact's step, each time the text doubles"]
-    assert (slope.device, slope.verdict) == ("CPU, here", "missed")
+    prompt = found[found.device == "CPU, here"].loc["prompt of 1024 tokens, compact / full cache"]
+    assert prompt.verdict == "missed" and prompt["median"] == 2
     assert found.loc["step, recall / full cache, 8192 tokens", ["device", "verdict"]].tolist() == [
         "CPU, make bench",
         "met",
@@ -108,8 +116,11 @@ def test_every_question_is_a_row_that_some_group_measures(tiny, monkeypatch):
     monkeypatch.setattr(Bench, "time", time_nothing)
     monkeypatch.setattr(Bench, "_there", staticmethod(lambda makers: makers))
     monkeypatch.setattr(Bench, "predict", lambda *a: None)
-    for name in ("full", "cycle", "ids"):
-        monkeypatch.setattr(Bench, name, lambda self, *a, **k: torch.ones(1, 1))
+    for name in ("full", "cycle"):
+        monkeypatch.setattr(Bench, name, lambda self, *a, **k: lambda: None)
+    monkeypatch.setattr(Bench, "ids", lambda self, *a: torch.ones(1, 1))
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    monkeypatch.setattr(steps, "most", lambda fits: 1.0)
     monkeypatch.setattr(timing.Table, "slope", lambda self, row, *a: self.add(row, "1", [0.0]))
     table = timing.Table(quiet=True)
 

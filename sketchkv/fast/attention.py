@@ -7,7 +7,7 @@ final normaliser, so logits (1/64 of the bytes of keys and values at head_dim 64
 
 import torch
 
-from sketchkv.fast.launch import INTERPRETED, jit, tl, triton
+from sketchkv.fast.launch import INTERPRETED, jit, kernel, pieces, power, tl, triton
 
 LOG2E = 1.4426950408889634
 MASKED = tl.constexpr(
@@ -66,7 +66,7 @@ def _receive(
     tl.store(address, attention, mask=slot < used)
 
 
-@jit(do_not_specialize=["used", "per_split"])
+@kernel("used", "per_split")
 def _attend(
     query,
     keys,
@@ -189,7 +189,7 @@ def _attend(
         tl.store(totals + part, total, mask=group < GROUP)
 
 
-@jit(do_not_specialize=["used"])
+@kernel("used")
 def _combine(
     received,
     filled,
@@ -287,8 +287,8 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
             f"[batch, kv_heads, used, dim] twice; positions and received [batch, kv_heads, used]"
         )
     group = heads // kv_heads
-    groups = 1 if group == 1 else max(16, triton.next_power_of_2(group))
-    width = max(16, triton.next_power_of_2(head_dim))
+    groups = 1 if group == 1 else max(16, power(group))
+    width = max(16, power(head_dim))
     rows = batch * kv_heads
     block = tuning.get("block", 32 if width > 64 or group == 1 and rows > 128 else 64)
     splits, per_split, stride, buffers = scratchpad(
@@ -334,7 +334,7 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
         num_warps=tuning.get("num_warps", 4),
     )
     if splits > 1:
-        _combine[(rows, 1 + triton.cdiv(used, finish))](
+        _combine[(rows, 1 + pieces(used, finish))](
             received,
             counter,
             output,
@@ -348,7 +348,7 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
             1.0,
             **shape,
             TURN=False,
-            PARTS=triton.next_power_of_2(splits),
+            PARTS=power(splits),
             num_warps=4,
         )
     return output, received
@@ -364,8 +364,8 @@ def scratchpad(rows, group, used, width, block, device, splits=None):
     # take few values while the slots fill.
     wanted = PROGRAMS // rows if used > FEW_SLOTS else FEW_PROGRAMS // rows if used >= 512 else 1
     splits = splits or 1 << max(1, min(wanted, used // 64)).bit_length() - 1
-    per_split = triton.cdiv(triton.cdiv(used, splits), block) * block
-    stride = triton.cdiv(used, 16) * 16  # rows that begin at a multiple of 64 bytes
+    per_split = pieces(pieces(used, splits), block) * block
+    stride = pieces(used, 16) * 16  # rows that begin at a multiple of 64 bytes
     scratch = torch.empty(rows * group, stride, dtype=torch.float32, device=device)
     partial = tops = totals = scratch
     if splits > 1:

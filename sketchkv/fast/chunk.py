@@ -10,7 +10,7 @@ import torch
 
 from sketchkv.fast.codes import bits_of, rests_of, ring_row, stored
 from sketchkv.fast.coding import code_of, put, vectors
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.launch import jit, kernel, pieces, tl
 from sketchkv.fast.prompt import Fine
 from sketchkv.quantize import TINY
 
@@ -66,7 +66,7 @@ def _enter(
         tl.store(fine + fine_row[:, None] * DIM + column[None, :], vector, mask=inside[:, None])
 
 
-@jit(do_not_specialize=["count", "before", "end", "rows"])
+@kernel("count", "before", "end", "rows")
 def _store(
     key,
     value,
@@ -206,7 +206,7 @@ def _store(
     )
 
 
-@jit(do_not_specialize=["before", "count", "seen", "tiles"])
+@kernel("before", "count", "seen", "tiles")
 def _read(
     turn,
     factor,
@@ -327,8 +327,8 @@ def append(key, value, slots, tokens, seen):
     sizes |= bits_of(slots) | dict(PADDED=padded, DIM=dim, num_warps=4)
     if before:  # before the ring takes in new tokens
         tile = 16
-        tiles = triton.cdiv(before, tile)
-        _read[(batch * kv_heads, tiles + triton.cdiv(rows, tile))](
+        tiles = pieces(before, tile)
+        _read[(batch * kv_heads, tiles + pieces(rows, tile))](
             slots.codec.rotations["keys"],
             dim**-0.5,
             first,
@@ -352,7 +352,7 @@ def append(key, value, slots, tokens, seen):
         )
     rests, _ = rests_of(slots, "bounds")
     position = tokens.positions
-    _store[(batch * kv_heads, triton.cdiv(count, 16))](
+    _store[(batch * kv_heads, pieces(count, 16))](
         key,
         value,
         slots.codec.rotations["keys"],

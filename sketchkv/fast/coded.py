@@ -9,10 +9,10 @@ import torch
 
 from sketchkv.fast.attention import LOG2E, MASKED, _combine, _hide, _receive, scratchpad
 from sketchkv.fast.codes import bits_of, levels_of, rests_of, ring_row, stored
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.launch import kernel, pieces, power, tl
 
 
-@jit(do_not_specialize=["used", "per_split"])
+@kernel("used", "per_split")
 def _attend(
     query,
     turn,
@@ -184,7 +184,7 @@ def attend(
     )
     counter = received if filled is None else filled
     means = [received] * 3 if summary is None else [summary.keys, summary.values, summary.counts]
-    groups = max(16, triton.next_power_of_2(group))
+    groups = max(16, power(group))
     shared = dict(GROUP=group, GROUPS=groups, SPLITS=splits, ADD=add, FINISH=128, GROWS=filled is not None)
     rotation, (rests, sizes) = slots.codec.rotations["keys"], rests_of(slots)
     _attend[(rows, splits)](
@@ -222,7 +222,7 @@ def attend(
         **shared,
     )
     if splits > 1:
-        _combine[(rows, 1 + triton.cdiv(used, 128))](
+        _combine[(rows, 1 + pieces(used, 128))](
             received,
             counter,
             output,
@@ -236,7 +236,7 @@ def attend(
             dim**-0.5,
             HEAD_DIM=dim,
             WIDTH=dim,
-            PARTS=triton.next_power_of_2(splits),
+            PARTS=power(splits),
             TURN=True,
             num_warps=4,
             **shared,

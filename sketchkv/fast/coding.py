@@ -3,7 +3,8 @@
 import torch
 
 from sketchkv.fast.codes import levels_of, rests_of, ring_row, stored
-from sketchkv.fast.launch import jit, tl
+from sketchkv.fast.launch import jit, kernel, tl
+from sketchkv.index import CENTRE_BITS, LARGEST
 from sketchkv.quantize import CENTRE_AFTER, TINY
 
 MOST_SETTLED = CENTRE_AFTER  # slots that are occupied when keys are centred
@@ -57,7 +58,7 @@ def vectors(codes, scales, levels, slot, held, DIM: tl.constexpr, BITS: tl.const
     return level * tl.load(scales + slot, mask=held, other=0.0).to(tl.float32)[:, None]
 
 
-@jit(do_not_specialize=["used", "end", "capacity"])
+@kernel("used", "end", "capacity")
 def _settle(
     first,
     keys,
@@ -139,3 +140,74 @@ def settle(slots, tokens, seen, num_sinks):
         LEAST=TINY,
         num_warps=4,
     )
+
+
+@kernel("start", "room")
+def _block(
+    keys,
+    turn,
+    signatures,
+    levels,
+    bounds,
+    factors,
+    centres,
+    centre_levels,
+    centre_bounds,
+    centre_scales,
+    start,
+    room,
+    factor,
+    SINKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    DIM: tl.constexpr,
+    BITS: tl.constexpr,
+    CENTRE_BITS: tl.constexpr,
+    LEAST: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    """One program: the full block of one KV head of one sequence."""
+    row = tl.program_id(0).to(tl.int64)
+    number, column = tl.arange(0, BLOCK), tl.arange(0, DIM)
+    rotation = tl.load(turn + column[:, None] * DIM + column[None, :]).to(tl.float32)
+    x = tl.load(keys + (row * BLOCK + number[:, None]) * DIM + column[None, :]).to(tl.float32)
+    x = tl.dot(x, rotation, input_precision="ieee") * factor
+    counts = (tl.abs(x) < float("inf")) & (start + number >= SINKS)[:, None]
+    mean = tl.sum(tl.where(counts, x, 0.0), 0) / tl.maximum(tl.sum(counts.to(tl.float32), 0), 1.0)
+    mean = tl.minimum(tl.maximum(mean, -LARGEST), LARGEST)[None, :]
+    code, level, scale = code_of(mean, centre_levels, centre_bounds, LEAST, DIM, CENTRE_BITS)
+    one = (row * (room // BLOCK) + start // BLOCK) + tl.arange(0, 1)
+    put(centres, centre_scales, code, scale, one, one >= 0, 1, DIM, CENTRE_BITS)
+    x -= level * scale.to(tl.float32)[:, None]
+    code, level, scale = code_of(x, levels, bounds, LEAST, DIM, BITS)
+    size = tl.sum(x * x, 1) / tl.maximum(tl.sum(x * level, 1), LEAST)
+    size = tl.minimum(size, LARGEST).to(tl.float16)
+    put(signatures, factors, code, size, row * room + start + number, number >= 0, BLOCK, DIM, BITS)
+
+
+def block(index):
+    """Codes the open block of a `sketchkv.index.KeyIndex`, which is full, in one launch; no sequence has padding."""
+    (batch, kv_heads, dim), arrays = index.shape, index.arrays
+    _block[(batch * kv_heads,)](
+        index.pending,
+        index.rotation,
+        arrays["signature"],
+        index.coder.levels,
+        index.coder.bounds,
+        arrays["factor"],
+        arrays["centre"],
+        index.centres.levels,
+        index.centres.bounds,
+        arrays["centre_scale"],
+        index.coded,
+        index.capacity,
+        dim**-0.5,
+        SINKS=index.num_sinks,
+        BLOCK=index.block,
+        DIM=dim,
+        BITS=index.bits,
+        CENTRE_BITS=CENTRE_BITS,
+        LEAST=TINY,
+        LARGEST=LARGEST,
+        num_warps=4,
+    )
+    index.coded += index.block

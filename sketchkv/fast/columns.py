@@ -7,13 +7,13 @@ import torch
 
 from sketchkv.fast.attention import _tile
 from sketchkv.fast.codes import ring_row
-from sketchkv.fast.launch import jit, tl, triton
-from sketchkv.fast.prompt import capped, factors, logits_of, near_to, parts_of, tiles, width_of
+from sketchkv.fast.launch import kernel, pieces, tl
+from sketchkv.fast.prompt import capped, close_to, factors, logits_of, parts_of, since, tiles, width_of
 
 PROGRAMS = 264  # two for each multiprocessor of a large chip
 
 
-@jit(do_not_specialize=["count", "used", "seen", "rows"])
+@kernel("count", "used", "seen", "rows")
 def _receive(
     query,
     keys,
@@ -68,47 +68,45 @@ def _receive(
         sinks_end += tl.load(first + batch)
     slot, column = begin + tl.arange(0, BLOCK), tl.arange(0, KEY_WIDTH)
     k = _tile(keys, slot, column, k_slot, 1, used, KEYS, KEY_WIDTH)
-    sums = tl.zeros([BLOCK], tl.float32)
+    sums = tl.zeros([ROWS, BLOCK], tl.float32)
     before = used - count
     start = tl.maximum(begin - before, 0) // ROWS * ROWS  # queries before see none of these slots
-    place = slot
+    positions += line * p_head
+    first_row = since(slot, positions, before, used, seen, sinks_end, NEWEST)
     if NEWEST:
-        place = tl.load(positions + line * p_head + slot, mask=slot < used, other=-1)
+        place = tl.load(positions + slot, mask=slot < used, other=-1)
+        which, held = ring_row(place, sinks_end - SINKS, seen, NEWEST, SINKS)
+        own = slot >= before
+        which = tl.where(own, rows + slot - before, which)
+        held = (held | own) & (place >= 0)
+        fine_keys += line * (rows + count) * KEYS
+        fine = _tile(
+            fine_keys, tl.where(held, which, rows + count), column, KEYS, 1, rows + count, KEYS, KEY_WIDTH
+        )
+        sink = held & (place < sinks_end)  # near to all queries
+        k = tl.where(sink[:, None], fine, k)
+        first_row = tl.where(sink, slot - before, first_row)
+        place = tl.where(held & (place >= sinks_end), place, -1)
     passes = (count - start + ROWS - 1) // ROWS
     for number in tl.range(0, GROUP * passes, num_stages=STAGES):
         each, row = number // passes, start + number % passes * ROWS + tl.arange(0, ROWS)
         q = _tile(query + each * q_head, row, column, q_row, 1, count, KEYS, KEY_WIDTH)
         weight = tl.load(weights + row, mask=row < count, other=0.0)
         total = tl.load(normaliser + each * count + row, mask=row < count, other=0.0)
-        logits = logits_of(q, k, hidden, slot, row, before, used, scale, softcap, CAPPED, HIDES)
-        if NEWEST:
-            near = near_to(place[None, :], seen + row[:, None], sinks_end, NEWEST)
-            logits = tl.where(near, -float("inf"), logits)
-        sums += tl.sum(tl.exp2(logits - total[:, None]) * weight[:, None], 0)
-    if NEWEST:
-        which, held = ring_row(place, sinks_end - SINKS, seen, NEWEST, SINKS)
-        own = slot >= before
-        which = tl.where(own, rows + slot - before, which)
-        held = (held | own) & (place >= 0)
-        fine_keys += line * (rows + count) * KEYS
-        k = _tile(
-            fine_keys, tl.where(held, which, rows + count), column, KEYS, 1, rows + count, KEYS, KEY_WIDTH
-        )
-        last = (
-            tl.max(tl.where(held, place, -1), 0) + NEWEST - seen
-        )  # the first query that is near to none but sinks
-        last = tl.where(tl.max((held & (place < sinks_end)).to(tl.int32), 0) > 0, count, last)
-        passes = (tl.minimum(tl.maximum(last - start, 0), count - start) + ROWS - 1) // ROWS
+        logits = logits_of(q, k, hidden, slot, used, first_row, row, scale, softcap, CAPPED, HIDES)
+        sums += tl.exp2(logits - total[:, None]) * weight[:, None]
+    if NEWEST:  # up to the last query that a token is near to
+        last = tl.minimum(tl.max(place, 0) + NEWEST - seen, count)
+        passes = (tl.maximum(last - start, 0) + ROWS - 1) // ROWS
         for number in tl.range(0, GROUP * passes, num_stages=STAGES):
             each, row = number // passes, start + number % passes * ROWS + tl.arange(0, ROWS)
             q = _tile(query + each * q_head, row, column, q_row, 1, count, KEYS, KEY_WIDTH)
             weight = tl.load(weights + row, mask=row < count, other=0.0)
             total = tl.load(normaliser + each * count + row, mask=row < count, other=0.0)
-            logits = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, CAPPED)
-            near = near_to(place[None, :], seen + row[:, None], sinks_end, NEWEST) & held[None, :]
-            near = near & (slot[None, :] <= before + row[:, None])
-            logits = tl.where(near, logits, -float("inf"))
-            sums += tl.sum(tl.exp2(logits - total[:, None]) * weight[:, None], 0)
+            logits = capped(tl.dot(q, tl.trans(fine), input_precision="ieee") * scale, softcap, CAPPED)
+            near = close_to(place, slot - before, row, seen, sinks_end, NEWEST)
+            sums += tl.exp2(tl.where(near, logits, -float("inf")) - total[:, None]) * weight[:, None]
+    sums = tl.sum(sums, 0)
     address = received + line * r_head + slot
     if ADD:
         sums += fade * tl.load(address, mask=slot < used, other=0.0)
@@ -128,11 +126,11 @@ def receive(
     add = received is not None
     if not add:
         received = torch.empty(batch, kv_heads, used, dtype=torch.float32, device=query.device)
-    rows, block, stages, warps = tiles(query, keys)
-    if triton.cdiv(used, block) * batch * kv_heads < PROGRAMS:
+    rows, block, stages, warps = tiles(query, keys, 128)
+    if pieces(used, block) * batch * kv_heads < PROGRAMS:
         block = 32
     near, (seen, before), sizes = parts_of(fine, normaliser)
-    _receive[(triton.cdiv(used, block), batch * kv_heads)](
+    _receive[(pieces(used, block), batch * kv_heads)](
         query,
         keys,
         normaliser if hidden is None else hidden,

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.launch import jit, kernel, pieces, power, tl
 
 
 @jit
@@ -19,7 +19,7 @@ def _index(a, b, item, row, WIDTH: tl.constexpr):
     return value.to(tl.int32) % WIDTH
 
 
-@jit(do_not_specialize=["elapsed"])
+@kernel("elapsed")
 def _remember(
     items,
     mass,
@@ -120,7 +120,7 @@ def ranked(score, position, sinks_end, end, recent_window, nan):
     return (bits.to(tl.int64) << 32) + position
 
 
-@jit(do_not_specialize=["used", "end"])
+@kernel("used", "end")
 def _lowest(
     scores,
     positions,
@@ -193,7 +193,7 @@ def lowest(importance, positions, tokens, end, count, num_sinks, recent_window, 
         num_sinks,
         recent_window,
         COUNT=count,
-        BLOCK=triton.next_power_of_2(used),
+        BLOCK=power(used),
         CLOCK=tokens.clock is not None,
         PADDED=padded,
         num_warps=4,
@@ -201,7 +201,7 @@ def lowest(importance, positions, tokens, end, count, num_sinks, recent_window, 
     return chosen
 
 
-@jit(do_not_specialize=["start", "count"])
+@kernel("start", "count")
 def _codes(
     keys,
     projection,
@@ -246,7 +246,7 @@ def codes(keys, projection, items, start, count):
     """
     batch, kv_heads, _, head_dim = keys.shape
     bits = projection.shape[1]
-    _codes[(batch * kv_heads, triton.cdiv(count, 16))](
+    _codes[(batch * kv_heads, pieces(count, 16))](
         keys,
         projection,
         items,
@@ -256,9 +256,9 @@ def codes(keys, projection, items, start, count):
         start,
         count,
         HEAD_DIM=head_dim,
-        WIDTH=max(16, triton.next_power_of_2(head_dim)),
+        WIDTH=max(16, power(head_dim)),
         BITS=bits,
-        COLUMNS=max(16, triton.next_power_of_2(bits)),
+        COLUMNS=max(16, power(bits)),
         BLOCK=16,
     )
 
@@ -297,7 +297,7 @@ def remember(items, mass, positions, sketches, seen, elapsed, decay):
         DEPTH=depth,
         WIDTH=width,
         MEAN=len(sketches) > 1,
-        BLOCK=min(128, triton.next_power_of_2(used)),
+        BLOCK=min(128, power(used)),
         CELLS=1024,
     )
     return scores

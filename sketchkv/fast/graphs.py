@@ -13,7 +13,9 @@ import torch
 
 from sketchkv.fast.launch import usable
 from sketchkv.fast.ops import Fused, grows
+from sketchkv.fast.recalled import ready
 from sketchkv.passes import Tokens
+from sketchkv.recall import RecallLayer
 
 
 class StepGraphs:
@@ -91,7 +93,10 @@ class StepGraphs:
             steady = (not slots.room) if layer.is_sliding else layer.evicted > 0
             if layer.seen + 1 == settles or not (steady or growing and not evicts):
                 return None
-            found.append(None if growing and not evicts else slots.used)
+            own = ready(layer) if isinstance(layer, RecallLayer) else slots.used
+            if own is None:
+                return None
+            found.append(None if growing and not evicts else own)
         return tuple(found)
 
     def _record(self):

@@ -18,8 +18,10 @@ from sketchkv.fast import (
     columns,
     eviction,
     prompt,
+    recalled,
     storage,
     survivors,
+    token,
 )
 from sketchkv.layer import BoundedLayer
 from sketchkv.ops import Eager
@@ -30,6 +32,8 @@ from sketchkv.sketch import CountMinSketch
 from sketchkv.sketch_policy import Sketch
 from sketchkv.slots import Plain
 from sketchkv.summary import Summary
+
+FEW_SLOTS = 1024
 
 
 class Fused(Eager):
@@ -61,21 +65,20 @@ class Fused(Eager):
 
     def append(self, layer, keys, values, tokens):
         slots, count = layer.slots, keys.shape[2]
-        if count > 1 and _is_coded(layer) and _adds_up(layer):
-            slots.coming = chunk.append(keys, values, slots, tokens, layer.seen)
-            slots.used += count
-            return slice(slots.used - count, slots.used)
-        if count > 1 or not (type(slots.codec) is Plain or _is_coded(layer)):
-            return super().append(layer, keys, values, tokens)
         if type(slots.codec) is Plain:
             storage.append(keys, values, tokens.positions, slots, self.filled)
+        elif not _is_coded(layer) or (count > 1 and not _adds_up(layer)):
+            return super().append(layer, keys, values, tokens)
+        elif count > 1:
+            slots.coming = chunk.append(keys, values, slots, tokens, layer.seen)
         else:
-            codes.append(keys, values, tokens.positions, slots, self.filled, tokens.first)
-        return self._stored(slots)
+            token.append(keys, values, tokens.positions, slots, self.filled, tokens.first)
+        slots.used += count
+        return slice(slots.used - count, slots.used) if self.filled is None else self.filled
 
-    def _stored(self, slots):
-        slots.used += 1
-        return slice(slots.used - 1, slots.used) if self.filled is None else self.filled
+    def recalled(self, layer, query, key, value, tokens, form):
+        """A whole step of a layer with an index (`sketchkv.recall`), or None."""
+        return recalled.step(layer, query, key, value, tokens, form)
 
     def attend(self, layer, query, tokens, form):
         slots, policy = layer.slots, layer.policy
@@ -95,17 +98,27 @@ class Fused(Eager):
         # A subclass that observes in its own way is asked to.
         accumulates = type(policy).observe is AttentionMass.observe and not tokens.padded
         decay = policy.decay if accumulates else 1.0
+        # Where the host launches each step, one launch less is worth more than a full chip.
+        splits = 1 if tokens.clock is None and slots.used <= FEW_SLOTS else None
         if plain:
             mass = self._stretch(slots, "mass") if accumulates else None
             positions = slots["positions"] if tokens.padded else None
             stored = self._stretch(slots, "keys"), self._stretch(slots, "values")
             output, received = attention.attend(
-                query[:, :, 0], *stored, form.scaling, positions, mass, decay, self.filled
+                query[:, :, 0], *stored, form.scaling, positions, mass, decay, self.filled, splits=splits
             )
         else:
             mass = slots.arrays["mass"] if accumulates else None
             output, received = coded.attend(
-                query[:, :, 0], slots, form.scaling, layer.summary, mass, decay, tokens.padded, self.filled
+                query[:, :, 0],
+                slots,
+                form.scaling,
+                layer.summary,
+                mass,
+                decay,
+                tokens.padded,
+                self.filled,
+                splits=splits,
             )
         if policy.uses_attention and not accumulates:
             received = received[:, :, None]

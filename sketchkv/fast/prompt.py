@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 
 from sketchkv.fast.attention import LOG2E, MASKED, _tile
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.launch import jit, kernel, pieces, power, tl
+
+NEVER = tl.constexpr(2**31 - 1)  # of no query
 
 
 class Fine(NamedTuple):
@@ -42,22 +44,48 @@ def capped(logits, softcap, CAPPED: tl.constexpr):
 
 
 @jit
+def since(slot, positions, before, used, seen, sinks_end, NEWEST: tl.constexpr):
+    """The first of the queries that reads a slot, from its code where there is a ring."""
+    first = slot - before
+    if NEWEST:
+        place = tl.load(positions + slot, mask=slot < used, other=-1)
+        later = tl.where(place < sinks_end, NEVER, place + NEWEST - seen)
+        first = tl.where(place < 0, first, later)
+    return tl.where(slot < used, first, NEVER)
+
+
+@jit
 def logits_of(
-    q, k, hidden, slot, row, before, used, scale, softcap, CAPPED: tl.constexpr, HIDES: tl.constexpr
+    q,
+    k,
+    hidden,
+    slot,
+    used,
+    first,
+    row,
+    scale,
+    softcap,
+    CAPPED: tl.constexpr,
+    HIDES: tl.constexpr,
+    ALL: tl.constexpr = False,
 ):
-    """Logits to base 2 of queries and slots, [queries, slots]: -inf for what came later, MASKED for what is hidden."""
+    """Logits to base 2 of queries and slots, [queries, slots]: MASKED for what is hidden and, unless it is known that all read
+    ALL, -inf before the `first` query that reads a slot."""
     logits = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, CAPPED)
     if HIDES:
         away = tl.load(hidden + slot, mask=slot < used, other=1) != 0
         logits = tl.where(away[None, :], MASKED, logits)
-    seen = (slot[None, :] <= before + row[:, None]) & (slot[None, :] < used)
-    return tl.where(seen, logits, -float("inf"))
+    if not ALL:
+        logits = tl.where(first[None, :] <= row[:, None], logits, -float("inf"))
+    return logits
 
 
 @jit
-def near_to(place, query, sinks_end, NEWEST: tl.constexpr):
-    """Whether tokens at `place` are near to queries (`sketchkv.ring.Near`)."""
-    return (place >= 0) & ((place > query - NEWEST) | (place < sinks_end))
+def close_to(place, first, row, seen, sinks_end, NEWEST: tl.constexpr):
+    """Whether tokens at `place`, which come with the query `first`, are near to queries (`sketchkv.ring.Near`)."""
+    last = tl.where(place < sinks_end, NEVER, place + NEWEST - seen)
+    first = tl.where(place >= 0, first, NEVER)
+    return (first[None, :] <= row[:, None]) & (row[:, None] < last[None, :])
 
 
 @jit
@@ -79,7 +107,7 @@ def _mean(means, turn, column, COLUMNS: tl.constexpr, TURN: tl.constexpr):
     return mean
 
 
-@jit(do_not_specialize=["count", "used", "seen", "rows"])
+@kernel("count", "used", "seen", "rows")
 def _attend(
     query,
     keys,
@@ -167,16 +195,25 @@ def _attend(
         sums = share[:, None] * mean[None, :]
         top = higher
     end = tl.minimum(before + begin + ROWS, used)
-    for at in tl.range(0, end, BLOCK, num_stages=STAGES):
-        slot = at + tl.arange(0, BLOCK)
-        k = _tile(keys, slot, key_column, k_slot, 1, end, KEYS, KEY_WIDTH)
-        v = _tile(values, slot, value_column, v_slot, 1, end, VALUES, VALUE_WIDTH)
-        logits = logits_of(q, k, hidden, slot, row, before, used, scale, softcap, CAPPED, HIDES)
-        if NEWEST:  # these are read below
-            place = tl.load(positions + slot, mask=slot < end, other=-1)
-            near = near_to(place[None, :], seen + row[:, None], sinks_end, NEWEST)
-            logits = tl.where(near, -float("inf"), logits)
-        top, total, sums = _add(logits, v, top, total, sums)
+    edge, whole = 0, (before + begin) // BLOCK * BLOCK
+    if NEWEST:
+        edge = end
+        if (
+            not PADDED
+        ):  # of the newest nothing is read here; which slots older tokens and sinks have, their positions say
+            end = before + tl.minimum(tl.maximum(begin + ROWS - NEWEST, 0), count)
+            edge = (before + tl.maximum(sinks_end - seen, 0) + BLOCK - 1) // BLOCK * BLOCK
+            whole = tl.maximum(before + begin - NEWEST + 1, 0) // BLOCK * BLOCK
+    for PART in tl.static_range(0 if NEWEST else 1, 3):  # the second: slots that all of these queries read
+        start = 0 if PART == 0 else edge if PART == 1 else tl.maximum(edge, whole)
+        stop = tl.minimum(edge, end) if PART == 0 else whole if PART == 1 else end
+        for at in tl.range(start, stop, BLOCK, num_stages=STAGES):
+            slot = at + tl.arange(0, BLOCK)
+            k = _tile(keys, slot, key_column, k_slot, 1, end, KEYS, KEY_WIDTH)
+            v = _tile(values, slot, value_column, v_slot, 1, end, VALUES, VALUE_WIDTH)
+            starts = since(slot, positions, before, end, seen, sinks_end, NEWEST)
+            logits = logits_of(q, k, hidden, slot, end, starts, row, scale, softcap, CAPPED, HIDES, PART == 1)
+            top, total, sums = _add(logits, v, top, total, sums)
     if NEWEST:
         # What the ring held before, sinks among the new tokens, and those that came just before the queries.
         places += kv * (rows + count)
@@ -199,8 +236,7 @@ def _attend(
             k = _tile(fine_keys, which, key_column, KEYS, 1, rows + count, KEYS, KEY_WIDTH)
             v = _tile(fine_values, which, value_column, VALUES, 1, rows + count, VALUES, VALUE_WIDTH)
             logits = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, softcap, CAPPED)
-            near = near_to(place[None, :], seen + row[:, None], sinks_end, NEWEST)
-            near = near & ((index[None, :] <= row[:, None]) | (number < held))
+            near = close_to(place, tl.where(own, index, 0), row, seen, sinks_end, NEWEST)
             top, total, sums = _add(tl.where(near, logits, -float("inf")), v, top, total, sums)
     inside = (row[:, None] < count) & (value_column[None, :] < VALUES)
     address = output + ((batch * count + row[:, None]) * heads + head) * VALUES + value_column[None, :]
@@ -231,7 +267,7 @@ def attend(
     normaliser = torch.empty(batch, heads, count, dtype=torch.float32, device=query.device)
     rows, block, stages, warps = tiles(query, values)
     near, (seen, before), sizes = parts_of(fine, normaliser)
-    _attend[(triton.cdiv(count, rows), batch * heads)](
+    _attend[(pieces(count, rows), batch * heads)](
         query,
         keys,
         values,
@@ -286,14 +322,15 @@ def factors(scaling, softcap):
 
 
 def width_of(vectors):
-    return max(16, triton.next_power_of_2(vectors.shape[-1]))
+    return max(16, power(vectors.shape[-1]))
 
 
-def tiles(query, other):
-    """Queries and slots of a tile, stages and warps: what fits in the memory of a multiprocessor."""
+def tiles(query, other, rows=64):
+    """Queries and slots of a tile, stages and warps: what fits in the memory of a multiprocessor; rows: queries, of narrow
+    vectors."""
     row = max(width_of(query), width_of(other)) * query.element_size()  # bytes of a vector
     if row <= 128:
-        return 128, 64, 3, 4
+        return rows, 64, 3, 4
     if row <= 256:
         return 128, 64, 2, 8
     return (64, 64, 1, 4) if row <= 512 else (32, 32, 1, 4)

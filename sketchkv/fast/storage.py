@@ -1,11 +1,11 @@
-"""How slots are written: a new token in one launch, holes closed in one launch for each array."""
+"""How slots are written: new tokens in one launch, holes closed in one launch for each array."""
 
 import torch
 
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.launch import kernel, pieces, power, tl
 
 
-@jit(do_not_specialize=["slot"])
+@kernel("slot", "count")
 def _append(
     key,
     value,
@@ -16,41 +16,49 @@ def _append(
     positions,
     k_batch,
     k_head,
+    k_row,
     v_batch,
     v_head,
+    v_row,
     p_batch,
+    p_row,
     slot,
+    count,
     kv_heads,
     capacity,
     KEYS: tl.constexpr,
     VALUES: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
     GROWS: tl.constexpr,
 ):
-    """One program: the new token of one KV head of one sequence."""
-    row = tl.program_id(0).to(tl.int64)
-    batch, head = row // kv_heads, row % kv_heads
+    """One program: ROWS new tokens of one KV head of one sequence."""
+    line = tl.program_id(0).to(tl.int64)
+    batch, head = line // kv_heads, line % kv_heads
     if GROWS:
         slot = tl.load(filled)
-    target = row * capacity + slot
-    column = tl.arange(0, WIDTH)
-    new = tl.load(key + batch * k_batch + head * k_head + column, mask=column < KEYS)
-    tl.store(keys + target * KEYS + column, new, mask=column < KEYS)
-    new = tl.load(value + batch * v_batch + head * v_head + column, mask=column < VALUES)
-    tl.store(values + target * VALUES + column, new, mask=column < VALUES)
-    tl.store(positions + target, tl.load(position + batch * p_batch))
+    row, column = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)[None, :]
+    target, held = line * capacity + slot + row, row < count
+    inside = held[:, None] & (column < KEYS)
+    new = tl.load(key + batch * k_batch + head * k_head + row[:, None] * k_row + column, mask=inside)
+    tl.store(keys + target[:, None] * KEYS + column, new, mask=inside)
+    inside = held[:, None] & (column < VALUES)
+    new = tl.load(value + batch * v_batch + head * v_head + row[:, None] * v_row + column, mask=inside)
+    tl.store(values + target[:, None] * VALUES + column, new, mask=inside)
+    tl.store(positions + target, tl.load(position + batch * p_batch + row * p_row, mask=held), mask=held)
 
 
 def append(key, value, position, slots, filled=None):
-    """Stores one new token in the next slot of all heads, in one launch; Python's count of the slots is left as it is.
+    """Stores n new tokens in the next slots of all heads, in one launch; Python's count of the slots is left as it is.
 
-    key, value: `[batch, num_kv_heads, 1, width]`, of the dtypes that `slots` holds; position: int32 `[batch or 1, 1]`.
+    key, value: `[batch, num_kv_heads, n, width]`, of the dtypes that `slots` holds; position: int32 `[batch or 1, n]`.
     slots: `sketchkv.slots.Slots` with plain keys and values.
     filled: int32 `[1]`, how many slots are occupied, where the device counts; None: `slots.used`.
     """
-    (batch, kv_heads), widths = slots.shape, slots.widths
+    (batch, kv_heads), widths, count = slots.shape, slots.widths, key.shape[2]
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    _append[(batch * kv_heads,)](
+    rows = 1 if count == 1 else 32
+    _append[(batch * kv_heads, pieces(count, rows))](
         key,
         value,
         position,
@@ -58,21 +66,24 @@ def append(key, value, position, slots, filled=None):
         slots.keys,
         slots.values,
         slots.positions,
-        *key.stride()[:2],
-        *value.stride()[:2],
+        *key.stride()[:3],
+        *value.stride()[:3],
         position.stride(0) if position.shape[0] > 1 else 0,
+        position.stride(1),
         slots.used,
+        count,
         kv_heads,
         slots.capacity,
         KEYS=widths[0],
         VALUES=widths[1],
-        WIDTH=triton.next_power_of_2(max(widths)),
+        WIDTH=power(max(widths)),
+        ROWS=rows,
         GROWS=filled is not None,
-        num_warps=1,
+        num_warps=1 if count == 1 else 4,
     )
 
 
-@jit(do_not_specialize=["kept"])
+@kernel("kept")
 def _compact(
     array,
     evicted,
@@ -131,9 +142,9 @@ def compact(slots, evicted):
             kept,
             -1 if name == "positions" else 0,
             COUNT=count,
-            SIZE=triton.next_power_of_2(count),
+            SIZE=power(count),
             INNER=inner,
-            WIDTH=triton.next_power_of_2(inner),
+            WIDTH=power(inner),
             CLEAR=name not in slots.kv,
             num_warps=1 if inner == 1 else 4,
         )

@@ -6,7 +6,7 @@ import torch
 from sketchkv.fast.codes import bits_of, stored
 from sketchkv.fast.coding import vectors
 from sketchkv.fast.eviction import ranked
-from sketchkv.fast.launch import jit, tl, triton
+from sketchkv.fast.launch import jit, kernel, pieces, power, tl
 from sketchkv.slots import Slots
 
 TOGETHER = 6  # arrays that one launch moves
@@ -25,7 +25,7 @@ def _copy(source, target, at, to, moved, fresh, blank, SIZE: tl.constexpr, WIDTH
         tl.store(target + to[:, None] * SIZE + column[None, :], row, mask=fresh[:, None] & inside)
 
 
-@jit(do_not_specialize=["capacity", "room", "count"])
+@kernel("capacity", "room", "count")
 def _move(
     index,
     s0,
@@ -85,7 +85,7 @@ def move(slots, target, count, index=None):
         pairs = [[x.view(torch.uint8) if x.dtype == torch.bool else x for x in pair] for pair in pairs]
         sizes = [pair[0].shape[3:].numel() for pair in pairs]
         pairs, sizes = pairs + pairs[:1] * (TOGETHER - len(pairs)), sizes + [0] * (TOGETHER - len(sizes))
-        _move[(batch * kv_heads, triton.cdiv(room, 32))](
+        _move[(batch * kv_heads, pieces(room, 32))](
             pairs[0][0] if index is None else index,
             *(pair[0] for pair in pairs),
             *(pair[1] for pair in pairs),
@@ -95,7 +95,7 @@ def move(slots, target, count, index=None):
             0 if start else -1,
             CHOSEN=index is not None,
             **{f"N{i}": size for i, size in enumerate(sizes)},
-            **{f"W{i}": triton.next_power_of_2(max(size, 1)) for i, size in enumerate(sizes)},
+            **{f"W{i}": power(max(size, 1)) for i, size in enumerate(sizes)},
             BLOCK=32,
             num_warps=4,
         )
@@ -115,7 +115,7 @@ def widened(slots, capacity):
     return wide
 
 
-@jit(do_not_specialize=["used", "end"])
+@kernel("used", "end")
 def _rank(
     scores,
     positions,
@@ -157,7 +157,7 @@ def chosen(importance, slots, tokens, layer):
     batch, kv_heads, used = importance.shape
     ranks = torch.empty(batch, kv_heads, used, dtype=torch.int64, device=importance.device)
     padded = isinstance(tokens.first, torch.Tensor)
-    _rank[(batch * kv_heads, triton.cdiv(used, 128))](
+    _rank[(batch * kv_heads, pieces(used, 128))](
         importance,
         slots.positions,
         tokens.first if padded else slots.positions,
@@ -178,7 +178,7 @@ def chosen(importance, slots, tokens, layer):
     return ranks, best.values, best.indices
 
 
-@jit(do_not_specialize=["used", "kept"])
+@kernel("used", "kept")
 def _fold(
     ranks,
     best,
@@ -236,7 +236,7 @@ def _fold(
     tl.store(added + part, count)
 
 
-@jit(do_not_specialize=["parts"])
+@kernel("parts")
 def _mean(sums, added, means, value_means, counts, parts, DIM: tl.constexpr):
     """One program: the running means of one KV head of one sequence take in the sums."""
     line = tl.program_id(0).to(tl.int64)
@@ -260,7 +260,7 @@ def _mean(sums, added, means, value_means, counts, parts, DIM: tl.constexpr):
 def fold(summary, slots, ranks, best):
     """`Summary.fold`, into one slot, of all coded slots whose rank is below the best ones."""
     (batch, kv_heads), used, dim = slots.shape, slots.used, slots.widths[0]
-    parts = triton.cdiv(used, SHARE)
+    parts = pieces(used, SHARE)
     sums = torch.empty(batch, kv_heads, parts, 2 * dim, dtype=torch.float32, device=slots.device)
     added = torch.empty(batch, kv_heads, parts, dtype=torch.float32, device=slots.device)
     _fold[(batch * kv_heads, parts)](

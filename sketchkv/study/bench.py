@@ -29,11 +29,12 @@ DEFAULT = {
     "cpu_peers": (300, lambda t: _cpu(t).peers(3072, fast=("compact",))),
     "cpu_generate": (75, lambda t: _cpu(t, repetitions=5, warmup=1).generate(768, 64)),
     "cpu_prompts": (75, lambda t: _cpu(t, repetitions=3, warmup=1).prompts([1024])),
-    "gpu_steps": (170, lambda t: _gpu(t).steps([1024, 4096, 8192, 16384, 32768])),
-    "gpu_peers": (200, lambda t: _gpu(t).peers(4096)),
-    "gpu_generate": (60, lambda t: _gpu(t).generate(1024, 128)),
-    "gpu_prompts": (90, lambda t: _gpu(t, repetitions=10).prompts([1024, 4096, 8192])),
-    "gpu_batch": (200, lambda t: _gpu(t, batch=16).peers(8192, caps=(1024,), plain=("compact",))),
+    "gpu_prompts": (50, lambda t: _gpu(t).prompts([1024, 4096, 8192], chunks=(2048,))),
+    "gpu_peers": (130, lambda t: _peers_and_waits(_gpu(t))),
+    "gpu_generate": (80, lambda t: _gpu(t).generate(1024, 32, compiled=("sketch", "compact"), chunk=2048)),
+    "gpu_batch": (110, lambda t: _gpu(t, batch=16).peers(8192, caps=(1024,), plain=(), others=())),
+    "gpu_longest": (40, lambda t: _gpu(t, batch=16).longest()),
+    "gpu_steps": (130, lambda t: _gpu(t).steps([1024, 4096, 16384])),
 }
 MORE = {
     "cpu_long": (900, lambda t: _cpu(t, repetitions=10).steps([1024, 2048, 4096, 8192])),
@@ -63,6 +64,11 @@ def _cpu(table, batch=1, repetitions=20, warmup=2):
 
 def _gpu(table, shape="SmolLM2", batch=1, repetitions=20):
     return Bench(table, shape, "cuda", batch, repetitions=repetitions, seconds=60)
+
+
+def _peers_and_waits(bench):
+    bench.peers(4096)
+    bench.waits()
 
 
 def machine(commit=None):

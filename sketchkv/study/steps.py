@@ -5,7 +5,9 @@ evictions, so each eviction is paid for by the tokens that it serves.
 """
 
 import copy
+import math
 import traceback
+import warnings
 from functools import partial
 from typing import Any
 
@@ -35,6 +37,7 @@ SHAPES = {
 }
 KV_HEADS = {"tiny": 2, "SmolLM2": 3, "Llama-3.1-8B": 8}
 FULL = "DynamicCache"
+QUANTIZED = "QuantizedCache, quanto", "QuantizedCache, hqq"
 
 
 class Runs:
@@ -108,8 +111,8 @@ class Runs:
         cache = {
             FULL: lambda: DynamicCache(config=self.config),
             "OffloadedCache": lambda: DynamicCache(config=self.config, offloading=True),
-            "QuantizedCache, quanto": lambda: QuantizedCache("quanto", self.config),
-            "QuantizedCache, hqq": lambda: QuantizedCache("hqq", self.config),
+            QUANTIZED[0]: lambda: QuantizedCache("quanto", self.config),
+            QUANTIZED[1]: lambda: QuantizedCache("hqq", self.config),
         }[kind]()
         for layer in range(self.config.num_hidden_layers):
             cache.update(*self._states(seen), layer)
@@ -178,20 +181,19 @@ class Bench(Runs):
                     f"predicted, {name}, {seen} seen", "ms", [1e3 * (weights + self.batch * size) / rate]
                 )
 
-    def peers(self, seen, caps=(512,), fast=("compact", "sketch"), plain=("sketch", "compact")):
-        """A step after `seen` tokens: transformers' caches, ours as they are, ours compiled (on a GPU recorded, too)."""
+    def peers(
+        self, seen, caps=(512,), fast=("compact", "sketch"), plain=("sketch", "compact"), others=QUANTIZED
+    ):
+        """A step after `seen` tokens: transformers' caches, `others` among them, ours as they are, ours compiled (on a GPU
+        recorded, too)."""
         where = f"{seen} seen, batch {self.batch}"
         self.begin(seen=seen, caps=caps, methods=[self.method(name, caps[0]) for name in (*fast, *plain)])
         makers = {
             FULL: partial(self.full, seen),
             "StaticCache, compiled": partial(self.full, seen, "StaticCache"),
         }
-        kinds = [
-            "QuantizedCache, quanto",
-            "QuantizedCache, hqq",
-            *["OffloadedCache"] * (self.device == "cuda"),
-        ]
-        makers |= {kind: partial(self.full, seen, kind) for kind in kinds}
+        others = [*others, *["OffloadedCache"] * (self.device == "cuda" and self.batch == 1)]
+        makers |= {kind: partial(self.full, seen, kind) for kind in others}
         for cap in caps:
             makers |= {f"{n}, cap {cap}": partial(self.cycle, n, seen, cap) for n in plain}
             makers |= {
@@ -226,39 +228,108 @@ class Bench(Runs):
                 print(f"left out: {row}\n{traceback.format_exc(limit=3)}", flush=True)
         return runs
 
-    def generate(self, prompt, new, cap=512, names=("sketch", "compact")):
-        """Whole texts through `model.generate`, per new token."""
-        self.begin(prompt=prompt, new=new, methods=[self.method(name, cap) for name in names])
+    def generate(self, prompt, new, cap=512, names=("sketch", "compact"), compiled=(), chunk=CHUNK):
+        """Whole texts through `model.generate`, per new token; compiled: those whose cache is compileable, too."""
+        self.begin(prompt=prompt, new=new, chunk=chunk, methods=[self.method(name, cap) for name in names])
         ids = self.ids(prompt)
         own = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
+        plain, held = f"generate, {FULL}", dict[str, Any]()
 
-        def bounded(name):
-            cache = self.bounded(name, cap, prefill_chunk=CHUNK)
+        def bounded(row, name):
+            cache = held.setdefault(row, self.bounded(name, cap, prefill_chunk=chunk))
+            cache.is_compileable = "compileable" in row
+            cache.reset()
             self.model.generate(ids, past_key_values=cache, **own)
 
-        runs = {f"generate, {FULL}": partial(self.plain.generate, ids, **own)}
-        runs |= {f"generate, {name}": partial(bounded, name) for name in names}
+        runs = {plain: partial(self.plain.generate, ids, **own)}
+        rows = [(f"generate, {n}", n) for n in names] + [(f"generate, {n}, compileable", n) for n in compiled]
+        runs |= {row: partial(bounded, row, name) for row, name in rows}
         self.time(runs, per=new)
-        for name in names:
-            self.table.ratio(f"generate, {name}", f"generate, {FULL}")
+        for row, _ in rows:
+            self.table.ratio(row, plain)
 
-    def prompts(self, counts, cap=512, names=("sketch", "compact")):
-        """A prompt as the preset takes it, and evicting once per chunk (`prefill_chunk`), against a plain prompt."""
-        self.begin(counts=counts, methods=[self.method(name, cap) for name in names])
+    def prompts(self, counts, cap=512, names=("sketch", "compact"), chunks=(None, CHUNK)):
+        """A whole prompt with a new cache, against a plain one; chunks: tokens between evictions (`prefill_chunk`), None: as the
+        preset has it."""
+        self.begin(counts=counts, methods=[self.method(name, cap) for name in names], chunks=chunks)
 
         def full(count):
             self.prompt(self.plain, DynamicCache(config=self.config), count, count)
 
-        def bounded(count, name, own):
-            self.prompt(self.model, self.bounded(name, cap, **own), count)
+        def bounded(count, name, chunk):
+            self.prompt(self.model, self.bounded(name, cap, prefill_chunk=chunk), count, count)
 
         for count in counts:
             plain = f"prompt of {count}, {FULL}"
             runs = {plain: partial(full, count)}
             for name in names:
-                row = f"prompt of {count}, {name}"
-                runs[row] = partial(bounded, count, name, {})
-                runs[f"{row}, once per chunk"] = partial(bounded, count, name, {"prefill_chunk": CHUNK})
+                for chunk in chunks:
+                    row = f"prompt of {count}, {name}" + (f", once per {chunk}" if chunk else "")
+                    runs[row] = partial(bounded, count, name, chunk)
             self.time(runs, per=1)
             for row in list(runs)[1:]:
                 self.table.ratio(row, plain)
+
+    def waits(self, cap=512, seen=1024, names=("sketch", "compact")):
+        """How often the host waits for a GPU in a cycle of steps, per step."""
+        self.begin(methods=[self.method(name, cap) for name in names])
+        for name in names:
+            for kind, fast in (("as it is", False), ("recorded", True)):
+                run = self.cycle(name, seen, cap, fast)
+                for _ in range(3):  # recorded when they come again
+                    run()
+                counts = []
+                for _ in range(5):
+                    with warnings.catch_warnings(record=True) as told:
+                        warnings.simplefilter("always")
+                        torch.cuda.set_sync_debug_mode("warn")
+                        run()
+                        torch.cuda.set_sync_debug_mode("default")
+                    counts.append(len([each for each in told if "synchroniz" in str(each.message)]) / CYCLE)
+                self.table.add(f"waits of the host, {name}, {kind}", "per step", counts)
+
+    def longest(self, share=8):
+        """The longest context with which a step still runs: of the full cache, and of compact in a share of its bytes."""
+        self.begin(share=share)
+        token, dtype = self.ids(1), self.plain.dtype
+        small, large = (
+            nbytes(self.config, dtype=dtype, **self.method("compact", cap))["total"] for cap in (512, 1024)
+        )
+
+        def full(context):
+            cache: Any = StaticCache(config=self.config, max_cache_len=context)
+            heads, width = self.config.num_key_value_heads, self.config.head_dim
+            cache.early_initialization(self.batch, heads, width, self.plain.dtype, self.plain.device)
+            for layer in cache.layers:
+                layer.cumulative_length.fill_(context - 1)
+            position = torch.full((1, 1), context - 1, device=token.device)
+            self.plain(token, past_key_values=cache, position_ids=position, use_cache=True)
+
+        def compact(context):
+            more = full_nbytes(self.config, context, dtype) // share - small
+            cache = self.bounded("compact", 512 + int(more / (large - small) * 512))
+            self._steps(self.model, token, cache)
+            for layer in cache.layers:  # as if a text had filled them
+                layer.slots.used = layer.slots.kept = layer.seen = layer.max_cache_size
+                layer.slots.positions.copy_(torch.arange(layer.capacity, device=token.device))
+            self._steps(self.model, token, cache)
+
+        ours, theirs = f"longest context, compact at 1/{share}", f"longest context, {FULL}"
+        for row, fits in ((ours, compact), (theirs, full)):
+            self.table.add(row, "tokens", [most(fits)])
+        self.table.ratio(ours, theirs)
+
+
+def most(fits, least=4096):
+    """The largest number, to 2 %, for which `fits` raises no error for want of memory."""
+    low, high = least, math.inf
+    while high > 1.02 * low:
+        middle = min(2 * low, (low + high) / 2)
+        try:
+            fits(int(middle))
+            low = middle
+        except (torch.OutOfMemoryError, ValueError) as error:
+            print(f"{middle:.0f} tokens do not fit: {str(error)[:90]}", flush=True)
+            high = middle
+        torch.cuda.empty_cache()
+    return low

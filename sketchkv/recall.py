@@ -136,7 +136,7 @@ class RecallLayer(BoundedLayer):
         slots.codec.keep(parts, tokens.positions, tokens.first)
         coded = {name: array for _, arrays in parts.values() for name, array in arrays.items()}
         self._write(self.seen, coded)
-        if self.summary and self.seen >= slots.codec.settles_after:  # keys before have another centre
+        if self.summary:
             at = tokens.positions[:, None]
             at = at.masked_fill(at < tokens.first + self.num_sinks, EMPTY)
             self.summary.take(key, value, at, passing=not (alone or self.exact_prompts))

@@ -44,7 +44,7 @@ class Tail(Summary):
 
     def stand_for(self, tokens):
         """Weights the slot as so many `tokens` (`[batch, num_kv_heads]`), for the next query."""
-        self.counts.copy_(tokens[..., None].where(self.taken > 0, 0))
+        self.counts.copy_(tokens[..., None].clamp(min=0).where(self.taken > 0, 0))
 
     def passing(self, query, tokens, form):
         """The same for n queries of a pass, each of which finds the means of the tokens up to its own.

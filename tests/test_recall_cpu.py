@@ -22,6 +22,7 @@ from sketchkv.quantize import normal_levels, quantized
 from sketchkv.recall import RecallLayer
 from sketchkv.slots import Plain
 from sketchkv.study.extras.device_store import DeviceStore
+from sketchkv.tail import Tail
 
 WINDOW, SINKS = 16, 4
 
@@ -38,11 +39,11 @@ def inputs(step, batch, heads, group, width, pads=0):
     return query, key, value, Tokens(None, positions, first, bool(pads))
 
 
-def make(codec=None, index=None, cap=None, top=12, **_):
+def make(codec=None, index=None, cap=None, top=12, tail=False, **_):
     index = KeyIndex(top=top, block=16) if index is None else index
     cap = cap or index.top + SINKS + WINDOW + 4
     settings = Settings(num_sinks=SINKS, recent_window=WINDOW, codec=codec or quantized((6, 5)))
-    return RecallLayer(cap, settings, copy.copy(index))
+    return RecallLayer(cap, settings, copy.copy(index), Tail() if tail else None)
 
 
 def pass_on(layer, given, ops):
@@ -72,6 +73,9 @@ def agree(monkeypatch, batch=2, heads=2, group=2, width=16, steps=80, pads=0, fo
         in_c += other.slots in cpu._views
         real = slice(int(0 < pads and step < pads), None)  # what padding attends to, nobody reads
         same = layer.moved == other.moved and all(map(torch.equal, held(layer), held(other)))
+        if layer.summary:
+            tails = zip(layer.summary.tensors(), other.summary.tensors(), strict=True)
+            same &= all(torch.allclose(mine, theirs, atol=1e-5) for mine, theirs in tails)
         unlike += not same or not torch.allclose(found[real], expected[real], atol=3e-5, rtol=1e-4)
         assert torch.equal(layer.index.pending, other.index.pending) and layer.index.seen == other.index.seen
         assert (layer.seen, layer.slots.used, layer.evicted) == (other.seen, other.slots.used, other.evicted)
@@ -88,6 +92,8 @@ CASES = [
     dict(codec=quantized((3, 8), newest=3, sinks=2, finer=5)),
     dict(codec=quantized((6, 5), newest=5), pads=45, batch=3),
     dict(pads=20),
+    dict(tail=True),
+    dict(tail=True, codec=quantized((6, 5), newest=5, sinks=SINKS), pads=45, batch=3),
     *(
         dict(index=KeyIndex(top=12, block=16, bits=bits), width=width)
         for bits in (1, 2, 4)

@@ -23,7 +23,7 @@ typedef struct {
     const uint16_t *centre;                     /* float16 [rows, DIM] */
     const float *turn, *back;                   /* [DIM, DIM]: the rotation, and its transpose */
     int32_t *span;                              /* [batch, 2], of the ring */
-    const float *means, *value_means, *counts;  /* of the summary slot, or NULL */
+    float *means, *value_means, *counts;        /* of the summary slot, or NULL */
     float *mass;                                /* [rows, capacity], or NULL */
     int64_t batch, kv_heads, capacity, newest, sinks;
 } Slots;
@@ -310,7 +310,7 @@ INLINE void head_attend(const Slots *slots, int64_t row, const int32_t *list, in
         for (int g = 0; g < group; g++)
             add(out + g * DIM, weight[g * stride + i] * scale, x);
     }
-    for (int g = 0; slots->counts && g < group; g++)
+    for (int g = 0; slots->counts && slots->counts[row] > 0 && g < group; g++)
         add(out + g * DIM, weight[g * stride + used], slots->value_means + row * DIM);
 }
 

@@ -18,6 +18,7 @@ from sketchkv.ops import Eager
 from sketchkv.policies import AttentionMass, Policy
 from sketchkv.quantize import Normal, Quantized, matrix
 from sketchkv.summary import Summary
+from sketchkv.tail import Tail
 
 SOURCE = Path(__file__).with_name("cpu.c")
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -189,7 +190,10 @@ def _is_coded(layer):
         and slots.dtype == torch.float32
         and slots.device.type == "cpu"
         and slots.widths[0] == slots.widths[1]
-        and (summary is None or (type(summary) is Summary and summary.count == 1 and not summary.spread))
+        and (
+            summary is None
+            or (type(summary) in (Summary, Tail) and summary.count == 1 and not summary.spread)
+        )
         and type(layer).hide is BoundedLayer.hide
         and type(layer.policy).query is Policy.query
     )

@@ -17,6 +17,7 @@ typedef struct {
     const int64_t *table;     /* the pages of a sequence, [batch, width] */
     int32_t *asked;           /* [rows, capacity], as positions */
     uint8_t *unattended;
+    float *taken;             /* tokens in the means of the tail (`sketchkv.tail`), [rows], or NULL: there is none */
     int64_t room, block, width, top, window, sinks, pooling;
 } Index;
 
@@ -269,8 +270,28 @@ static int64_t attend_chosen(const Slots *slots, const Index *index, int64_t row
             asked[i] = (int32_t)seen;
             own->list[count++] = (int32_t)i;
         }
+    if (index->taken)
+        slots->counts[row] = first >= 0 && index->taken[row] > 0 ? (float)(seen - first - count) : 0;
     attend_row(slots, row, own->list, count, group, own->queries, 0, own->weight, own->found);
     return missing;
+}
+
+/* The new token of a row enters the means of the tail, unless it is a sink, padding or not finite. key, value: not turned. */
+static void take(const Slots *slots, const Index *index, int64_t row, const float *key, const float *value, int32_t now, int32_t first)
+{
+    float new_key[DIM], new_value[DIM], *keys = slots->means + row * DIM, *values = slots->value_means + row * DIM;
+    int sound = now >= 0 && now >= first + index->sinks;
+    turned(key, slots->turn, new_key);
+    turned(value, slots->turn, new_value);
+    for (int c = 0; c < DIM; c++)
+        sound &= isfinite(new_key[c]) && isfinite(new_value[c]);
+    if (!sound)
+        return;
+    const float total = ++index->taken[row];
+    for (int c = 0; c < DIM; c++) {
+        keys[c] += (new_key[c] - keys[c]) / total;
+        values[c] += (new_value[c] - values[c]) / total;
+    }
 }
 
 /* One step of all rows: key, value, position and first as of `append`, query, scaling and out as of `attend`. seen: tokens with
@@ -305,8 +326,10 @@ int step(const Slots *slots, const Index *index, int64_t seen, int64_t used, int
             idle(index, slots->positions + base, base, used, 1, &own);
             slot = own.list[0];
         }
-        store(slots, row, slot, key + batch * k_batch + head * k_head, value + batch * v_batch + head * v_head,
-              position[batch * p_batch], begins);
+        const float *new_key = key + batch * k_batch + head * k_head, *new_value = value + batch * v_batch + head * v_head;
+        store(slots, row, slot, new_key, new_value, position[batch * p_batch], begins);
+        if (index->taken)
+            take(slots, index, row, new_key, new_value, position[batch * p_batch], begins);
         index->asked[base + slot] = 0;
         copy(slots, index, row, seen - 1, slot, 0);
         turned_queries(slots, query + batch * q_batch + head * group * q_head, group, q_head, scaling, own.queries);

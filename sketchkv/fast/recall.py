@@ -20,7 +20,7 @@ class _Index(ctypes.Structure):
     _fields_ = [
         *((f"centre_{part}", POINTER) for part in ("codes", "scales", "levels", "bounds")),
         *((name, POINTER) for name in ("signature", "factor", "levels")),
-        *((name, POINTER) for name in ("pages", "table", "asked", "unattended")),
+        *((name, POINTER) for name in ("pages", "table", "asked", "unattended", "taken")),
         *((name, NUMBER) for name in ("room", "block", "width", "top", "window", "sinks", "pooling")),
     ]
 
@@ -80,6 +80,7 @@ def _known(layer):
     tensors |= {"centre_levels": index.centres.levels, "levels": index.coder.levels}
     tensors |= {"pages": store.bytes, "table": store.table}
     tensors |= {name: arrays[name] for name in ("asked", "unattended")}
+    tensors |= {"taken": layer.summary.taken} if layer.summary else {}
     return _Index(
         **{name: x.data_ptr() for name, x in tensors.items() if x is not None},
         **dict(room=index.capacity, block=index.block, width=store.table.shape[1], top=index.top),

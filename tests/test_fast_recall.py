@@ -22,6 +22,7 @@ from sketchkv.quantize import quantized
 from sketchkv.recall import RecallLayer
 from sketchkv.slots import Plain
 from sketchkv.study.extras.device_store import DeviceStore
+from sketchkv.tail import Tail
 
 FORM = Form(0.5)
 
@@ -50,11 +51,12 @@ def poisoned():
         yield
 
 
-def layer_of(ops, codec=None, index=None, cap=40, recent=16):
+def layer_of(ops, codec=None, index=None, cap=40, recent=16, tail=False):
     settings = Settings(
         num_sinks=4, recent_window=recent, codec=codec or quantized((5, 4), newest=8, sinks=4)
     )
-    layer = RecallLayer(cap, settings, copy.copy(index or KeyIndex(top=12, block=16)))
+    index = copy.copy(index or KeyIndex(top=12, block=16))
+    layer = RecallLayer(cap, settings, index, Tail() if tail else None)
     layer.ops = ops
     return layer
 
@@ -102,6 +104,7 @@ def content(layer):
         f"index {k}": v[:, :, : layer.index.coded] for k, v in layer.index.arrays.items() if v.shape[2] > 100
     }
     held |= {f"rest {n}": x for n, x in enumerate(slots.codec.tensors())}
+    held |= {f"tail {n}": x for n, x in enumerate(layer.summary.tensors() if layer.summary else ())}
     return held
 
 
@@ -112,7 +115,8 @@ CASES = {
     "wide": dict(index=KeyIndex(top=20, block=32, bits=4, num_sinks=2), recent=32, cap=60),
     "no group": dict(group=1),
     "group of three": dict(group=3, dim=64),
-    "padded": dict(padding=23),
+    "padded": dict(padding=23, tail=True),
+    "tail": dict(tail=True, group=3, dim=64),
     "padded late": dict(padding=75, codec=quantized((5, 4))),
     "own device": dict(index=KeyIndex(top=12, block=16, store=DeviceStore())),
 }

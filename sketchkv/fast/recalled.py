@@ -15,12 +15,14 @@ from sketchkv.fast.choice import choose, copied, record_of
 from sketchkv.fast.codes import bits_of, rests_of, stored
 from sketchkv.fast.launch import kernel, power, tl
 from sketchkv.fast.scan import TILE, candidates
+from sketchkv.fast.tail import take
 from sketchkv.fast.token import store_token
 from sketchkv.index import KeyIndex
 from sketchkv.layer import BoundedLayer
 from sketchkv.quantize import TINY, Normal, Quantized
 from sketchkv.recall import RecallLayer
 from sketchkv.store import PAGE
+from sketchkv.tail import Tail
 
 MOST_SLOTS = 4096
 COUNTED = ("chosen", "missing", "fetched")
@@ -248,6 +250,7 @@ def _serves(layer):
     dim = slots.widths[0]
     return (
         type(layer) is RecallLayer
+        and type(layer.summary) in (type(None), Tail)
         and type(layer).hide is BoundedLayer.hide
         and type(codec) is Quantized
         and all(type(coder) is Normal for coder in codec.all_coders())
@@ -314,7 +317,10 @@ def step(layer, query, key, value, tokens, form):
     sizes |= dict(CLOCK=tokens.clock is not None)
     found = candidates(turned, slots, index, place, **sizes)
     shown = choose(found, slots, index, layer.store, side.counters, place, **sizes)
-    return coded.attend(query, _Seen(slots, shown), form.scaling, masked=True)[0][:, :, None]
+    if layer.summary:
+        take(layer.summary, key, value, slots, tokens, shown, layer.num_sinks)
+    seen = _Seen(slots, shown)
+    return coded.attend(query, seen, form.scaling, layer.summary, masked=True)[0][:, :, None]
 
 
 class _Seen:

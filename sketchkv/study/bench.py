@@ -29,12 +29,11 @@ DEFAULT = {
     "cpu_peers": (300, lambda t: _cpu(t).peers(3072, fast=("compact",))),
     "cpu_generate": (75, lambda t: _cpu(t, repetitions=5, warmup=1).generate(768, 64)),
     "cpu_prompts": (75, lambda t: _cpu(t, repetitions=3, warmup=1).prompts([1024])),
-    "gpu_prompts": (50, lambda t: _gpu(t).prompts([1024, 4096, 8192], chunks=(2048,))),
-    "gpu_peers": (130, lambda t: _peers_and_waits(_gpu(t))),
-    "gpu_generate": (80, lambda t: _gpu(t).generate(1024, 32, compiled=("sketch", "compact"), chunk=2048)),
-    "gpu_batch": (110, lambda t: _gpu(t, batch=16).peers(8192, caps=(1024,), plain=(), others=())),
+    "gpu_prompts": (80, lambda t: _gpu(t).prompts([1024, 4096, 8192], chunks=(2048,))),
+    "gpu_one": (200, lambda t: _one(_gpu(t))),
+    "gpu_batch": (120, lambda t: _gpu(t, batch=16).peers(8192, caps=(1024,), plain=(), others=())),
     "gpu_longest": (40, lambda t: _gpu(t, batch=16).longest()),
-    "gpu_steps": (130, lambda t: _gpu(t).steps([1024, 4096, 16384])),
+    "gpu_steps": (120, lambda t: _gpu(t).steps([1024, 4096, 16384])),
 }
 MORE = {
     "cpu_long": (900, lambda t: _cpu(t, repetitions=10).steps([1024, 2048, 4096, 8192])),
@@ -47,6 +46,7 @@ MORE = {
         lambda t: _cpu(t).peers(1024, caps=(256,), fast=("sketch", "streaming", "h2o"), plain=("sketch",)),
     ),
     "cpu_batch": (900, lambda t: _cpu(t, batch=8).peers(1024, plain=("compact",))),
+    "gpu_peers": (400, lambda t: _gpu(t).peers(4096)),
     "gpu_steps_8": (300, lambda t: _gpu(t, batch=8).steps([1024, 8192, 32768])),
     "gpu_large": (
         500,
@@ -66,9 +66,11 @@ def _gpu(table, shape="SmolLM2", batch=1, repetitions=20):
     return Bench(table, shape, "cuda", batch, repetitions=repetitions, seconds=60)
 
 
-def _peers_and_waits(bench):
-    bench.peers(4096)
+def _one(bench):
+    """One text at a time; what is compiled, is compiled once."""
+    bench.peers(4096, others=())
     bench.waits()
+    bench.generate(1024, 32, compiled=("sketch", "compact"), chunk=2048)
 
 
 def machine(commit=None):

@@ -37,7 +37,7 @@ SHAPES = {
 }
 KV_HEADS = {"tiny": 2, "SmolLM2": 3, "Llama-3.1-8B": 8}
 FULL = "DynamicCache"
-QUANTIZED = "QuantizedCache, quanto", "QuantizedCache, hqq"
+QUANTIZED, OFFLOADED = ("QuantizedCache, quanto", "QuantizedCache, hqq"), "OffloadedCache"
 
 
 class Runs:
@@ -110,7 +110,7 @@ class Runs:
             return self._static(seen, ids)
         cache = {
             FULL: lambda: DynamicCache(config=self.config),
-            "OffloadedCache": lambda: DynamicCache(config=self.config, offloading=True),
+            OFFLOADED: lambda: DynamicCache(config=self.config, offloading=True),
             QUANTIZED[0]: lambda: QuantizedCache("quanto", self.config),
             QUANTIZED[1]: lambda: QuantizedCache("hqq", self.config),
         }[kind]()
@@ -119,7 +119,7 @@ class Runs:
 
         def run():
             self._steps(self.plain, ids, cache)
-            if kind == FULL:  # stays at the same length; others grow by a cycle a sample
+            if kind in (FULL, OFFLOADED):  # stays at the same length; others grow by a cycle a sample
                 cache.crop(-CYCLE)
 
         return run
@@ -182,7 +182,12 @@ class Bench(Runs):
                 )
 
     def peers(
-        self, seen, caps=(512,), fast=("compact", "sketch"), plain=("sketch", "compact"), others=QUANTIZED
+        self,
+        seen,
+        caps=(512,),
+        fast=("compact", "sketch"),
+        plain=("sketch", "compact"),
+        others=(*QUANTIZED, OFFLOADED),
     ):
         """A step after `seen` tokens: transformers' caches, `others` among them, ours as they are, ours compiled (on a GPU
         recorded, too)."""
@@ -192,7 +197,7 @@ class Bench(Runs):
             FULL: partial(self.full, seen),
             "StaticCache, compiled": partial(self.full, seen, "StaticCache"),
         }
-        others = [*others, *["OffloadedCache"] * (self.device == "cuda" and self.batch == 1)]
+        others = [each for each in others if each != OFFLOADED or self.device == "cuda"]
         makers |= {kind: partial(self.full, seen, kind) for kind in others}
         for cap in caps:
             makers |= {f"{n}, cap {cap}": partial(self.cycle, n, seen, cap) for n in plain}

@@ -87,15 +87,18 @@ def in_turn(table, candidates, per=1, repetitions=20, warmup=2, seconds=math.inf
     """Times the functions of `candidates` {row: run} alternately, at most for `seconds`; `per`: steps that one run holds."""
     samples: dict[str, list] = {row: [] for row in candidates}
     end = min(time.monotonic() + seconds, table.until)
-    for repetition in range(warmup + repetitions):
-        if repetition > warmup + 1 and time.monotonic() > end:
-            break
-        for row, run in candidates.items():
-            took = elapsed(run) / per
-            if repetition >= warmup:
-                samples[row].append(took)
-    for row, values in samples.items():
-        table.add(row, "ms", values)
+    try:
+        for repetition in range(warmup + repetitions):
+            if repetition > warmup + 1 and time.monotonic() > end:
+                break
+            for row, run in candidates.items():
+                took = elapsed(run) / per
+                if repetition >= warmup:
+                    samples[row].append(took)
+    finally:  # what was measured can be told, whatever ended it
+        for row, values in samples.items():
+            if values:
+                table.add(row, "ms", values)
 
 
 @contextlib.contextmanager

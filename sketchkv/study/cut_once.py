@@ -1,0 +1,138 @@
+"""Peers in their own code: prompts of SmolLM2 cut once, by kvpress in an environment of its own and by the caches here.
+
+    python -m sketchkv.study.cut_once PYTHON        (`make bench-peers`; PYTHON has kvpress)
+
+Both read the same token ids. What follows the prompt is scored with the tokens that were kept, all of it at full precision.
+"""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import DynamicCache
+
+from sketchkv import enable, load
+from sketchkv.pretrained import model_folder
+from sketchkv.study import sources
+from sketchkv.study.measured import BENCHMARKS, TEXTS, digest
+from sketchkv.study.methods import LABELS, make_cache
+from sketchkv.study.stats import paired_interval
+from sketchkv.texts import documents as read_documents
+
+DOCUMENTS, TOKENS, PROMPT, KEPT = 6, 2048, 1536, (384, 192)
+AGREE = 0.01  # nats per token within which the same rule under the same protection must agree
+SCRIPT = sources.ROOT / "sketchkv" / "study" / "extras" / "cut_by_kvpress.py"
+# Protected as in kvpress: what a method there keeps in any case, first and newest tokens.
+SAME: dict[str, dict] = {
+    "snapkv": {"num_sinks": 0, "recent_window": 64, "kernel": 5, "observation_window": 64},
+    "tova": {"num_sinks": 0, "recent_window": 1},
+    "streaming": {"num_sinks": 4, "recent_window": 0},
+    "key_norm": {"num_sinks": 0, "recent_window": 0},
+    "expected": {"num_sinks": 4, "recent_window": 0},
+}
+OWN: dict[str, dict] = {"decayed": {}, "sketch": {"width": 512, "depth": 4}}
+NAMES = LABELS | {"cur": "CUR", "kvzip": "KVzip"}
+COLUMNS = {
+    "code": "whose code: kvpress, or ours",
+    "method": "eviction rule",
+    "kept": f"tokens kept of a prompt of {PROMPT}, per layer and KV head; KVzip's are a mean over heads",
+    "document": "held-out page of Django's documentation",
+    "nll": f"nats per token, mean over the {TOKENS - PROMPT} tokens that follow the prompt",
+    "nll_full": "the same with all of the prompt, by the same code",
+}
+LOSSES = {
+    "method": "eviction rule",
+    "kept": COLUMNS["kept"],
+    "code": COLUMNS["code"],
+    "loss": "nats per token above the full cache, mean over documents",
+    "low": "lower end of its 95 % interval, documents resampled",
+    "high": "upper end",
+    "n": "documents",
+}
+
+
+@torch.no_grad()
+def follows(lm, ids, cache, prompt=PROMPT):
+    """Mean loss of what follows the prompt, `ids` `[1, tokens]`, nats per token."""
+    first = lm(ids[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    after = lm(ids[:, prompt:-1], past_key_values=cache, use_cache=True).logits
+    return torch.nn.functional.cross_entropy(torch.cat([first, after], 1)[0].float(), ids[0, prompt:]).item()
+
+
+def cut(config, method, kept, prompt=PROMPT, **options):
+    """A cache that cuts a prompt to `kept` tokens, once, and nothing after it."""
+    return make_cache(config, method, max_cache_size=kept, evict_every=prompt - kept, **options)
+
+
+def ours(lm, documents):
+    """Rows (method, kept, number of the document, nll) of `documents` `[n, tokens]`."""
+    for number, ids in enumerate(documents):
+        yield "full", PROMPT, number, follows(lm, ids[None], DynamicCache(config=lm.config))
+        for name, options in (SAME | OWN).items():
+            for kept in KEPT:
+                cache = cut(lm.config, name, kept, **options)
+                nll = follows(lm, ids[None], cache)
+                assert cache.evicted_tokens == (PROMPT - kept) * len(cache.layers)
+                yield name, kept, number, nll
+        print("ours", number, flush=True)
+
+
+def joined(theirs, own, names):
+    """The table (`COLUMNS`) of both sides' rows."""
+    rows = pd.concat([theirs.assign(code="kvpress"), own.assign(code="ours")])
+    full = rows[rows.method == "full"].set_index(["code", "document"]).nll
+    rows = rows[rows.method != "full"].sort_values(
+        ["kept", "method", "code", "document"], ascending=[False, True, True, True]
+    )
+    rows["nll_full"] = full.loc[list(zip(rows.code, rows.document))].to_numpy()
+    rows["document"] = [names[number] for number in rows.document]
+    return rows[list(COLUMNS)]
+
+
+def losses(table):
+    """Loss of each rule by each code (`LOSSES`), the least first at each size."""
+    rows = [
+        (
+            NAMES[method],
+            kept,
+            code,
+            *paired_interval((part.nll - part.nll_full).to_numpy(copy=True)),
+            len(part),
+        )
+        for (method, kept, code), part in table.groupby(["method", "kept", "code"])
+    ]
+    return pd.DataFrame(rows, columns=list(LOSSES)).sort_values(
+        ["kept", "loss"], ascending=[False, True], ignore_index=True
+    )
+
+
+def main(python):
+    weights, out = model_folder("smollm2"), sources.ROOT / "build" / "peers"
+    lm, tokenizer = load(str(weights), "cpu")
+    docs = read_documents(TEXTS["prose"], tokenizer, "test", DOCUMENTS, TOKENS)
+    np.save(out / "ids.npy", docs.input_ids.numpy())
+    asked = [python, SCRIPT, out / "ids.npy", weights, out / "kvpress.csv", PROMPT, *KEPT]
+    subprocess.run([str(each) for each in asked], check=True)
+    own = pd.DataFrame(ours(enable(lm), docs.input_ids), columns=["method", "kept", "document", "nll"])
+    versions = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in ('kvpress', 'torch', 'transformers')}))"
+    notes = {
+        "model": "SmolLM2-135M-Instruct with Q4_1 weights, float32",
+        "columns": COLUMNS,
+        "documents": docs.names,
+        "kvpress": json.loads(subprocess.check_output([python, "-c", versions])),
+        "ours": sources.versions(),
+        "commit": sources.commit()[0],
+        "settings": digest(
+            SAME, OWN, PROMPT, KEPT, docs.input_ids.tolist(), sources.sha256(weights / "model.safetensors")
+        ),
+    }
+    table = joined(pd.read_csv(out / "kvpress.csv"), own, docs.names)
+    sources.atomic_write(BENCHMARKS / "peers.csv", table.to_csv(index=False, lineterminator="\n"))
+    sources.atomic_write(BENCHMARKS / "peers.json", sources.to_json(notes))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -110,7 +110,7 @@ def losses(table):
 
 
 def main(python):
-    weights, out = model_folder("smollm2"), sources.ROOT / "build" / "peers"
+    weights, out, commit = model_folder("smollm2"), sources.ROOT / "build" / "peers", sources.commit()[0]
     lm, tokenizer = load(str(weights), "cpu")
     docs = read_documents(TEXTS["prose"], tokenizer, "test", DOCUMENTS, TOKENS)
     np.save(out / "ids.npy", docs.input_ids.numpy())
@@ -124,7 +124,7 @@ def main(python):
         "documents": docs.names,
         "kvpress": json.loads(subprocess.check_output([python, "-c", versions])),
         "ours": sources.versions(),
-        "commit": sources.commit()[0],
+        "commit": commit,
         "settings": digest(
             SAME, OWN, PROMPT, KEPT, docs.input_ids.tolist(), sources.sha256(weights / "model.safetensors")
         ),

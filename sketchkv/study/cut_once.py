@@ -5,7 +5,6 @@
 Both read the same token ids. What follows the prompt is scored with the tokens that were kept, all of it at full precision.
 """
 
-import json
 import subprocess
 import sys
 
@@ -22,7 +21,7 @@ from sketchkv.study.methods import LABELS, make_cache
 from sketchkv.study.stats import paired_interval
 from sketchkv.texts import documents as read_documents
 
-DOCUMENTS, TOKENS, PROMPT, KEPT = 6, 2048, 1536, (384, 192)
+DOCUMENTS, TOKENS, PROMPT, KEPT = 16, 2048, 1536, (384, 192)
 AGREE = 0.01  # nats per token within which the same rule under the same protection must agree
 SCRIPT = sources.ROOT / "sketchkv" / "study" / "extras" / "cut_by_kvpress.py"
 # Protected as in kvpress: what a method there keeps in any case, first and newest tokens.
@@ -68,16 +67,18 @@ def cut(config, method, kept, prompt=PROMPT, **options):
 
 
 def ours(lm, documents):
-    """Rows (method, kept, number of the document, nll) of `documents` `[n, tokens]`."""
+    """Rows (method, kept, number of the document, nll) of `documents` `[n, tokens]`: a DataFrame."""
+    rows = []
     for number, ids in enumerate(documents):
-        yield "full", PROMPT, number, follows(lm, ids[None], DynamicCache(config=lm.config))
+        rows.append(("full", PROMPT, number, follows(lm, ids[None], DynamicCache(config=lm.config))))
         for name, options in (SAME | OWN).items():
             for kept in KEPT:
                 cache = cut(lm.config, name, kept, **options)
                 nll = follows(lm, ids[None], cache)
                 assert cache.evicted_tokens == (PROMPT - kept) * len(cache.layers)
-                yield name, kept, number, nll
+                rows.append((name, kept, number, nll))
         print("ours", number, flush=True)
+    return pd.DataFrame(rows, columns=["method", "kept", "document", "nll"])
 
 
 def joined(theirs, own, names):
@@ -109,29 +110,46 @@ def losses(table):
     )
 
 
+def by_kvpress(python, weights, ids, out):
+    """Their rows, and the versions in their environment: {package: version}."""
+    subprocess.run(list(map(str, (python, SCRIPT, ids, weights, out, PROMPT, *KEPT))), check=True)
+    asked = (
+        "import importlib.metadata as m; print(*(m.version(n) for n in ('kvpress', 'torch', 'transformers')))"
+    )
+    versions = subprocess.check_output([str(python), "-c", asked], text=True).split()
+    return pd.read_csv(out), dict(zip(("kvpress", "torch", "transformers"), versions))
+
+
 def main(python):
     weights, out, commit = model_folder("smollm2"), sources.ROOT / "build" / "peers", sources.commit()[0]
-    lm, tokenizer = load(str(weights), "cpu")
+    lm, tokenizer = load(str(weights))
     docs = read_documents(TEXTS["prose"], tokenizer, "test", DOCUMENTS, TOKENS)
     np.save(out / "ids.npy", docs.input_ids.numpy())
-    asked = [python, SCRIPT, out / "ids.npy", weights, out / "kvpress.csv", PROMPT, *KEPT]
-    subprocess.run([str(each) for each in asked], check=True)
-    own = pd.DataFrame(ours(enable(lm), docs.input_ids), columns=["method", "kept", "document", "nll"])
-    versions = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in ('kvpress', 'torch', 'transformers')}))"
+    theirs, versions = by_kvpress(python, weights, out / "ids.npy", out / "kvpress.csv")
+    own = ours(enable(lm), docs.input_ids.to(lm.device))
+    keep(
+        theirs,
+        own,
+        docs,
+        {"kvpress": versions, "ours": sources.versions(), "commit": commit, "device": device_name(lm.device)},
+    )
+
+
+def device_name(device):
+    return torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+
+
+def keep(theirs, own, docs, origin):
+    """Writes `data/benchmarks/peers.csv`, and what it comes from beside it."""
     notes = {
         "model": "SmolLM2-135M-Instruct with Q4_1 weights, float32",
         "columns": COLUMNS,
         "documents": docs.names,
-        "kvpress": json.loads(subprocess.check_output([python, "-c", versions])),
-        "ours": sources.versions(),
-        "commit": commit,
-        "settings": digest(
-            SAME, OWN, PROMPT, KEPT, docs.input_ids.tolist(), sources.sha256(weights / "model.safetensors")
-        ),
+        "settings": digest(SAME, OWN, PROMPT, KEPT, docs.input_ids.tolist()),
     }
-    table = joined(pd.read_csv(out / "kvpress.csv"), own, docs.names)
+    table = joined(theirs, own, docs.names)
     sources.atomic_write(BENCHMARKS / "peers.csv", table.to_csv(index=False, lineterminator="\n"))
-    sources.atomic_write(BENCHMARKS / "peers.json", sources.to_json(notes))
+    sources.atomic_write(BENCHMARKS / "peers.json", sources.to_json(notes | origin))
 
 
 if __name__ == "__main__":

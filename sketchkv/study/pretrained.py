@@ -194,7 +194,7 @@ class Run:
         end, due = time.monotonic() + seconds, measured.groups(piece)
         left: list = []
         flying: list = []
-        took: dict[str, float] = {}
+        took: dict[tuple, float] = {}  # by table and name
         counts = [0, 0]  # failed, done
         make = multiprocessing.get_context("spawn").Pool if workers > 1 else ThreadPool
         with make(workers, _quiet if workers > 1 else None) as pool:
@@ -202,7 +202,7 @@ class Run:
                 for item in [item for item in flying if item[1].ready()]:
                     flying.remove(item)
                     group, result, began = item
-                    took[group["name"]] = time.monotonic() - began
+                    took[group["table"], group["name"]] = time.monotonic() - began
                     counts[finish(self, group, result.get)] += 1
                 waits = due and due[0]["table"] == "pretrained_recall" and due[0]["name"] != "full"
                 waits = waits and any(
@@ -211,7 +211,12 @@ class Run:
                 if waits or not due or len(flying) == workers:
                     time.sleep(0.01)
                     continue
-                expected = took.get(due[0]["name"], max(took.values(), default=0))
+                kind, name = due[0]["table"], due[0]["name"]
+                alike = [seconds for (table, _), seconds in took.items() if table == kind] or [
+                    *took.values(),
+                    0,
+                ]
+                expected = took.get((kind, name), max(alike))
                 if time.monotonic() + expected > end:
                     left.append(due.pop(0))
                 elif group := self.settle(due.pop(0)):

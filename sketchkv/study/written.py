@@ -55,7 +55,7 @@ def rows(lm, ids, names, method, new=NEW):
             else DynamicCache(config=lm.config)
         )
         tokens = continuation(lm, ids, cache, new, do_sample=mode == "sampling")
-        assert method is None or cache.evicted_tokens > 0
+        assert method is None or getattr(cache, "evicted_tokens", 0) > 0
         nll, chosen = seen_by_full(lm, torch.cat([ids, tokens.to(ids.device)], 1), ids.shape[1])
         first = chosen.int().cumprod(-1).sum(-1)
         numbers = zip(

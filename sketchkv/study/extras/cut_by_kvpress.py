@@ -39,7 +39,9 @@ def follows(model, ids, prompt, press=None):
     else:
         with press(model):
             last = model.model(input_ids=ids[:, :prompt], past_key_values=cache).last_hidden_state[:, -1:]
-    positions = torch.arange(prompt, ids.shape[1] - 1)[None]  # the cache alone would number from what it kept
+    positions = torch.arange(prompt, ids.shape[1] - 1, device=ids.device)[
+        None
+    ]  # the cache alone would number from what it kept
     after = model.model(input_ids=ids[:, prompt:-1], position_ids=positions, past_key_values=cache)
     logits = model.lm_head(torch.cat([last, after.last_hidden_state], 1))
     return torch.nn.functional.cross_entropy(logits[0], ids[0, prompt:]).item()
@@ -50,12 +52,13 @@ def main(ids_path, weights, out, prompt, *kept):
 
     transformers.utils.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     # A chat template would make KVzip take the first tokens of a plain text for its frame, and evict them all.
     tokenizer, plain = transformers.AutoTokenizer.from_pretrained(weights), tempfile.mkdtemp()
     tokenizer.chat_template = None
     tokenizer.save_pretrained(plain)
     model.config.name_or_path = plain
-    documents, prompt = torch.from_numpy(np.load(ids_path)), int(prompt)
+    documents, prompt = torch.from_numpy(np.load(ids_path)).to(model.device), int(prompt)
     settings = [("full", prompt, None)]
     for size in map(int, kept):
         settings += [

@@ -48,13 +48,14 @@ def seen_by_full(lm, ids, start):
 def rows(lm, ids, names, method, new=NEW):
     """One row (`COLUMNS`) per prompt of `ids` `[batch, tokens]` and mode: a list of dict. method: None for the full cache."""
     found = []
+    recorded = lm.device.type == "cuda" and method is not None and method["method"] != "recall"
     for mode in ("greedy", "sampling"):
         cache = (
             make_cache(lm.config, length=ids.shape[1] + new, **method)
             if method
             else DynamicCache(config=lm.config)
         )
-        tokens = continuation(lm, ids, cache, new, do_sample=mode == "sampling")
+        tokens = continuation(lm, ids, cache, new, do_sample=mode == "sampling", graph=recorded)
         assert method is None or getattr(cache, "evicted_tokens", 0) > 0
         nll, chosen = seen_by_full(lm, torch.cat([ids, tokens.to(ids.device)], 1), ids.shape[1])
         first = chosen.int().cumprod(-1).sum(-1)

@@ -155,7 +155,7 @@ def groups(piece):
         common = {"table": "pretrained_sweep", "tokens": SHORT, "ids": f"code_{LENGTH}", "share": None}
         return [common | {"name": c["configuration"], "method": sweep_method(c)} for c in configurations()]
     elif piece == "attention":
-        common = {"table": "pretrained_attention", "tokens": SHORT, "ids": f"code_{LENGTH}"}
+        common = {"table": "pretrained_attention", "tokens": SHORT, "ids": f"code_{LENGTH}", "documents": 4}
         order = [("survey", None)]
     else:
         raise SystemExit(f"Unknown piece {piece}: allowed are {', '.join(PIECES)}.")

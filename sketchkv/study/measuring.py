@@ -152,8 +152,9 @@ def _written_rows(lm, held, names, group, method):
 
 def _short(lm, held, names, group):
     """The beginnings of a few texts."""
-    ids = held[group["ids"]][:SHORT_DOCUMENTS, : group["tokens"]].to(lm.device)
-    return Documents(ids, names[group["ids"]][:SHORT_DOCUMENTS])
+    count = group.get("documents", SHORT_DOCUMENTS)
+    ids = held[group["ids"]][:count, : group["tokens"]].to(lm.device)
+    return Documents(ids, names[group["ids"]][:count])
 
 
 def _sweep_rows(lm, held, names, group, method):
@@ -170,7 +171,7 @@ def _attention_rows(lm, held, names, group, method, cap=128):
     policies = {
         name: make_cache(lm.config, max_cache_size=cap, **BOUNDED[name]).layers[0].policy for name in WATCHED
     }
-    curves, kept = survey(lm, docs, policies, cap, 16)
+    curves, kept = survey(lm, docs, policies, cap, 16, batch=2)
     curves = curves.groupby(["document", "chosen", "tokens"], sort=False, as_index=False).mass.mean()
     kept = kept.rename(columns={"policy": "chosen", "retained": "mass"})
     curves = curves.rename(columns={"tokens": "of"})

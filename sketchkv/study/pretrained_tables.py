@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from sketchkv.study import figures
+from sketchkv.study import figures, sweep
 from sketchkv.study.measured import BENCHMARKS, COUNTS, LABELS, LENGTH
 from sketchkv.study.pictures import label_ends
-from sketchkv.study.stats import paired_interval
+from sketchkv.study.stats import intervals, paired_interval
 
 AT = 1 / 8  # the share of the bytes at which methods are compared
 # Of the hero figure: (label, place in the palette, points by which the label is above its point).
@@ -81,6 +81,7 @@ def losses(folder=BENCHMARKS):
 def answers(folder=BENCHMARKS):
     """Right answers by task, method and depth: a DataFrame with the columns `ANSWERS`."""
     table = pd.read_csv(folder / "pretrained_recall.csv")
+    table = table[table.tokens == LENGTH]
     full = table[table.name == "full"].groupby(["task", "depth"]).exact.sum()
     rows = []
     for (task, name, depth), part in table.groupby(["task", "name", "depth"], sort=False):
@@ -89,6 +90,20 @@ def answers(folder=BENCHMARKS):
         counts = bool(full[task, depth] >= COUNTS)
         rows.append((task, LABELS[name], depth, right, n, bounds.low, bounds.high, counts))
     return pd.DataFrame(rows, columns=list(ANSWERS))
+
+
+def swept(folder=BENCHMARKS):
+    """Loss of the sweep's configurations that were measured, the least first: a DataFrame (`SWEPT`)."""
+    table = pd.read_csv(folder / "pretrained_sweep.csv").drop(columns="max_cache_size")
+    shapes = pd.DataFrame(sweep.configurations())[list(sweep.COLUMNS)]
+    table = table.assign(loss=table.nll - table.nll_full).merge(
+        shapes, left_on="name", right_on="configuration"
+    )
+    found = intervals(table, list(sweep.COLUMNS), "loss").sort_values("mean", ignore_index=True)
+    return found.merge(table.groupby("configuration", as_index=False).bytes_total.first())
+
+
+SWEPT = {name: words for name, words in sweep.SUMMARY.items() if name != "bytes_sketch"}
 
 
 def compared(text, one, other, folder=BENCHMARKS, share=AT):

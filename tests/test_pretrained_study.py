@@ -299,7 +299,9 @@ def test_questions_can_be_answered_from_the_text(task, form, letters):
 def test_other_pieces_are_measured_once(piece, weights, prepared, small, tmp_path, monkeypatch):
     groups = measured.groups(piece)
     assert (
-        len({group["name"] for group in groups}) == len(groups) == {"written": 5, "sweep": 144}.get(piece, 1)
+        len({group["name"] for group in groups})
+        == len(groups)
+        == {"written": 5, "sweep": 144, "attention": 2}[piece]
     )
     kept = [g | {"tokens": TOKENS, "ids": f"code_{TOKENS}"} for g in groups[:: max(1, len(groups) // 3)]]
     monkeypatch.setattr(measured, "groups", lambda piece: kept)
@@ -316,7 +318,7 @@ def test_other_pieces_are_measured_once(piece, weights, prepared, small, tmp_pat
     table = pd.read_csv(tmp_path / f"pretrained_{piece}.csv")
     assert list(table.columns) == list(measured.TABLES[f"pretrained_{piece}"])
     if piece == "attention":
-        assert {"each query", "foresight", "oracle", "decayed"} <= set(table.chosen)
+        assert {"each query", "foresight", "oracle", "decayed", "sinks"} <= set(table.chosen)
         assert table.mass.between(0, 1.001).all()
     if piece == "written":
         assert len(table) == 2 * 2 * table.name.nunique() and table.nll.gt(0).all()

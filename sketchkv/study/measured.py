@@ -40,7 +40,7 @@ ASKED_LONGER = ("full", "recall", "compact", "streaming")
 LONG_TASKS = ("needle", "four_keys")
 WRITERS = ("full", "recall", "compact", "decayed", "streaming")
 SHORT, SHORT_DOCUMENTS = 1024, 8  # texts in which the sweep's caps of 64 to 256 tokens are caps
-WATCHED = ("streaming", "h2o", "decayed", "sketch", "tova")  # what their rules keep of the attention
+WATCHED = ("streaming", "plain_sums", "decayed", "sketch", "tova")  # what their rules keep of the attention
 LABELS = methods.LABELS | {"near": f"no cache, the newest {NEAR} tokens"}
 
 _COMMON = {
@@ -102,9 +102,10 @@ ATTENTION = {
     "tokens": QUALITY["tokens"],
     **_COMMON,
     "document": "held-out file of Python",
-    "chosen": "each query: anew for every query; hindsight: best fixed set; foresight: by the first half's attention; else a rule",
-    "of": "share of the first half's tokens, sinks aside; of a rule: of the whole text",
-    "mass": "share of the attention that they hold, mean over layers and heads",
+    "chosen": "each query: anew for every query; hindsight: best fixed set; foresight: by the first half's attention; sinks: the "
+    "first tokens of the text; else a rule",
+    "of": "share of the first half's tokens, sinks aside; of sinks and of a rule: of the whole text",
+    "mass": "share of the attention that they hold, mean over layers and heads; of all but a rule: of the second half's queries",
     "bound": "of a rule: the largest share that any choice of as many tokens could hold",
     "loss": "of a rule: nats per token over the full cache",
     **_ORIGIN,
@@ -156,7 +157,7 @@ def groups(piece):
         return [common | {"name": c["configuration"], "method": sweep_method(c)} for c in configurations()]
     elif piece == "attention":
         common = {"table": "pretrained_attention", "tokens": SHORT, "ids": f"code_{LENGTH}", "documents": 4}
-        order = [("survey", None)]
+        order = [("survey", None), ("sinks", None)]
     else:
         raise SystemExit(f"Unknown piece {piece}: allowed are {', '.join(PIECES)}.")
     return [common | {"name": name, "share": share} for name, share in order]

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from sketchkv import enable, load
 from sketchkv.decode import stream
 from sketchkv.study import written
-from sketchkv.study.attention_analysis import survey
+from sketchkv.study.attention_analysis import attention_maps, survey
 from sketchkv.study.evaluate import compare
 from sketchkv.study.measured import (
     BOUNDED,
@@ -26,6 +26,8 @@ from sketchkv.study.measured import (
 )
 from sketchkv.study.methods import make_cache
 from sketchkv.texts import Documents
+
+SINKS = 4  # tokens that a cache protects at the start of a text
 
 
 @lru_cache(maxsize=1)
@@ -166,8 +168,24 @@ def _sweep_rows(lm, held, names, group, method):
     return [extra | dict(zip(("document", "nll", "nll_full"), each)) for each in means]
 
 
+def sink_mass(lm, ids, sinks=SINKS):
+    """Share of the attention of the second half's queries that falls on the first tokens of `ids` `[1, tokens]`."""
+    maps = attention_maps(lm, ids)
+    return maps[..., ids.shape[1] // 2 :, :sinks].sum(-1).mean().item()
+
+
 def _attention_rows(lm, held, names, group, method, cap=128):
     docs = _short(lm, held, names, group)
+    if group["name"] == "sinks":
+        return [
+            {
+                "document": name,
+                "chosen": "sinks",
+                "of": SINKS / group["tokens"],
+                "mass": sink_mass(lm, ids[None]),
+            }
+            for name, ids in zip(docs.names, docs.input_ids)
+        ]
     policies = {
         name: make_cache(lm.config, max_cache_size=cap, **BOUNDED[name]).layers[0].policy for name in WATCHED
     }

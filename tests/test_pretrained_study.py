@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import sketchkv
-from sketchkv.study import measured, measuring, pretrained, written
+from sketchkv.study import measured, measuring, pretrained, pretrained_tables, written
 from sketchkv.study.methods import fit, full_nbytes, make_cache, nbytes
 from sketchkv.study.questions import DEPTHS, FORMS, TASKS, instances
 from sketchkv.texts import Documents
@@ -343,3 +343,20 @@ def test_half_of_the_prompts_are_chats_of_the_same_length(letters):
     assert letters.decode(ids[3]).startswith("<user>") and letters.decode(ids[3]).endswith(
         f"{written.QUESTION}<assistant>"
     )
+
+
+def test_tables_of_the_notebook_are_means_over_documents():
+    swept = pretrained_tables.swept().set_index("configuration")
+    rows = pd.read_csv(measured.BENCHMARKS / "pretrained_sweep.csv")
+    assert set(swept.index) == set(rows.name) and swept.n.eq(8).all() and rows.evicted.gt(0).all()
+    own = rows[rows.name == "aggregate 128x6 cap 256"]
+    row = swept.loc["aggregate 128x6 cap 256"]
+    assert row["mean"] == pytest.approx((own.nll - own.nll_full).mean()) and row.low < row["mean"] < row.high
+    assert (row.width, row.depth, row.max_cache_size) == (128, 6, 256)
+    attended = pretrained_tables.attended()
+    rules = attended[attended.loss.notna()]
+    assert (rules.mass < rules.bound).all() and rules.loss.idxmin() == rules.index[rules.chosen == "oracle"][
+        0
+    ]
+    at = attended[attended["of"] == 0.1].set_index("chosen").mass
+    assert at["each query"] > at["hindsight"] > at["foresight"]

@@ -45,9 +45,7 @@ class Run:
         for name in measured.TABLES:
             for folder in (Path(have), self.out):
                 if (folder / f"{name}.csv").exists():
-                    self.tables[name] = pd.read_csv(
-                        folder / f"{name}.csv", float_precision="round_trip"
-                    ).to_dict("records")
+                    self.tables[name] = pd.read_csv(folder / f"{name}.csv").to_dict("records")
                 if (folder / f"{name}.json").exists():
                     self.notes[name] = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         card = torch.cuda.get_device_name() if self.device.startswith("cuda") else "CPU"

@@ -6,7 +6,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from sketchkv.study import figures, sweep
-from sketchkv.study.measured import BENCHMARKS, COUNTS, LABELS, LENGTH
+from sketchkv.study.measured import ATTENTION, BENCHMARKS, COUNTS, LABELS, LENGTH
 from sketchkv.study.pictures import label_ends
 from sketchkv.study.stats import intervals, paired_interval
 
@@ -106,6 +106,28 @@ def swept(folder=BENCHMARKS):
 SWEPT = {name: words for name, words in sweep.SUMMARY.items() if name != "bytes_sketch"}
 
 
+def attended(folder=BENCHMARKS):
+    """Who holds how much of the attention: a DataFrame (`ATTENDED`)."""
+    table = pd.read_csv(folder / "pretrained_attention.csv")
+    rows = []
+    for (chosen, of), part in table.groupby(["chosen", "of"], sort=False):
+        ends = paired_interval(part.mass.to_numpy(copy=True))
+        rows.append((chosen, of, *ends, part.bound.mean(), part.loss.mean(), len(part)))
+    return pd.DataFrame(rows, columns=list(ATTENDED))
+
+
+ATTENDED = {
+    "chosen": ATTENTION["chosen"],
+    "of": ATTENTION["of"],
+    "mass": ATTENTION["mass"] + "; mean over documents",
+    "low": "lower end of its 95 % interval, documents resampled",
+    "high": "upper end",
+    "bound": ATTENTION["bound"],
+    "loss": ATTENTION["loss"],
+    "n": "documents",
+}
+
+
 def compared(text, one, other, folder=BENCHMARKS, share=AT):
     """How much more perplexity `one` has than `other` at the same bytes on the same documents, in percent: (mean, low, high)."""
     table = _quality(folder)
@@ -126,6 +148,9 @@ def facts(losses, answers):
         for one, other in (("sketch", "decayed"), ("recall", "decayed"), ("recall", "compact")):
             ends = zip(("mean", "low", "high"), compared(text, one, other))
             found |= {f"pretrained_{text}_{one}_over_{other}_{end}": value for end, value in ends}
+    tenth = attended()
+    tenth = tenth[tenth.of == 0.1].set_index("chosen").mass
+    found |= {f"pretrained_tenth_{way.replace(' ', '_')}": mass for way, mass in tenth.items()}
     needle = answers[answers.counts & (answers.task == "needle")].groupby("method")[["right", "n"]].sum()
     found["pretrained_needles"] = int(needle.right["compact"])
     return {name: value if isinstance(value, (str, int)) else float(value) for name, value in found.items()}

@@ -25,7 +25,7 @@ export MALLOC_TRIM_THRESHOLD_ := 1073741824
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce site lab test test-models test-oldest lint bench model models smollm2 gemma3 django-docs clean FORCE
+.PHONY: help env reproduce site lab test test-models test-oldest lint bench bench-peers model models smollm2 gemma3 django-docs clean FORCE
 
 help:  ## show this list
 	@sed -nE 's/^([a-z][^ :]*).*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/%/NAME/' | expand -t 26
@@ -96,6 +96,12 @@ lint: $(READY)  ## check style and types: ruff, mypy
 
 bench: $(READY)  ## measure speed on the device at hand, into data/benchmarks; BENCH=all, or names of groups
 	$(BIN)/python -m sketchkv.study.bench $(BENCH)
+
+# An environment of its own, since kvpress needs an older transformers.
+bench-peers: $(READY) smollm2 django-docs  ## cut prompts of SmolLM2 by kvpress and by ours, into data/benchmarks/peers.csv
+	test -x build/peers/bin/python || $(PYTHON) -m venv build/peers
+	build/peers/bin/python -m pip install --disable-pip-version-check -q kvpress==0.5.5 'transformers<5.3' torch==2.13.0
+	$(BIN)/python -m sketchkv.study.cut_once build/peers/bin/python
 
 model: $(READY)  ## train the embedded model again
 	$(BIN)/python -m sketchkv.training

@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import sketchkv
-from sketchkv.study import measured, pretrained
+from sketchkv.study import measured, measuring, pretrained, pretrained_tables, written
 from sketchkv.study.methods import fit, full_nbytes, make_cache, nbytes
 from sketchkv.study.questions import DEPTHS, FORMS, TASKS, instances
+from sketchkv.texts import Documents
 
 TOKENS = 320
 
@@ -142,7 +143,7 @@ def test_answers_are_what_greedy_decoding_gives(method, llama):
     ids[:2, -4:] = greedy[:2]  # two rows get the right answer, the third a wrong one
     ids[2, -4:] = (greedy[2] + 1) % VOCABULARY
     cache = make_cache(llama.config, **method) if method else DynamicCache(config=llama.config)
-    exact, loglik = measured.answers(llama, ids, 4, 30, cache)
+    exact, loglik = measuring.answers(llama, ids, 4, 30, cache)
     logprobs = llama(ids).logits.log_softmax(-1)
     expected = logprobs[:, -5:-1].gather(-1, ids[:, -4:, None]).mean((1, 2))
     if method is None or method["method"] == "streaming":
@@ -153,7 +154,7 @@ def test_answers_are_what_greedy_decoding_gives(method, llama):
 
 def test_near_losses_are_those_of_texts_cut_short(llama):
     ids = torch.randint(1, VOCABULARY, (2, 45), generator=torch.Generator().manual_seed(4))
-    got = measured.near_losses(llama, ids, seen=12, stride=4)
+    got = measuring.near_losses(llama, ids, seen=12, stride=4)
     assert got.shape == (2, 44)
     for at in range(44):
         begin = 0 if at < 12 else at - at % 4 + 4 - 12
@@ -292,3 +293,70 @@ def test_questions_can_be_answered_from_the_text(task, form, letters):
         instances(task, letters, fillers[:, :200], 0.5, form)
     with pytest.raises(ValueError, match="choose a task"):
         instances("riddle", letters, fillers, 0.5)
+
+
+@pytest.mark.parametrize("piece", ["written", "sweep", "attention"])
+def test_other_pieces_are_measured_once(piece, weights, prepared, small, tmp_path, monkeypatch):
+    groups = measured.groups(piece)
+    assert (
+        len({group["name"] for group in groups})
+        == len(groups)
+        == {"written": 5, "sweep": 144, "attention": 2}[piece]
+    )
+    kept = [g | {"tokens": TOKENS, "ids": f"code_{TOKENS}"} for g in groups[:: max(1, len(groups) // 3)]]
+    monkeypatch.setattr(measured, "groups", lambda piece: kept)
+    monkeypatch.setattr(measuring, "WATCHED", ("streaming", "decayed"))
+    names = ["text", "a"], ["chat", "b"]
+    written_rows = measuring.ROWS_OF["pretrained_written"]
+    monkeypatch.setitem(
+        measuring.ROWS_OF,
+        "pretrained_written",
+        lambda lm, held, _, group, method: written_rows(lm, held, {group["ids"]: names}, group, method),
+    )
+    monkeypatch.setattr(written.rows, "__defaults__", (6,))
+    assert start(weights, prepared, tmp_path).run(piece, 600)[1:] == (0, 0)
+    table = pd.read_csv(tmp_path / f"pretrained_{piece}.csv")
+    assert list(table.columns) == list(measured.TABLES[f"pretrained_{piece}"])
+    if piece == "attention":
+        assert {"each query", "foresight", "oracle", "decayed", "sinks"} <= set(table.chosen)
+        assert table.mass.between(0, 1.001).all()
+    if piece == "written":
+        assert len(table) == 2 * 2 * table.name.nunique() and table.nll.gt(0).all()
+        assert (table[(table.name == "full") & (table["mode"] == "greedy")]["first"] == 6).all()
+    assert start(weights, prepared, tmp_path).run(piece, 600) == (0, 0, 0)
+
+
+def test_what_the_full_cache_would_have_chosen(llama):
+    ids = torch.randint(1, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(8))
+    text = sketchkv.generate(llama, ids, max_new_tokens=6)
+    text[1, 43] = (text[1, 43] + 1) % VOCABULARY
+    nll, chosen = written.seen_by_full(llama, text, 40)
+    assert chosen[0].all() and chosen[1, :3].all() and not chosen[1, 3]
+    assert torch.allclose(nll, sketchkv.score(llama, text)[:, 39:], atol=1e-4)
+
+
+def test_half_of_the_prompts_are_chats_of_the_same_length(letters):
+    texts = [letters("A sentence of some length. " * 20)["input_ids"][:300]] * 4
+    ids, names = written.prompts(letters, Documents(torch.tensor(texts), list("abcd")))
+    assert ids.shape == (4, 300) and [kind for kind, _ in names] == ["text", "text", "chat", "chat"]
+    assert ids[0].tolist() == texts[0]
+    assert letters.decode(ids[3]).startswith("<user>") and letters.decode(ids[3]).endswith(
+        f"{written.QUESTION}<assistant>"
+    )
+
+
+def test_tables_of_the_notebook_are_means_over_documents():
+    swept = pretrained_tables.swept().set_index("configuration")
+    rows = pd.read_csv(measured.BENCHMARKS / "pretrained_sweep.csv")
+    assert set(swept.index) == set(rows.name) and swept.n.eq(8).all() and rows.evicted.gt(0).all()
+    own = rows[rows.name == "aggregate 128x6 cap 256"]
+    row = swept.loc["aggregate 128x6 cap 256"]
+    assert row["mean"] == pytest.approx((own.nll - own.nll_full).mean()) and row.low < row["mean"] < row.high
+    assert (row.width, row.depth, row.max_cache_size) == (128, 6, 256)
+    attended = pretrained_tables.attended()
+    rules = attended[attended.loss.notna()]
+    assert (rules.mass < rules.bound).all() and rules.loss.idxmin() == rules.index[rules.chosen == "oracle"][
+        0
+    ]
+    at = attended[attended["of"] == 0.1].set_index("chosen").mass
+    assert at["each query"] > at["hindsight"] > at["foresight"]

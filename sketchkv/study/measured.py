@@ -2,20 +2,17 @@
 
 import hashlib
 import json
-import time
 from functools import lru_cache
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
-from sketchkv import enable, load
 from sketchkv.corpus import DATA
-from sketchkv.decode import stream
-from sketchkv.study import methods
-from sketchkv.study.evaluate import compare
-from sketchkv.study.methods import fit, full_nbytes, make_cache
+from sketchkv.study import methods, written
+from sketchkv.study.methods import fit, full_nbytes
 from sketchkv.study.questions import DEPTHS, FORMS, TASKS, instances
+from sketchkv.study.sweep import configurations
+from sketchkv.study.sweep import method as sweep_method
 
 FORMAT = 1  # raise it when what is measured changes
 BENCHMARKS = DATA / "benchmarks"
@@ -38,7 +35,12 @@ BOUNDED = {name: methods.BOUNDED[name] for name in NAMES}
 WHOLE = {name: methods.WHOLE[name] for name in ("kivi4", "kivi2")}
 FIRST = ("compact", "recall", "decayed", "sketch", "streaming")
 ASKED = ("full", "compact", "recall", "decayed", "streaming", "kivi2", "sketch")
-LONGER = ("compact", "recall", "decayed", "streaming")
+LONGER = ("recall", "compact", "decayed", "streaming")
+ASKED_LONGER = ("full", "recall", "compact", "streaming")
+LONG_TASKS = ("needle", "four_keys")
+WRITERS = ("full", "recall", "compact", "decayed", "streaming")
+SHORT, SHORT_DOCUMENTS = 1024, 8  # texts in which the sweep's caps of 64 to 256 tokens are caps
+WATCHED = ("streaming", "plain_sums", "decayed", "sketch", "tova")  # what their rules keep of the attention
 LABELS = methods.LABELS | {"near": f"no cache, the newest {NEAR} tokens"}
 
 _COMMON = {
@@ -86,7 +88,35 @@ RECALL = {
     "loglik": "mean log-likelihood of the answer, nats per token",
     **_ORIGIN,
 }
-TABLES = {"pretrained_quality": QUALITY, "pretrained_recall": RECALL}
+WRITTEN = {"tokens": "tokens of the prompt", **_COMMON, **written.COLUMNS, **_ORIGIN}
+SWEEP = {
+    "tokens": "tokens of the document",
+    **_COMMON,
+    "document": "held-out file of Python",
+    "nll": QUALITY["nll"],
+    "nll_full": QUALITY["nll_full"],
+    "evicted": QUALITY["evicted"],
+    **_ORIGIN,
+}
+ATTENTION = {
+    "tokens": QUALITY["tokens"],
+    **_COMMON,
+    "document": "held-out file of Python",
+    "chosen": "each query: anew for every query; hindsight: best fixed set; foresight: by the first half's attention; sinks: the "
+    "first tokens of the text; else a rule",
+    "of": "share of the first half's tokens, sinks aside; of sinks and of a rule: of the whole text",
+    "mass": "share of the attention that they hold, mean over layers and heads; of all but a rule: of the second half's queries",
+    "bound": "of a rule: the largest share that any choice of as many tokens could hold",
+    "loss": "of a rule: nats per token over the full cache",
+    **_ORIGIN,
+}
+TABLES = {
+    "pretrained_quality": QUALITY,
+    "pretrained_recall": RECALL,
+    "pretrained_written": WRITTEN,
+    "pretrained_sweep": SWEEP,
+    "pretrained_attention": ATTENTION,
+}
 
 
 # What is measured, in order
@@ -108,20 +138,35 @@ def groups(piece):
         order += [(name, share) for share in SHARES[1:] for name in rest]
     elif piece == "quality-8192":
         common = {"table": "pretrained_quality", "texts": list(TEXTS), "tokens": LONG}
-        order = [("near", None), *((name, SHARES[0]) for name in LONGER)]
-    elif piece == "recall-4096":
-        asked = [(name, SHARES[0] if name in BOUNDED else None) for name in ASKED]
+        order = [("near", None), *((name, share) for share in SHARES[:2] for name in LONGER)]
+    elif piece in ("recall-4096", "recall-8192"):
+        tokens, tasks, asked = (
+            (LENGTH, TASKS, ASKED) if piece == "recall-4096" else (LONG, LONG_TASKS, ASKED_LONGER)
+        )
+        common = {"table": "pretrained_recall", "tokens": tokens}
         return [
-            {"table": "pretrained_recall", "task": task, "tokens": LENGTH, "name": name, "share": share}
-            for name, share in asked
-            for task in TASKS
+            common | {"task": task, "name": name, "share": SHARES[0] if name in BOUNDED else None}
+            for name in asked
+            for task in tasks
         ]
+    elif piece == "written":
+        common = {"table": "pretrained_written", "tokens": LENGTH, "ids": f"written_{LENGTH}"}
+        order = [(name, SHARES[0] if name in BOUNDED else None) for name in WRITERS]
+    elif piece == "sweep":
+        common = {"table": "pretrained_sweep", "tokens": SHORT, "ids": f"code_{LENGTH}", "share": None}
+        return [common | {"name": c["configuration"], "method": sweep_method(c)} for c in configurations()]
+    elif piece == "attention":
+        common = {"table": "pretrained_attention", "tokens": SHORT, "ids": f"code_{LENGTH}", "documents": 4}
+        order = [("survey", None), ("sinks", None)]
     else:
         raise SystemExit(f"Unknown piece {piece}: allowed are {', '.join(PIECES)}.")
     return [common | {"name": name, "share": share} for name, share in order]
 
 
-PIECES = ("quality", "quality-prose", "quality-code", "quality-8192", "recall-4096")
+PIECES = (
+    *("quality", "quality-prose", "quality-code", "quality-8192", "recall-4096", "recall-8192"),
+    *("written", "sweep", "attention"),
+)
 
 
 def settled(config, name, share, tokens):
@@ -184,6 +229,17 @@ def prepare(
                 made = [instances(task, tokenizer, fillers.input_ids, depth, form) for depth in depths]
                 held[f"{split}_{length}_{task}_{form}"] = torch.stack([ids for ids, _, _ in made], 1)
                 names[f"{split}_{length}_{task}_{form}"] = [made[0][1], max(tail for _, _, tail in made)]
+    if longer:  # as many facts in fewer texts
+        fillers = read(TEXTS["prose"], tokenizer, "test", None, longer[1])
+        texts = fillers.input_ids[torch.arange(count) % len(fillers.names)]
+        for task in LONG_TASKS:
+            for form in FORMS:
+                made = [instances(task, tokenizer, texts, depth, form) for depth in DEPTHS]
+                held[f"test_{longer[1]}_{task}_{form}"] = torch.stack([ids for ids, _, _ in made], 1)
+                names[f"test_{longer[1]}_{task}_{form}"] = [made[0][1], max(tail for _, _, tail in made)]
+        names[f"test_{longer[1]}"] = fillers.names[:count]
+    asked = read(TEXTS["prose"], tokenizer, "test", documents, length)
+    held[f"written_{length}"], names[f"written_{length}"] = written.prompts(tokenizer, asked)
     shared = set(names[f"test_{length}"]) & set(names[f"development_{length}"])
     assert not shared, f"development documents among held-out ones: {shared}"
     assert max(int(ids.max()) for ids in held.values()) < 2**16
@@ -197,152 +253,3 @@ def prepared(path):
     with np.load(path) as file:
         ids = {name: torch.from_numpy(file[name].astype(np.int64)) for name in file.files if name != "names"}
         return ids, json.loads(str(file["names"]))
-
-
-@lru_cache(maxsize=1)
-def model_of(weights, device):
-    return enable(load(weights, device)[0])
-
-
-# Measuring
-
-
-@torch.no_grad()
-def near_losses(lm, ids, seen=NEAR, stride=STRIDE):
-    """What a model loses that sees the newest tokens alone, read anew for every token: nats `[documents, tokens - 1]`.
-
-    A token is predicted from `seen - stride + 1` to `seen` tokens, or all before it where there are fewer.
-    """
-    length, losses = ids.shape[1], []
-    for start in (0, *range(seen, length, stride)):  # of the tokens that are predicted from
-        stop = min(start + stride, length) if start else min(seen, length)
-        begin = max(0, start + stride - seen) if start else 0
-        logits = lm(ids[:, begin:stop], use_cache=False, logits_to_keep=stop - start).logits
-        targets = ids[:, start + 1 : stop + 1]
-        logits = logits[:, : targets.shape[1]].float().transpose(1, 2)
-        losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
-    return torch.cat(losses, 1)
-
-
-@torch.no_grad()
-def quality(lm, ids, method):
-    """Scores of one method beside the full cache, chunk by chunk: ({name: `[documents, tokens]`}, cache)."""
-    cache, full, scores = (
-        make_cache(lm.config, length=ids.shape[1], **method),
-        DynamicCache(config=lm.config),
-        [],
-    )
-    for start, logits in stream(lm, ids, cache, max(1, TOKENS // len(ids))):
-        stop = start + logits.shape[1]
-        found = logits.float().log_softmax(-1)
-        del logits
-        reference = (
-            lm(ids[:, start:stop], past_key_values=full, use_cache=True).logits.float().log_softmax(-1)
-        )
-        beside = reference, reference.exp(), reference.argmax(-1)
-        scores.append(compare(beside, found, ids[:, start + 1 : stop + 1]))
-    nll, nll_full, kl, top1 = (torch.cat(each, 1).cpu() for each in zip(*scores, strict=True))
-    return {"nll": nll, "nll_full": nll_full, "kl": kl, "top1": top1}, cache
-
-
-@torch.no_grad()
-def answers(lm, ids, answer, tail, cache):
-    """(exact, loglik) of the last `answer` tokens of each row: two lists.
-
-    The text up to the last `tail` tokens passes as a prompt; the question comes as decoding would bring it.
-    """
-    before, chunk = ids.shape[1] - tail, max(1, 8 * TOKENS // len(ids))
-    for part in ids[:, :before].split(chunk, 1):
-        lm(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    step = getattr(cache, "max_chunk_size", None) or tail
-    logits = [
-        lm(part, past_key_values=cache, use_cache=True).logits for part in ids[:, before:].split(step, 1)
-    ]
-    logprobs = torch.cat(logits, 1)[:, -answer - 1 : -1].float().log_softmax(-1)
-    if hasattr(cache, "check"):
-        cache.check()
-    expected = ids[:, -answer:]
-    right = (logprobs.argmax(-1) == expected).all(-1)
-    return right.int().tolist(), logprobs.gather(-1, expected[..., None]).mean((1, 2)).tolist()
-
-
-def measure(group, ids_path, weights, device):
-    """Rows (list of dict) of one group, without what is alike in all: run in a process of its own."""
-    began, lm = time.perf_counter(), model_of(weights, device)
-    held, names = prepared(ids_path)
-    method = group["method"]
-    if group["table"] == "pretrained_quality":
-        rows = _quality_rows(lm, held, names, group, method)
-    else:
-        rows = _recall_rows(lm, held, names, group, method)
-    seconds = round(time.perf_counter() - began, 1)
-    if lm.device.type == "cuda":
-        torch.cuda.empty_cache()
-    return [row | {"seconds": seconds} for row in rows]
-
-
-def _quality_rows(lm, held, names, group, method):
-    texts, tokens, rows = group["texts"], group["tokens"], []
-    extra: dict = {}
-    ids = torch.cat([held[f"{text}_{tokens}"] for text in texts]).to(lm.device)
-    documents = [(text, name) for text in texts for name in names[f"{text}_{tokens}"]]
-    half = tokens // 2
-    if method is None:
-        found = {"nll": near_losses(lm, ids).cpu()}
-    else:
-        found, cache = quality(lm, ids, method)
-        extra = _bytes_held(cache, len(ids)) | {"evicted": cache.evicted_tokens / len(cache.layers)}
-    for i, (text, document) in enumerate(documents):
-        row = {"text": text, "document": document} | extra
-        for name, values in found.items():
-            late = name.replace("nll", "nll_late") if "nll" in name else f"{name}_late"
-            row |= {name: values[i].mean().item(), late: values[i, half:].mean().item()}
-        rows.append(row)
-    return rows
-
-
-def _recall_rows(lm, held, names, group, method):
-    key = f"test_{group['tokens']}_{group['task']}_{group['form']}"
-    (answer, tail), found = names[key], held[key]
-    wanted = [DEPTHS.index(depth) for depth in group["depths"]]
-    flat = found[:, wanted].transpose(0, 1).flatten(0, 1).to(lm.device)  # depth by depth
-    places = [(depth, i) for depth in group["depths"] for i in range(len(found))]
-    rows: list = []
-    for part in flat.split(ROWS.get(group["name"], MOST_ROWS)):
-        cache = (
-            make_cache(lm.config, length=group["tokens"], **method)
-            if method
-            else DynamicCache(config=lm.config)
-        )
-        extra: dict = {}
-        for exact, loglik in zip(*answers(lm, part, answer, tail, cache), strict=True):
-            if method and not extra:
-                extra = _bytes_held(cache, len(part))
-            depth, i = places[len(rows)]
-            rows.append({"depth": depth, "instance": i, "exact": exact, "loglik": loglik} | extra)
-    return rows
-
-
-def _bytes_held(cache, sequences):
-    held = cache.nbytes()
-    return {"bytes_held": held["total"] / sequences, "bytes_host": held.get("host", 0) / sequences}
-
-
-def choose_form(lm, held, names, tokens, task):
-    """How the full cache answers a task better on development documents: (form, {form: right answers}, n)."""
-    found = {}
-    for form in FORMS:
-        key = f"development_{tokens}_{task}_{form}"
-        answer, tail = names[key]
-        ids = held[key].flatten(0, 1).to(lm.device)
-        parts = [
-            answers(lm, part, answer, tail, DynamicCache(config=lm.config))
-            for part in ids.split(ROWS["full"])
-        ]
-        exact = [each for part, _ in parts for each in part]
-        found[form] = sum(exact), sum(sum(part) for _, part in parts) / len(exact)
-    return (
-        max(FORMS, key=lambda form: found[form]),
-        {form: right for form, (right, _) in found.items()},
-        len(exact),
-    )

@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 
 from sketchkv import load
-from sketchkv.study import measured
+from sketchkv.study import measured, measuring
 from sketchkv.study.methods import DoesNotFit, full_nbytes, make_cache, nbytes
 from sketchkv.study.questions import DEPTHS
 
@@ -38,7 +38,7 @@ class Run:
     def __init__(self, ids_path, weights, out, device="auto", commit="unknown", have=measured.BENCHMARKS):
         self.ids_path, self.weights, self.out = str(ids_path), str(weights), Path(out)
         self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        self.lm = measured.model_of(self.weights, self.device)
+        self.lm = measuring.model_of(self.weights, self.device)
         self.ids, self.names = measured.prepared(self.ids_path)
         self.out.mkdir(parents=True, exist_ok=True)
         self.tables, self.notes, self.solved = {}, {}, {}
@@ -61,9 +61,9 @@ class Run:
         config, tokens, share = self.lm.config, group["tokens"], group["share"]
         try:
             key = group["name"], share, tokens
-            if key not in self.solved:
+            if "method" not in group and key not in self.solved:
                 self.solved[key] = measured.settled(config, *key)
-            method = self.solved[key]
+            method = group.get("method") or self.solved[key]
         except DoesNotFit as error:
             self.note(group["table"], "left_out", f"{group['name']} at {share:g} of {tokens} tokens: {error}")
             return None
@@ -89,6 +89,8 @@ class Run:
             if group is None:
                 return None
             names = [f"test_{tokens}_{group['task']}_{group['form']}"]
+        elif "ids" in group:
+            names = [group["ids"]]
         else:
             names = [f"{text}_{tokens}" for text in group["texts"]]
         seen = [hashlib.sha256(self.ids[name].numpy().tobytes()).hexdigest() for name in names]
@@ -110,10 +112,13 @@ class Run:
     def ask(self, group):
         """A group of recall with its form and the depths that count; None if none does, or the full cache's is due."""
         notes, task, tokens = self.notes.setdefault("pretrained_recall", {}), group["task"], group["tokens"]
-        key = f"{task} {tokens} {measured.digest(self.model, [self.names.get(f'development_{tokens}')])}"
+        length = (
+            measured.LENGTH if tokens == measured.LONG else tokens
+        )  # longer texts are asked as shorter ones
+        key = f"{task} {length} {measured.digest(self.model, [self.names.get(f'development_{length}')])}"
         chosen = notes.setdefault("forms", {})
         if key not in chosen:
-            form, right, n = measured.choose_form(self.lm, self.ids, self.names, tokens, task)
+            form, right, n = measuring.choose_form(self.lm, self.ids, self.names, length, task)
             chosen[key] = {"form": form, "right": right, "n": n}
         group = group | {"form": chosen[key]["form"], "depths": list(DEPTHS)}
         if group["name"] == "full":
@@ -189,7 +194,7 @@ class Run:
         end, due = time.monotonic() + seconds, measured.groups(piece)
         left: list = []
         flying: list = []
-        took: dict[str, float] = {}
+        took: dict[tuple, float] = {}  # by table and name
         counts = [0, 0]  # failed, done
         make = multiprocessing.get_context("spawn").Pool if workers > 1 else ThreadPool
         with make(workers, _quiet if workers > 1 else None) as pool:
@@ -197,7 +202,7 @@ class Run:
                 for item in [item for item in flying if item[1].ready()]:
                     flying.remove(item)
                     group, result, began = item
-                    took[group["name"]] = time.monotonic() - began
+                    took[group["table"], group["name"]] = time.monotonic() - began
                     counts[finish(self, group, result.get)] += 1
                 waits = due and due[0]["table"] == "pretrained_recall" and due[0]["name"] != "full"
                 waits = waits and any(
@@ -206,18 +211,23 @@ class Run:
                 if waits or not due or len(flying) == workers:
                     time.sleep(0.01)
                     continue
-                expected = took.get(due[0]["name"], max(took.values(), default=0))
+                kind, name = due[0]["table"], due[0]["name"]
+                alike = [seconds for (table, _), seconds in took.items() if table == kind] or [
+                    *took.values(),
+                    0,
+                ]
+                expected = took.get((kind, name), max(alike))
                 if time.monotonic() + expected > end:
                     left.append(due.pop(0))
                 elif group := self.settle(due.pop(0)):
                     asked = group, self.ids_path, self.weights, self.device
-                    flying.append((group, pool.apply_async(measured.measure, asked), time.monotonic()))
+                    flying.append((group, pool.apply_async(measuring.measure, asked), time.monotonic()))
             pool.terminate()
         return counts[1], counts[0], len(due) + len(left) + len(flying)
 
 
 def finish(run, group, get):
-    where = group.get("task") or "+".join(group["texts"])
+    where = group.get("task") or group.get("ids") or "+".join(group["texts"])
     try:
         rows = get()
     except Exception:
@@ -225,8 +235,8 @@ def finish(run, group, get):
         return False
     run.keep(group, rows)
     frame = pd.DataFrame(rows)
-    by = "text" if "text" in frame else "depth"
-    value = "exact" if by == "depth" else "nll"
+    by = next(each for each in ("text", "depth", "mode", "chosen", "document") if each in frame)
+    value = {"depth": "exact", "chosen": "mass"}.get(by, "nll")
     means = ", ".join(f"{k} {v:.4f}" for k, v in frame.groupby(by)[value].mean().items())
     print(f"{group['name']} {group['share']} {where}: {means}; {rows[0]['seconds']} s", flush=True)
     return True

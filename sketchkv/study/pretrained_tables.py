@@ -5,10 +5,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binomtest
 
-from sketchkv.study import figures
-from sketchkv.study.measured import BENCHMARKS, COUNTS, LABELS, LENGTH
+from sketchkv.study import figures, sweep
+from sketchkv.study.measured import ATTENTION, BENCHMARKS, COUNTS, LABELS, LENGTH
 from sketchkv.study.pictures import label_ends
-from sketchkv.study.stats import paired_interval
+from sketchkv.study.stats import intervals, paired_interval
 
 AT = 1 / 8  # the share of the bytes at which methods are compared
 # Of the hero figure: (label, place in the palette, points by which the label is above its point).
@@ -81,6 +81,7 @@ def losses(folder=BENCHMARKS):
 def answers(folder=BENCHMARKS):
     """Right answers by task, method and depth: a DataFrame with the columns `ANSWERS`."""
     table = pd.read_csv(folder / "pretrained_recall.csv")
+    table = table[table.tokens == LENGTH]
     full = table[table.name == "full"].groupby(["task", "depth"]).exact.sum()
     rows = []
     for (task, name, depth), part in table.groupby(["task", "name", "depth"], sort=False):
@@ -89,6 +90,42 @@ def answers(folder=BENCHMARKS):
         counts = bool(full[task, depth] >= COUNTS)
         rows.append((task, LABELS[name], depth, right, n, bounds.low, bounds.high, counts))
     return pd.DataFrame(rows, columns=list(ANSWERS))
+
+
+def swept(folder=BENCHMARKS):
+    """Loss of the sweep's configurations that were measured, the least first: a DataFrame (`SWEPT`)."""
+    table = pd.read_csv(folder / "pretrained_sweep.csv").drop(columns="max_cache_size")
+    shapes = pd.DataFrame(sweep.configurations())[list(sweep.COLUMNS)]
+    table = table.assign(loss=table.nll - table.nll_full).merge(
+        shapes, left_on="name", right_on="configuration"
+    )
+    found = intervals(table, list(sweep.COLUMNS), "loss").sort_values("mean", ignore_index=True)
+    return found.merge(table.groupby("configuration", as_index=False).bytes_total.first())
+
+
+SWEPT = {name: words for name, words in sweep.SUMMARY.items() if name != "bytes_sketch"}
+
+
+def attended(folder=BENCHMARKS):
+    """Who holds how much of the attention: a DataFrame (`ATTENDED`)."""
+    table = pd.read_csv(folder / "pretrained_attention.csv")
+    rows = []
+    for (chosen, of), part in table.groupby(["chosen", "of"], sort=False):
+        ends = paired_interval(part.mass.to_numpy(copy=True))
+        rows.append((chosen, of, *ends, part.bound.mean(), part.loss.mean(), len(part)))
+    return pd.DataFrame(rows, columns=list(ATTENDED))
+
+
+ATTENDED = {
+    "chosen": ATTENTION["chosen"],
+    "of": ATTENTION["of"],
+    "mass": ATTENTION["mass"] + "; mean over documents",
+    "low": "lower end of its 95 % interval, documents resampled",
+    "high": "upper end",
+    "bound": ATTENTION["bound"],
+    "loss": ATTENTION["loss"],
+    "n": "documents",
+}
 
 
 def compared(text, one, other, folder=BENCHMARKS, share=AT):
@@ -111,6 +148,9 @@ def facts(losses, answers):
         for one, other in (("sketch", "decayed"), ("recall", "decayed"), ("recall", "compact")):
             ends = zip(("mean", "low", "high"), compared(text, one, other))
             found |= {f"pretrained_{text}_{one}_over_{other}_{end}": value for end, value in ends}
+    tenth = attended()
+    tenth = tenth[tenth.of == 0.1].set_index("chosen").mass
+    found |= {f"pretrained_tenth_{way.replace(' ', '_')}": mass for way, mass in tenth.items()}
     needle = answers[answers.counts & (answers.task == "needle")].groupby("method")[["right", "n"]].sum()
     found["pretrained_needles"] = int(needle.right["compact"])
     return {name: value if isinstance(value, (str, int)) else float(value) for name, value in found.items()}

@@ -90,7 +90,7 @@ def instances(task, tokenizer, fillers, depth, form="plain", seed=0):
     rows, lengths, tails = [], set(), []
     for index, filler in enumerate(fillers.tolist()):
         facts, question, begun, answer = TASKS[task](random.Random(f"{seed} {task} {index}"), depth)
-        head, tail = _frame(tokenizer, question, begun, form, filler[0])
+        head, tail = frame(tokenizer, question, begun, form, filler[0])
         facts = [(at, encode(" " + sentence)) for at, sentence in facts]
         answer, tail = encode(answer), encode(tail)
         lengths.add(len(answer))
@@ -114,7 +114,7 @@ def instances(task, tokenizer, fillers, depth, form="plain", seed=0):
     return torch.tensor(rows), lengths.pop(), max(tails)
 
 
-def _frame(tokenizer, question, begun, form, first):
+def frame(tokenizer, question, begun, form, first):
     """What stands before a text (token ids or str) and after it (str)."""
     if form == "plain":
         return [first], f"\n\nQuestion: {question}\nAnswer: {begun}"

@@ -104,11 +104,13 @@ def test_steps_add_up_to_the_whole():
         whole = table[(table.slots == slots) & (table.method == "sketch")].loss.mean()
         assert part.share.sum() == pytest.approx(1) and part["mean"].sum() == pytest.approx(whole)
         assert (part.low <= part["mean"]).all() and (part["mean"] <= part.high).all()
-    found, few = why.facts(table, worth), table[table.slots == 24].groupby("method").loss.mean()
-    lost = worth[(worth.slots == 24) & (worth.step == "lost tail")].share.item()
-    assert found["why_small_lost_tail_mean"] == pytest.approx(lost) and found["why_large_slots"] == 32
-    assert found["why_worst_layer"] == int(few["layer 1"] > few["layer 0"])
-    assert found["why_worst_layer_share"] == pytest.approx(few[["layer 0", "layer 1"]].max() / few["decayed"])
+
+
+def test_the_worst_layer_comes_first():
+    table = ladder_table()
+    found, few = why.layers(table), table[table.slots == 24].groupby("method").loss.mean()
+    assert found.layer[0] == int(few["layer 1"] > few["layer 0"])
+    assert found.share[0] == pytest.approx(few[["layer 0", "layer 1"]].max() / few["decayed"])
 
 
 def test_ratio_interval():

@@ -13,16 +13,11 @@ from matplotlib import rc_context, rcdefaults, rcParams
 PALETTE = sns.color_palette("colorblind").as_hex()
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*")
 SIZE = (7.0, 4.4)  # inches: one size for all, whose smallest type is 8 pixels high on a phone
-HALF = FULL = SIZE
-PHONE = 366  # pixels that a figure has on a screen of 390: `report/report.css` leaves 12 on either side
 FONTS = (
     "DejaVu Sans",
     "Verdana",
 )  # the first comes with matplotlib, the second is as wide, where a reader lacks the first
 HEAVY = 300_000  # bytes of an SVG above which its points and lines become a picture inside it
-
-# Seaborn's own error bars are a bootstrap without a seed: sns.lineplot(..., **figures.ERRORBAR)
-ERRORBAR = {"errorbar": ("ci", 95), "n_boot": 2000, "seed": 0}
 
 # A method keeps its colour (an index into PALETTE) and marker in every figure. Those that share a figure with a legend have
 # different colours; of one colour, all have different markers.
@@ -103,16 +98,6 @@ def method_style(name):
     return {"color": PALETTE[colour], "marker": marker}
 
 
-def palette(names):
-    """Colours for seaborn's `palette=`."""
-    return {name: method_style(name)["color"] for name in names}
-
-
-def markers(names):
-    """Markers for seaborn's `markers=`."""
-    return {name: method_style(name)["marker"] for name in names}
-
-
 def head(fig, finding):
     """Draws the finding as the figure's title: left, as wide as the figure, above all else."""
     size = rcParams["font.size"] * 1.1
@@ -124,14 +109,6 @@ def head(fig, finding):
 def mark(fig, words):
     """Writes `words` into the lower right corner, below all else."""
     fig.text(1, -0.01, words, ha="right", va="top", color="#b22222", fontsize=12)
-
-
-def smallest_type(svg):
-    """Height of the smallest letters of an SVG's text, in pixels, where the picture is `PHONE` pixels wide."""
-    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
-    return (
-        min(float(size) for size in re.findall(r"font(?:-size)?: ?[^;\"]*?([\d.]+)px", svg)) * PHONE / width
-    )
 
 
 def render(fig, name):

@@ -6,15 +6,17 @@ is the finding, of at most 90 characters, worded by what the numbers say.
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
 from sketchkv.study import stats, why
-from sketchkv.study.figures import PALETTE
+from sketchkv.study.figures import PALETTE, method_style
 from sketchkv.study.stats import percent
 
 LOSS = "perplexity above the full cache, % (left is better)"
 WIDTH = 7.0  # inches of every figure: its smallest type is then 8 pixels high on a phone
 SMALL = 12  # points of what is written beside points and lines
 BARS = "Bars: bootstrap 95 % intervals"
+NAMED = ("compact", "kivi2", "sketch", "streaming")  # of all methods, at their points
 
 
 def write(axis, words, at, shift, colour, ha="left"):
@@ -57,6 +59,33 @@ def ticks(axis, values, which="x", words=str):
     axis.minorticks_off()
 
 
+# -- all methods
+
+
+def front(points, own=None):
+    """Growth of perplexity against bytes. points: dicts as of `explore.point`, four of whose methods are named; own: one more,
+    in red."""
+    fig, axis = plt.subplots(figsize=(WIDTH, 4.8))
+    least, ends = 0.1, {}
+    for label, part in pd.DataFrame(points + [own] * bool(own)).groupby("label"):
+        x, y, name = part["share"], part.growth.clip(lower=least), part.method.iloc[0]
+        mine = bool(own) and label == own["label"]
+        if mine or name in NAMED:
+            style = method_style(name) | ({"color": "#b2182b", "markersize": 14} if mine else {})
+            ends[label] = (x.iloc[-1], y.iloc[-1], style["color"])
+        else:
+            style = {"color": "0.8", "marker": "o", "markersize": 4, "linewidth": 1}
+        axis.plot(x, y, **style, zorder=2 + (label in ends))
+    axis.set(xlabel="bytes held, share of a full cache in half precision", xlim=(0.055, 1.5))
+    axis.set(ylabel="perplexity above full, %")
+    ticks(
+        axis, [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], words=lambda share: f"1/{1 / share:.0f}" if share < 1 else "1"
+    )
+    ticks(axis, [least, 1, 10, 100], "y", lambda loss: f"{loss:g}" if loss > least else "0.1 or less")
+    label_ends(axis, ends)
+    return fig
+
+
 # -- the model
 
 
@@ -70,7 +99,7 @@ def model_context(table, seed=0):
     axis.set(xlabel="tokens of context", ylabel="perplexity of the same tokens")
     axis.set_ylim(0, 1.1 * perplexity.max())
     base = 128
-    gain = stats.paired_interval((wide[last] - wide[base]).to_numpy(copy=True), seed)
+    gain = stats.paired_interval(wide[last] - wide[base], seed)
     mean, low, high = (percent(x) for x in gain)
     helps = "Longer contexts help" if gain[2] < 0 else "Longer contexts hardly help"
     return fig, (
@@ -163,7 +192,7 @@ def quality(table, cap, length, seed=0):
     shown = dots(axis, table, "cache", order, seed)
     axis.set(xlabel=LOSS, xlim=(min(0, shown.low.min()), 1.25 * shown.high.max()))
     wide = table.pivot(index="document", columns="cache", values="loss")
-    gap = stats.paired_interval((wide["sketch"] - wide["exact"]).to_numpy(copy=True), seed)
+    gap = stats.paired_interval(wide["sketch"] - wide["exact"], seed)
     verdict = "better than" if gap[2] < 0 else "worse than" if gap[1] > 0 else "as well as"
     low, mean, high = (percent(gap[i]) for i in (1, 0, 2))
     return fig, (
@@ -197,7 +226,7 @@ def heavy_hitters(table, seed=0):
     tenth = table[table.tokens == 0.1].groupby(["document", "chosen"]).mass.mean().unstack()
     top = tenth.mean()
     lost, unforeseen = (
-        stats.paired_interval((tenth[a] - tenth[b]).to_numpy(copy=True), seed)
+        stats.paired_interval(tenth[a] - tenth[b], seed)
         for a, b in (("each query", "hindsight"), ("hindsight", "foresight"))
     )
     return fig, (
@@ -221,7 +250,7 @@ def retained(table, labels, cap, length, seed=0):
     right.set_xlabel("perplexity above full, %\n(left is better)")
     right.set_xlim(min(0, cost.low.min()), 1.1 * cost.high.max())
     wide = table.pivot(index="document", columns="policy", values="retained")
-    gap = stats.paired_interval(100 * (wide["sketch"] - wide["decayed"]).to_numpy(copy=True), seed)
+    gap = stats.paired_interval(100 * (wide["sketch"] - wide["decayed"]), seed)
     verdict = f"{abs(gap[0]):.1f} points {'more' if gap[0] > 0 else 'less'} than"
     if gap[1] <= 0 <= gap[2]:
         verdict = "about as much as"

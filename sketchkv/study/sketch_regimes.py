@@ -5,8 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from sketchkv.decode import score
-from sketchkv.study import stats
-from sketchkv.study.baselines import against, compare
+from sketchkv.study.baselines import GAIN_COLUMNS
 from sketchkv.study.evaluate import BATCH, _model, evaluate
 from sketchkv.study.methods import fit, make_cache, nbytes
 from sketchkv.texts import documents as read_documents
@@ -35,15 +34,8 @@ COLUMNS = {
     "bytes_sketch": "bytes of sketches, one sequence, all layers",
     "bytes_total": "all bytes held for one sequence",
 }
-GAINS = {
-    "regime": COLUMNS["regime"],
-    "method": COLUMNS["method"],
-    "mean": "nats per token that it loses less than exact accumulators, mean of paired differences",
-    "low": "lower end of its 95 % interval",
-    "high": "upper end of its 95 % interval",
-    "verdict": "what the interval says",
-    "n": "documents",
-}
+PAIRS = (("equal slots", "exact"), ("equal bytes", "exact"))
+GAINS = {"regime": COLUMNS["regime"]} | {k: told for k, told in GAIN_COLUMNS.items() if k != "budget"}
 
 
 def methods(config, dtype, cap, recent_window, seed=0):
@@ -113,29 +105,3 @@ def score_all(run, lm, regimes, length, seed=0, **settings):
     held = table.groupby(["regime", "method"]).bytes_total.first().unstack()
     assert (table.evicted > 0).all() and (held["equal bytes"] <= held["exact"]).all()
     return table
-
-
-def gains(table, seed=0):
-    """What the sketch loses less than exact accumulators on the same documents: a DataFrame (`GAINS`)."""
-    rows = []
-    for regime, part in table.groupby("regime", sort=False):
-        for name in ("equal slots", "equal bytes"):
-            less = compare(part, name, "exact", seed)
-            rows.append((regime, name, *less, against(less), part.document.nunique()))
-    return pd.DataFrame(rows, columns=list(GAINS))
-
-
-def facts(found):
-    """{name: number or word} for the report; of trials at equal bytes, unless the name says slots."""
-    result: dict[str, object] = {}
-    for kind, name in (("slots_", "equal slots"), ("", "equal bytes")):
-        part = found[found.method == name].sort_values("mean")
-        best = part.iloc[-1]
-        result |= {
-            f"sketch_regimes_{kind}trials": len(part),
-            f"sketch_regimes_{kind}better": int((part.verdict == "better than").sum()),
-            f"sketch_regimes_{kind}worse": int((part.verdict == "worse than").sum()),
-            f"sketch_regimes_{kind}wins": "; ".join(part.regime[part.verdict == "better than"]) or "none",
-            f"sketch_regimes_{kind}best": best.regime,
-        } | stats.named(f"sketch_regimes_{kind}best", (best["mean"], best.low, best.high))
-    return result | {"sketch_regimes_documents": int(found.n.min())}

@@ -38,7 +38,6 @@ TOPK = {
     "high": "upper end",
     "n": "seeds",
 }
-MEMORY = {"store": "what is kept for one KV head", "distinct": "distinct ids seen so far", "bytes": "bytes"}
 KEYS = {
     "dim": "coordinates of a key",
     "bits": "bits of a coordinate in the index",
@@ -99,17 +98,6 @@ def topk(exponents, widths, seeds, length, vocabulary, k, device="cpu"):
                 rows.append((exponent, width, sketch.nbytes, recall))
     table = pd.DataFrame(rows, columns=["exponent", "width", "bytes", "recall"])
     return stats.intervals(table, ["exponent", "width", "bytes"], "recall")
-
-
-def memory(shapes, distinct, cap, head_dim):
-    """Bytes per KV head of what could remember importance, against the number of distinct ids seen: a DataFrame
-    (`MEMORY`). "exact, every id" is an int32 id and a float32 score for each; "exact, stored slots" forgets what is evicted."""
-    fixed = {f"sketch {width} x {depth}": CountMinSketch(width, depth).nbytes for width, depth in shapes}
-    fixed |= {"exact, stored slots": 4 * cap, "fp16 keys and values": 2 * 2 * head_dim * cap}
-    rows = [
-        (store, n, size) for n in distinct for store, size in (fixed | {"exact, every id": 8 * n}).items()
-    ]
-    return pd.DataFrame(rows, columns=list(MEMORY))
 
 
 # -- a sketch of keys

@@ -5,7 +5,6 @@ import itertools
 import pandas as pd
 
 from sketchkv.study import stats
-from sketchkv.study.evaluate import evaluate
 
 WIDTHS = (128, 256, 512, 1024)
 DEPTHS = (2, 4, 6)
@@ -72,11 +71,6 @@ def method(configuration, seed=0):
     return {"method": "sketch", "bits": 16, "seed": seed} | shape | use
 
 
-def point(method, text, **texts):
-    """A grid point: `evaluate`, with the revision of the text (`text`) among what names it."""
-    return evaluate(method, **texts)
-
-
 def table(grid, found):
     """All rows of the grid points `found` under the names of their configurations, and the least eviction asserted."""
     rows = pd.concat([pd.DataFrame(part).assign(**c) for c, part in zip(grid, found)], ignore_index=True)
@@ -90,14 +84,3 @@ def summary(rows, seed=0):
     found = stats.intervals(rows.assign(loss=rows.nll - rows.nll_full), list(COLUMNS), "loss", seed)
     held = rows.groupby("configuration", as_index=False)[["bytes_total", "bytes_sketch"]].mean()
     return found.merge(held).sort_values("mean", ignore_index=True)[list(SUMMARY)]
-
-
-def spread(found):
-    """How far perplexity moves with the sketch's shape alone, in percent of the full cache's: the most over uses and caps."""
-    every = found[(found.use == "aggregate") | (found.attend_topk >= found.max_cache_size)]
-    return (
-        every.assign(perplexity=stats.percent(every["mean"]))
-        .groupby(["use", "max_cache_size"])
-        .perplexity.agg(lambda x: x.max() - x.min())
-        .max()
-    )

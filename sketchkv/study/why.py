@@ -81,13 +81,6 @@ def alone(model, input_ids, slots):
     }
 
 
-def method(method, text, **texts):
-    """A grid point: rows of `evaluate`, with the revision of the text (`text`) among what names it."""
-    rows = evaluate(method, **texts)
-    assert all(row["evicted"] > 0 for row in rows), "texts are too short for an eviction"
-    return [{"document": row["document"], "loss": row["nll"] - row["nll_full"]} for row in rows]
-
-
 @torch.no_grad()
 def oracles(
     slots, *, text, first, documents, length, model="embedded", dataset="embedded", device="cpu", split="test"
@@ -116,19 +109,14 @@ def ladder(run, slots, *, documents, batch=2, seed=0, **texts):
     seeded = {"random": {"seed": seed}, "sketch": {"seed": seed}, "decayed": {}}
     asked = [(name, count) for count in slots for name in seeded]
     texts |= {"text": run.data_revision}
-    found = run.grid(
-        "why_method",
-        method,
-        [
-            {
-                "method": {"method": name, "max_cache_size": n} | seeded[name],
-                "documents": documents,
-                **texts,
-            }
-            for name, n in asked
-        ],
-    )
-    rows = [{"method": name, "slots": n, **row} for (name, n), part in zip(asked, found) for row in part]
+    methods = [{"method": name, "max_cache_size": n} | seeded[name] for name, n in asked]
+    found = run.grid("losses", evaluate, [{"method": m, "documents": documents, **texts} for m in methods])
+    assert all(row["evicted"] > 0 for part in found for row in part), "texts are too short for an eviction"
+    rows = [
+        {"method": name, "slots": n, "document": row["document"], "loss": row["nll"] - row["nll_full"]}
+        for (name, n), part in zip(asked, found)
+        for row in part
+    ]
     starts = range(0, documents, batch)
     points = [
         {"slots": list(slots), "first": i, "documents": min(batch, documents - i), **texts} for i in starts
@@ -143,8 +131,8 @@ def steps(table, seed=0):
     for slots, part in table.groupby("slots"):
         losses = part.pivot(index="document", columns="method", values="loss").assign(full=0.0)
         for name, (head, foot, label) in STEPS.items():
-            worth = (losses[head] - losses[foot]).to_numpy(copy=True)
-            shares = stats.ratio_interval(worth, losses["sketch"].to_numpy(copy=True), seed)
+            worth = losses[head] - losses[foot]
+            shares = stats.ratio_interval(worth, losses["sketch"], seed)
             rows.append((name, label, head, foot, *stats.paired_interval(worth, seed), *shares, slots))
     return pd.DataFrame(rows, columns=list(STEP_COLUMNS))
 
@@ -154,32 +142,10 @@ def layers(table, seed=0):
     "low", "high", the most first."""
     few = table[table.slots == table.slots.min()].pivot(index="document", columns="method", values="loss")
     names = [name for name in few if name.startswith("layer ")]
-    both = ((few[name].to_numpy(copy=True), few["decayed"].to_numpy(copy=True)) for name in names)
+    both = ((few[name], few["decayed"]) for name in names)
     rows = [
         (int(name.removeprefix("layer ")), *stats.ratio_interval(*pair, seed))
         for name, pair in zip(names, both)
     ]
     found = pd.DataFrame(rows, columns=["layer", "share", "low", "high"])
     return found.sort_values("share", ascending=False, ignore_index=True)
-
-
-def facts(table, worth, seed=0):
-    """{name: number or word} for the report: the shares of the steps of the fewest and the most slots, and the worst layer."""
-    found: dict[str, object] = {}
-    ends = {"small": worth.slots.min(), "large": worth.slots.max()}
-    for size, slots in ends.items():
-        at = worth[worth.slots == slots]
-        for row in at.itertuples():
-            share = (row.share, row.share_low, row.share_high)
-            found |= stats.named(f"why_{size}_{row.step.replace(' ', '_')}", share)
-    few, worst = worth[worth.slots == ends["small"]], layers(table, seed).iloc[0]
-    return found | {
-        "why_slots": int(ends["small"]),
-        "why_large_slots": int(ends["large"]),
-        "why_documents": table.document.nunique(),
-        "why_largest": few.label[few.share.idxmax()],
-        "why_worst_layer": int(worst.layer),
-        "why_worst_layer_share": float(worst.share),
-        "why_worst_layer_low": float(worst.low),
-        "why_worst_layer_high": float(worst.high),
-    }

@@ -148,7 +148,7 @@ def picture_of_journey(table, cap, top, where):
     fig, axis = plt.subplots(figsize=(WIDTH, 4.2))
     gone = table[~table.held]
     first, last = table.step.iloc[0], table.iloc[-1]
-    looks = {
+    looks: dict[str, tuple] = {
         "past": ("by past attention", PALETTE[2], {"linewidth": 2}),
         "index": ("by the index, for this query", PALETTE[3], {"linewidth": 1, "alpha": 0.6}),
     }

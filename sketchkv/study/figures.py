@@ -78,6 +78,7 @@ def use_style():
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.titlesize": "medium",
+            "figure.labelsize": "medium",
             "legend.frameon": False,
             "lines.linewidth": 2.0,
             "lines.markersize": 7,

@@ -96,7 +96,7 @@ def model_context(table, seed=0):
     fig, axis = plt.subplots(figsize=(WIDTH, 4.0))
     axis.plot(perplexity.index, perplexity, marker="o", color=PALETTE[0])
     ticks(axis, list(perplexity.index))
-    axis.set(xlabel="tokens of context", ylabel="perplexity of the same tokens")
+    axis.set(xlabel="tokens of context", ylabel="perplexity")
     axis.set_ylim(0, 1.1 * perplexity.max())
     base = 128
     gain = stats.paired_interval(wide[last] - wide[base], seed)
@@ -265,7 +265,7 @@ def retained(table, labels, cap, length, seed=0):
 def ladder(table, worth, length):
     """The loss of a small cache taken apart, step by step."""
     slots = sorted(worth.slots.unique())
-    fig, axes = plt.subplots(len(slots), 1, figsize=(WIDTH, 3.6 * len(slots)), squeeze=False)
+    fig, axes = plt.subplots(len(slots), 1, figsize=(WIDTH, 3.2 * len(slots)), squeeze=False)
     rungs = list(why.LABELS)
     better = ("exact scores", "choice by an oracle", "+ mean of the rest", "full cache")
     words = ["random", "sketch", *(f"→ {step}" for step in better)]

@@ -4,15 +4,17 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from sketchkv import AttentionMass, SketchCache, score
+from sketchkv import AttentionMass, SketchCache
 from sketchkv.index import KeyIndex
 from sketchkv.oracle import decode_and_watch
 from sketchkv.study import figures, stats
+from sketchkv.study.attention_analysis import attention_maps, states
 from sketchkv.study.baselines import at_budget
 from sketchkv.study.figures import PALETTE
 from sketchkv.study.methods import BOUNDED, LABELS
 from sketchkv.study.pictures import WIDTH, ticks, write
 from sketchkv.study.recall import make_instances
+from sketchkv.study.sketch_validation import received
 from sketchkv.texts import documents
 
 NAMES = ("sketch_small", "decayed", "compact", "recall")
@@ -20,7 +22,7 @@ JOURNEY = {
     "step": "tokens read",
     "past": "rank of the fact's token by decayed mean attention, exact, 1 is the highest",
     "index": "rank by the index, for the query of this step; empty as long as the token is recent",
-    "attention": "attention that this query gives the token in the full cache, heads of a group summed",
+    "attention": "attention that this query gives the token in the full cache, heads of a group averaged",
     "held": "whether a cache of exact scores still holds it",
     "tokens": "tokens that are ranked",
 }
@@ -60,44 +62,6 @@ def picture_of_losses(table, gained, seed=0):
     )
 
 
-class Watched(KeyIndex):
-    """Writes down how many tokens rank above number `watched` for each query: `above`, int64 `[kv_heads]` each."""
-
-    watched = 0
-
-    def reset(self):
-        super().reset()
-        self.above = []
-
-    def rank(self, *args, **kwargs):
-        ranks = super().rank(*args, **kwargs)
-        if self.watched >= ranks.shape[-1]:
-            return ranks
-        own = ranks[..., self.watched, None]
-        above = (ranks > own).sum(-1).masked_fill(own[..., 0].isneginf(), -1)
-        self.above += above[0].unbind(-1)
-        return ranks
-
-
-class Watching(AttentionMass):
-    """Writes down, at each step, the attention that token number `watched` gets and how many rank above it by past
-    attention; the cache must evict nothing."""
-
-    watched = 0
-
-    def allocate(self, slots):
-        super().allocate(slots)
-        self.seen, self.above, self.latest = [], [], None
-
-    def observe(self, slots, attention):
-        self.latest = attention[0, :, -1]
-        if slots.used > self.watched + 1:  # what was known before this query came
-            scores = self.score(slots, slots.used - 1)[0]
-            self.above.append((scores > scores[:, self.watched, None]).sum(-1))
-            self.seen.append(self.latest[:, self.watched])
-        super().observe(slots, attention)
-
-
 def instance(tokenizer, dataset, task, depth, number, length):
     """One development text with a fact in it, and what asks for it: (ids `[1, length]` up to the answer, number of the fact's
     first token, of the token after its last)."""
@@ -109,38 +73,34 @@ def instance(tokenizer, dataset, task, depth, number, length):
     return ids[number : number + 1, : ids.shape[1] - answers[number]], first, last
 
 
-def journey(lm, ids, first, last, cap):
+@torch.no_grad()
+def journey(lm, ids, first, last, cap, sinks=4, recent=16):
     """One token of a fact, in the head whose last query looks for it most: (DataFrame (`JOURNEY`), layer, head, token).
 
     ids: `[1, tokens]`, the last of which asks. first, last: numbers of the fact's tokens. cap: of the cache that forgets.
     """
-    roomy = ids.shape[1] + 16
-    cache = SketchCache(lm.config, roomy, policy=Watching())
-    score(lm, ids, cache, chunk_size=1)
-    found = [layer.policy.latest[:, first:last] for layer in cache.layers]
-    layer = max(range(len(found)), key=lambda i: found[i].max())
-    head, token = divmod(int(found[layer].argmax()), last - first)
+    maps, at = attention_maps(lm, ids)[:, 0], torch.arange(ids.shape[1], device=ids.device)
+    looked = maps[:, :, -1, first:last]
+    layer, head, token = (int(number) for number in torch.unravel_index(looked.argmax(), looked.shape))
     token += first
-    policy, asked = Watching(), Watched(top=roomy - 20, block=16, exact_prompts=False)
-    policy.watched = asked.watched = token
-    cache = SketchCache(lm.config, roomy, policy=policy)
-    index = SketchCache.recall(lm.config, roomy, index=asked, recent_window=16)
-    for each in (cache, index):
-        score(lm, ids, each, chunk_size=1)
-    bounded = SketchCache(lm.config, cap, policy=AttentionMass())
-    _, visible = decode_and_watch(lm, ids, bounded)
-    policy, above = cache.layers[layer].policy, index.layers[layer].index.above
-    steps = range(token + 2, ids.shape[1] + 1)
-    ranked = [int(each[head]) + 1 or None for each in above[-len(steps) :]]
+    mass, seen = received(maps[layer, head], at)
+    past = (mass / seen).masked_fill(at >= at[:, None], -torch.inf)
+    (query, key, _), index = states(lm, ids)[layer], KeyIndex(block=16)
+    index.add(key, at[None])
+    asked = index.rank(query, query.shape[-1] ** -0.5, start=sinks, end=at[None] - recent + 1)[0, head]
+    ranks = [(scores > scores[:, token, None]).sum(-1) + 1 for scores in (past, asked)]
+    _, visible = decode_and_watch(lm, ids, SketchCache(lm.config, cap, policy=AttentionMass()))
     table = {
-        "step": list(steps),
-        "past": [int(each[head]) + 1 for each in policy.above],
-        "index": ranked,
-        "attention": [float(each[head]) for each in policy.seen],
-        "held": visible[layer][0, head, token + 1 :, token].tolist(),
-        "tokens": list(steps),
+        "step": at + 1,
+        "past": ranks[0],
+        "index": ranks[1],
+        "attention": maps[layer, head, :, token],
+        "held": visible[layer][0, head, :, token],
+        "tokens": at + 1,
     }
-    return pd.DataFrame(table).astype({"index": "Int64"}), layer, head, token
+    table = pd.DataFrame({name: column.cpu() for name, column in table.items()}).astype({"index": "Int64"})
+    table.loc[asked[:, token].isneginf().cpu().numpy(), "index"] = pd.NA
+    return table[token + 1 :], layer, head, token
 
 
 def picture_of_journey(table, cap, top, where):

@@ -146,16 +146,13 @@ def keys_recall(model, docs, k, bits, widths, asked=16, decay=0.99, protected=(4
     device, (sinks, recent) = model.device, protected
     at = torch.linspace(tokens // 2, tokens - 1, asked, device=device).long()
     position = torch.arange(tokens, device=device)
-    age = at[:, None] - position  # of each token when the query comes
-    faded = torch.where(age > 0, decay ** (age - 1).clamp(min=0).float(), 0.0)
-    seen = exposure(age.clamp(min=1), decay)
-    outside = (position < sinks) | (age < recent)
+    outside = (position < sinks) | (at[:, None] - position < recent)
     for name, ids in zip(docs.names, docs.input_ids.to(device)):
         found: dict[tuple, list] = {}
         for (query, key, _), maps in zip(states(model, ids[None]), attention_maps(model, ids[None])):
             query, group = query[:, :, at], query.shape[1] // key.shape[1]
             true = _top((query.unflatten(1, (-1, group)) @ key[:, :, None].transpose(-1, -2))[0], outside, k)
-            mass = faded @ maps[0]  # [kv_heads, asked, tokens]
+            mass, seen = received(maps[0], at, decay)
             ranks = {("exact scores of the past", None): mass}
             for each in bits:
                 index = indexed(key, each)
@@ -176,6 +173,14 @@ def keys_recall(model, docs, k, bits, widths, asked=16, decay=0.99, protected=(4
                 found.setdefault(how, []).append(hit.float().mean().item())
         rows += [(name, how, held, np.mean(each)) for (how, held), each in found.items()]
     return pd.DataFrame(rows, columns=list(RECALL))
+
+
+def received(maps, at, decay=0.99):
+    """What each token received before the queries of numbers `at` `[n]` came: the decayed sum of its attention `[..., n,
+    tokens]`, and of how many queries, as much decayed, `[n, tokens]`. maps: `[..., tokens, tokens]`, a row a query."""
+    age = at[:, None] - torch.arange(maps.shape[-1], device=at.device)
+    faded = torch.where(age > 0, decay ** (age - 1).clamp(min=0).float(), 0.0)
+    return faded @ maps, exposure(age.clamp(min=1), decay)
 
 
 def _top(rank, outside, k):

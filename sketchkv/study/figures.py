@@ -13,10 +13,7 @@ from matplotlib import rc_context, rcdefaults, rcParams
 PALETTE = sns.color_palette("colorblind").as_hex()
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*")
 SIZE = (7.0, 4.4)  # inches: one size for all, whose smallest type is 8 pixels high on a phone
-FONTS = (
-    "DejaVu Sans",
-    "Verdana",
-)  # the first comes with matplotlib, the second is as wide, where a reader lacks the first
+FONTS = ["DejaVu Sans", "Verdana"]  # the first comes with matplotlib, the second is as wide, where a reader lacks it
 HEAVY = 300_000  # bytes of an SVG above which its points and lines become a picture inside it
 
 # A method keeps its colour (an index into PALETTE) and marker in every figure. Those that share a figure with a legend have
@@ -24,26 +21,21 @@ HEAVY = 300_000  # bytes of an SVG above which its points and lines become a pic
 METHODS = {
     "sketch": (0, "o"),
     "sketch_int4": (0, "p"),
-    "token": (0, "*"),
     "h2o": (1, "s"),
     "decayed_int8": (1, "D"),
-    "topk": (1, "<"),
     "plain_sums": (1, "h"),
     "decayed": (2, ">"),
     "decayed_int4": (2, "<"),
-    "position": (2, "p"),
     "streaming": (3, "D"),
     "streaming_int4": (3, "s"),
     "sketch_summary": (3, "P"),
     "random": (4, "v"),
-    "aggregate": (4, "X"),
     "kivi2": (4, "p"),
     "lru": (5, "P"),
     "decayed_summary": (5, "^"),
     "int4": (5, "v"),
     "key_norm": (6, "X"),
     "kivi4": (6, "v"),
-    "lsh": (6, "<"),
     "tova": (7, "<"),
     "int8": (7, "s"),
     "oracle": (8, "*"),

@@ -1,12 +1,13 @@
 """What the study must know about a model before it compresses its cache, and the card of the embedded one."""
 
+import jinja2
 import numpy as np
 import pandas as pd
 import torch
 
 from sketchkv.loading import EMBEDDED
 from sketchkv.study.evaluate import TOKENS
-from sketchkv.study.sources import read_json
+from sketchkv.study.sources import ROOT, read_json
 
 CONTEXT = {
     "context": "tokens of context, the predicted ones included",
@@ -53,31 +54,14 @@ def by_context(model, docs, lengths):
 
 def card(run, model, context, collapse):
     """The text of the embedded model's card. context, collapse: tables of the notebook that writes it."""
-    training = read_json(run.read(EMBEDDED / "training.json"))
-    packages = read_json(run.read(EMBEDDED.parent / "manifest.json"))["packages"]
-    held_out = "; ".join(
-        f"{split}: " + ", ".join(f"{package} {version}" for package, version in named.items())
-        for split, named in packages.items()
+    template = run.read(ROOT / "report" / "model_card.md.j2").read_text(encoding="utf-8")
+    return jinja2.Template(template, trim_blocks=True, keep_trailing_newline=True).render(
+        run=run,
+        config=model.config,
+        parameters=sum(p.numel() for p in model.parameters()),
+        training=read_json(run.read(EMBEDDED / "training.json")),
+        packages=read_json(run.read(EMBEDDED.parent / "manifest.json"))["packages"],
+        perplexity=np.exp(context.groupby("context").nll.mean()).to_dict(),
+        documents=context.document.nunique(),
+        lost=collapse.groupby("cache").loss.mean(),
     )
-    config, lost = model.config, collapse.groupby("cache").loss.mean()
-    rows = "\n".join(
-        f"| {n} | {np.exp(nll):.2f} |" for n, nll in context.groupby("context").nll.mean().items()
-    )
-    return f"""# The embedded model
-
-A decoder of GPT-2's architecture (`GPT2LMHeadModel`), small enough to live in a repository. Written by
-`notebooks/{run.notebook}.ipynb` from its results; profile `{run.profile}`.
-
-- **Shape**: {config.num_hidden_layers} layers, {config.num_attention_heads} heads of {config.n_embd // config.n_head}, {config.n_positions} positions, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, stored in half precision.
-- **Tokenizer**: byte-level BPE of its own, {config.vocab_size} tokens; token 0, `<|endoftext|>`, opens every text.
-- **Data**: Python source (code, comments, docstrings) of the packages pinned in `requirements.lock`, {training["corpus_tokens"] / 1e6:.1f} M tokens after removing vendored copies, duplicates and generated tables, at most 6 MB a package.
-- **Held out, whole**: {held_out}. Files and sha256 sums: `data/manifest.json`.
-- **Training**: `make model`; {training["tokens"] / 1e6:.1f} M tokens in steps of {training["batch_tokens"]}, windows of 1024 and then 2048 tokens, peak learning rate {training["lr"]}, seed {training["seed"]}, on {training["device"]}. The loss curve is `data/model/loss.csv`.
-- **Use**: for this study of KV caches. It writes text that looks like Python and knows nothing.
-
-| tokens of context | held-out perplexity of the same tokens (n = {context.document.nunique()} documents) |
-| --- | --- |
-{rows}
-
-Sinks: a window of {run.params["max_cache_size"]} tokens loses {lost["0 sinks"]:.2f} nats per token without the first tokens and {lost["4 sinks"]:.2f} with four of them.
-"""

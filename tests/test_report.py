@@ -238,8 +238,6 @@ def test_a_picture_can_be_read_on_a_phone_and_its_title_is_short(name):
 def test_missing_result_names_the_notebook_to_run(committed):
     template = committed / "template.md.j2"
     for asked, named in (
-        ('fact("tried_nothing")', "make reproduce"),
-        ("facts.tried_nothing + 1", "make reproduce"),
         ('frame("tried_nothing")', "make reproduce"),
         ('figure("pretrained_needles")', "make reproduce"),
     ):

@@ -28,8 +28,7 @@ def of_notebook(path):
 
 
 def imports(file):
-    """Names of this package's modules that a file of it imports, anywhere in it; of packages above them,
-    none."""
+    """Names of this package's modules that a file of it imports, anywhere in it; of packages above them, none."""
     return {
         found.name for name in _Module(Path(file), _name(Path(file))).imports for found in _resolve(name)[-1:]
     }
@@ -54,8 +53,7 @@ def _fingerprint(start):
 
 
 class _Module:
-    """A file by the name that Python knows it by: `digest` of its code, `imports` (names, not all of them
-    modules)."""
+    """A file by the name that Python knows it by: `digest` of its code, `imports` (names, not all of them modules)."""
 
     def __init__(self, file, name):
         state = file.stat()

@@ -13,7 +13,7 @@ from matplotlib import rc_context, rcdefaults, rcParams
 PALETTE = sns.color_palette("colorblind").as_hex()
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*")
 SIZE = (7.0, 4.4)  # inches: one size for all, whose smallest type is 8 pixels high on a phone
-FONTS = ["DejaVu Sans", "Verdana"]  # the first comes with matplotlib, the second is as wide, where a reader lacks it
+FONTS = ["DejaVu Sans", "Verdana"]  # the second is as wide, where a reader lacks that of matplotlib
 HEAVY = 300_000  # bytes of an SVG above which its points and lines become a picture inside it
 
 # A method keeps its colour (an index into PALETTE) and marker in every figure. Those that share a figure with a legend have

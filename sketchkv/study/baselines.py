@@ -10,12 +10,10 @@ from sketchkv.study.methods import BOUNDED, LABELS, PEERS, WHOLE, fit, full_nbyt
 LIMIT = 0.02  # the hypothesis of the original study: perplexity less than 2 % worse ...
 MEMORY = 1 / 4  # ... at a quarter of the memory
 EVERYWHERE = (
-    *("streaming", "h2o", "tova", "decayed", "sketch", "sketch_small"),
-    *("decayed_summary", "decayed_int8", "decayed_int4", "compact"),
+    "streaming h2o tova decayed sketch sketch_small decayed_summary decayed_int8 decayed_int4 compact".split()
 )
 QUARTER_ONLY = (
-    *("random", "window", "lru", "key_norm", "snapkv", "plain_sums"),
-    *("sketch_summary", "sketch_int4", "streaming_int4"),
+    "random window lru key_norm snapkv plain_sums sketch_summary sketch_int4 streaming_int4".split()
 )
 # What the report tells of at a quarter of the bytes: a method, and what it is compared with.
 PAIRS = (

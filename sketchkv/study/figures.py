@@ -3,7 +3,6 @@
 import io
 import re
 import textwrap
-import zlib
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,7 +10,6 @@ import seaborn as sns
 from matplotlib import rc_context, rcdefaults, rcParams
 
 PALETTE = sns.color_palette("colorblind").as_hex()
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*")
 SIZE = (7.0, 4.4)  # inches: one size for all, whose smallest type is 8 pixels high on a phone
 FONTS = ["DejaVu Sans", "Verdana"]  # the second is as wide, where a reader lacks that of matplotlib
 HEAVY = 300_000  # bytes of an SVG above which its points and lines become a picture inside it
@@ -84,9 +82,6 @@ def method_style(name):
     """{"color", "marker"} of a method: the same for the same name in every figure, whatever else is drawn there."""
     if name == "full":
         return dict(FULL_CACHE)
-    if name not in METHODS:
-        index = zlib.crc32(name.encode())
-        return {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
     colour, marker = METHODS[name]
     return {"color": PALETTE[colour], "marker": marker}
 

@@ -84,3 +84,14 @@ def summary(rows, seed=0):
     found = stats.intervals(rows.assign(loss=rows.nll - rows.nll_full), list(COLUMNS), "loss", seed)
     held = rows.groupby("configuration", as_index=False)[["bytes_total", "bytes_sketch"]].mean()
     return found.merge(held).sort_values("mean", ignore_index=True)[list(SUMMARY)]
+
+
+def spread(found):
+    """How far perplexity moves with the sketch's shape alone, in percent of the full cache's: the most over uses and caps."""
+    every = found[(found.use == "aggregate") | (found.attend_topk >= found.max_cache_size)]
+    return (
+        every.assign(perplexity=stats.percent(every["mean"]))
+        .groupby(["use", "max_cache_size"])
+        .perplexity.agg(lambda x: x.max() - x.min())
+        .max()
+    )

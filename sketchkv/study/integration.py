@@ -20,11 +20,6 @@ FILL = {
     "policy": "bytes of positions, scores and other state",
     "total": "all bytes held",
 }
-KEPT = {
-    "layer": "index of the layer",
-    "head": "index of the KV head",
-    "old_tokens": "tokens held at the last step that come from the first half of the text",
-}
 LOSSES = {
     "cache": "which cache",
     "document": "held-out file",
@@ -56,17 +51,6 @@ def fill(model, input_ids, caches, every=8):
             assert cache.get_seq_length() == step + 1, "a token was not counted"
             rows.append((name, step + 1, stored, *(held_bytes(cache)[kind] for kind in KINDS)))
     return pd.DataFrame(rows, columns=list(FILL))
-
-
-def kept(visible):
-    """What each head still holds of the first half of a text after its last token: a DataFrame (`KEPT`). visible: as
-    `oracle.decode_and_watch` gives it."""
-    rows = [
-        (layer, head, int(seen[-1, : seen.shape[1] // 2].sum()))
-        for layer, heads in enumerate(visible)
-        for head, seen in enumerate(heads[0])
-    ]
-    return pd.DataFrame(rows, columns=list(KEPT))
 
 
 def losses(model, docs, make_caches, skip, batch=16):

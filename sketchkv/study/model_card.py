@@ -4,6 +4,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn.functional import cross_entropy
 
 from sketchkv.loading import EMBEDDED
 from sketchkv.study.evaluate import TOKENS
@@ -17,38 +18,24 @@ CONTEXT = {
 
 
 @torch.no_grad()
-def nll_by_context(model, input_ids, lengths, targets=64):
-    """How much a longer context helps: the same tokens predicted from contexts of different length.
+def by_context(model, docs, lengths, targets=64):
+    """How much a longer context helps: a DataFrame (`CONTEXT`), one row per length and document.
 
-    input_ids: `[documents, tokens]`, tokens >= max(lengths). The last `targets` tokens of each document are predicted
-    from a window that ends with it and holds `length` tokens, the document's first token (its BOS) moved to the front.
-    Returns {length: nll}, nll float32 `[documents, targets]` in nats. Raises ValueError unless targets < every length.
+    The last `targets` tokens of each document are predicted from a window that ends with it and holds `length` tokens, the
+    document's first token (its BOS) moved to the front. Raises ValueError unless targets < every length <= the documents'.
     """
-    if min(lengths) <= targets or max(lengths) > input_ids.shape[1]:
+    rows, longest = [], docs.input_ids.shape[1]
+    if min(lengths) <= targets or max(lengths) > longest:
         raise ValueError(
-            f"contexts must be longer than the {targets} targets and fit {input_ids.shape[1]} tokens: {lengths}"
+            f"contexts must be longer than the {targets} targets and fit {longest} tokens: {lengths}"
         )
-    found = {}
     for length in lengths:
-        rows = []
-        for ids in input_ids.split(max(1, TOKENS // length)):
+        names = iter(docs.names)
+        for ids in docs.input_ids.split(max(1, TOKENS // length)):
             window = torch.cat([ids[:, :1], ids[:, -(length - 1) :]], 1).to(model.device)
             logits = model(window, use_cache=False, logits_to_keep=targets + 1).logits[:, :-1].float()
-            nll = torch.nn.functional.cross_entropy(
-                logits.transpose(1, 2), window[:, -targets:], reduction="none"
-            )
-            rows.append(nll.cpu())
-        found[length] = torch.cat(rows)
-    return found
-
-
-def by_context(model, docs, lengths):
-    """The same as a DataFrame (`CONTEXT`), one row per length and document."""
-    rows = [
-        (length, document, nll[row].mean().item())
-        for length, nll in nll_by_context(model, docs.input_ids, lengths).items()
-        for row, document in enumerate(docs.names)
-    ]
+            nll = cross_entropy(logits.transpose(1, 2), window[:, -targets:], reduction="none").mean(1)
+            rows += [(length, name, each) for each, name in zip(nll.tolist(), names)]
     return pd.DataFrame(rows, columns=list(CONTEXT))
 
 

@@ -156,35 +156,6 @@ def fill(table, cap, evict_every):
     )
 
 
-def kept(table, visible, cap):
-    """Which tokens three heads hold while a text passes."""
-    layers = sorted({0, len(visible) // 2, len(visible) - 1})
-    fig, axes = plt.subplots(1, len(layers), figsize=(WIDTH, 3.8), sharey=True, squeeze=False)
-    for axis, layer in zip(axes[0], layers):
-        seen = visible[layer][0, 0].cpu().numpy()
-        axis.imshow(seen, cmap="Greys", aspect="auto", interpolation="nearest", vmin=0, vmax=1.3)
-        axis.set_title(f"layer {layer}, head 0", fontsize=SMALL)
-        axis.xaxis.set_major_locator(plt.MaxNLocator(2))
-        axis.grid(False)
-    tokens = len(seen)
-    fig.supxlabel("position in the text")
-    axes[0, 0].set_ylabel("step of decoding")
-    arrow = {"arrowstyle": "-|>", "color": PALETTE[3]}
-    for words, at, text in (
-        ("recent\nwindow", (0.62, 0.63), (0.62, 0.28)),
-        ("sinks", (0.006, 0.3), (0.2, 0.12)),
-    ):
-        at, text = ((x * tokens, y * tokens) for x, y in (at, text))
-        axes[0, 0].annotate(words, at, text, arrowprops=arrow, color=PALETTE[3], fontsize=SMALL)
-    low, high, middle = table.old_tokens.min(), table.old_tokens.max(), table.old_tokens.median()
-    return fig, (
-        f"Each head keeps its own old tokens: between {low} and {high} of {cap}. Dark: held. A column ends where its token is "
-        f"evicted; the columns that stay are what the sketch found important. Counted at the last of {tokens} steps: tokens of "
-        f"the text's first half, median {middle:.0f} over {len(table)} heads of all layers; a window would hold only the sinks. "
-        "One document, n = 1."
-    )
-
-
 def quality(table, cap, length, seed=0):
     """What the choice of tokens costs, at equal slots."""
     order = list(stats.intervals(table, "cache", "loss").sort_values("mean").cache)

@@ -37,6 +37,13 @@ class Prepare:
             held: Any = cache.passes.digest()
             seen = cache.seen_tokens
             whole = input_ids is not None and kwargs.get("inputs_embeds") is None
+            mask = kwargs.get("attention_mask")  # of new tokens alone, it covers those that were seen, too
+            covers = mask.shape[-1] if isinstance(mask, torch.Tensor) else 0
+            if whole and seen >= max(input_ids.shape[1], covers) > 0:
+                raise ValueError(
+                    f"the cache holds {seen} tokens, and this prompt of {input_ids.shape[1]} has nothing new: "
+                    "call cache.reset() before a new text, or use a new cache"
+                )
             if whole and held is not None and 0 < seen < input_ids.shape[1]:
                 told = digest(input_ids[:, :seen])
                 if told.shape != held.shape or not torch.equal(told, held.to(told.device)):

@@ -1,4 +1,9 @@
-"""How parameters of former versions are spelled now."""
+"""How parameters of former versions are spelled now, and mistyped ones."""
+
+import difflib
+import inspect
+
+from sketchkv import cache
 
 FORMER = (
     dict.fromkeys(
@@ -18,6 +23,12 @@ FORMER = (
 
 def refuse(parameters):
     """Raises TypeError for the first of these parameters, {name: value}, that `SketchCache` does not have."""
+    made = cache.SketchCache
+    known = {
+        name for make in (made, made.compact, made.recall) for name in inspect.signature(make).parameters
+    }
     for name, value in parameters.items():
-        instead = f": write {FORMER[name].format(name=name, value=value)}" if name in FORMER else ""
+        near = difflib.get_close_matches(name, known, n=1)
+        instead = f"; did you mean {near[0]!r}?" if near else ""
+        instead = f": write {FORMER[name].format(name=name, value=value)}" if name in FORMER else instead
         raise TypeError(f"SketchCache has no parameter {name!r}{instead}")

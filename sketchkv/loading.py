@@ -56,7 +56,8 @@ class LoadError(RuntimeError):
 
 
 def load(name_or_path="embedded", device="auto", dtype=None):
-    """Returns `(model, tokenizer)`: a causal language model in eval mode, its parameters without gradients.
+    """Returns `(model, tokenizer)`: a causal language model in eval mode, its parameters without gradients, and a tokenizer
+    that pads on the left.
 
     `name_or_path` is
     - "embedded": `data/model` of this repository;
@@ -78,6 +79,7 @@ def load(name_or_path="embedded", device="auto", dtype=None):
     _check_config(folder, dtype)
     try:
         tokenizer = _tokenizer(folder, name_or_path)
+        tokenizer.padding_side = "left"  # as texts must be padded that are to be continued
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,

@@ -2,10 +2,11 @@
 
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from sketchkv.study import archive, record, sources
+from sketchkv.study import archive, record, sources, stats
 
 FILES = sorted(sources.read_json(archive.FOLDER / "manifest.json")["files"])
 
@@ -86,7 +87,7 @@ RAW = [
 
 @pytest.mark.parametrize("what, where, name, column, at", RAW)
 def test_a_claim_is_the_mean_of_its_documents(what, where, name, column, at):
-    found = archive.table().set_index(["what", "where"]).loc[(what, where)]
+    found = archive.table()[0].set_index(["what", "where"]).loc[(what, where)]
     raw = pd.read_csv(archive.FOLDER / f"{name}.csv")
     if "loss" == column:  # of the method and of exact scores, on the same documents
         exact = raw[(raw.method == "exact") & (raw.group == at["group"])].set_index("document").loss
@@ -100,9 +101,17 @@ def test_a_claim_is_the_mean_of_its_documents(what, where, name, column, at):
     )
 
 
+def test_each_row_is_in_the_table_that_it_names():
+    rows = archive.table()[0].query("unit == 'nats per token more'")
+    for row in rows.itertuples():
+        raw = pd.read_csv(archive.FOLDER / row.file)
+        assert np.isclose(raw["mean"].abs(), abs(row.effect), rtol=1e-12).any(), row
+        assert row.verdict == stats.against((row.effect, -row.high, -row.low))
+
+
 def test_the_report_tells_of_the_archive():
     told = record.load_table("tried")
-    pd.testing.assert_frame_equal(told, archive.table(), check_dtype=False)
+    pd.testing.assert_frame_equal(told, archive.table()[0])
     listed = archive.manifest()["files"]
     assert told.commit.tolist() == [listed[name]["commit"] for name in told.file]
     drawn = {path.stem for path in (sources.ROOT / "figures").glob("*.json")}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sketchkv import score
-from sketchkv.study import baselines, figures, methods, one_slot
+from sketchkv.study import baselines, figures, methods, one_slot, stats
 from sketchkv.study.methods import full_nbytes, make_cache, nbytes
 
 
@@ -126,8 +126,8 @@ def test_verdicts_follow_the_interval():
     assert verdicts.verdict["worse", 0.5] == "holds" and verdicts.verdict_late["better", 0.25] == "fails"
     assert verdicts.increase["worse", 0.25] == pytest.approx(np.exp(0.04) - 1)
     gain = baselines.compare(frame, "better", "worse")
-    assert gain[0] == pytest.approx(0.029) and baselines.against(gain) == "better than"
-    assert baselines.against(baselines.compare(frame, "unclear", "better")) == "not distinguishable from"
+    assert gain[0] == pytest.approx(0.029) and stats.against(gain) == "better than"
+    assert stats.against(baselines.compare(frame, "unclear", "better")) == "not distinguishable from"
     assert baselines.words([]) == "none" and baselines.words(["lru", "h2o", "tova"]) == "LRU, H2O and TOVA"
 
 
@@ -145,16 +145,23 @@ def test_a_setting_stands_beside_its_reference_on_the_same_documents():
         ]
     )
     pairs = [(name, "decayed one") for name in ("decayed none", "decayed hash")]
-    found = baselines.gains(table, pairs=pairs).set_index(["budget", "method"])["mean"]
-    assert found.to_dict() == pytest.approx(
+    found = baselines.gains(table, pairs)
+    assert list(found) == list(baselines.GAIN_COLUMNS) and found.n.eq(5).all()
+    assert found.verdict.tolist() == ["worse than", "better than", "worse than"]
+    assert found.set_index(["budget", "method"])["mean"].to_dict() == pytest.approx(
         {(0.25, "decayed none"): -0.1, (0.25, "decayed hash"): 0.01, (0.125, "decayed none"): -0.1}
     )
     rows = one_slot.increases(table).set_index(["setting", "budget"])["mean"]
     assert rows["decayed none", 0.125] == pytest.approx(100 * np.expm1(2.3))
-    facts = {}
-    run = type("Run", (), {"fact": lambda self, name, value: facts.update({name: value})})()
-    one_slot.note_summaries(run, table, baselines.gains(table, pairs=pairs), 1024)
-    assert facts["summaries_cap"] == 128 and facts["summaries_large_cap"] == 256
-    assert (
-        facts["summaries_none_mean"] == pytest.approx(0.1) and facts["summaries_none_against"] == "worse than"
+
+
+def test_a_whole_text_stands_at_every_budget_that_it_fits():
+    sizes = {"compact": ((0.25, 0.25, 0.1), (0.5, 0.5, 0.05)), "whole": ((np.nan, 0.3, 0.01),)}
+    table = pd.DataFrame(
+        {"method": name, "budget": budget, "share": share, "loss": loss + d / 100, "document": d}
+        for name, points in sizes.items()
+        for budget, share, loss in points
+        for d in range(4)
     )
+    found = baselines.gains(table, [("compact", "whole")])
+    assert found.budget.tolist() == [0.5] and found["mean"].tolist() == pytest.approx([-0.04])

@@ -320,6 +320,13 @@ def test_unknown_and_contradicting_parameters(gpt2):
     for former in ("depth", "summary_slots", "quantizer", "coarse_bits", "shared", "counters"):
         with pytest.raises(TypeError, match=f"no parameter '{former}': write"):
             SketchCache(gpt2.config, 64, **{former: 2})
+    for make, wrong, meant in (
+        (SketchCache, "recent_windw", "recent_window"),
+        (SketchCache.compact, "fine_windw", "fine_window"),
+        (SketchCache.recall, "stor", "store"),
+    ):
+        with pytest.raises(TypeError, match=f"no parameter '{wrong}'; did you mean '{meant}'"):
+            make(gpt2.config, 40, **{wrong: 3})
     with pytest.raises(TypeError, match="one per layer"):
         SketchCache(gpt2.config, 64, policy=[Window()])
 

@@ -41,6 +41,11 @@ def test_only_a_prompt_that_begins_with_the_text_goes_on(model, batch):
         further(model, other, cache)
     with pytest.raises(ValueError, match="another text"):
         further(model, text(200, batch, seed=2), cache)
+    for short in (text(20, batch), told[:, : cache.seen_tokens]):
+        with pytest.raises(
+            ValueError, match=r"holds \d+ tokens, and this prompt of \d+ .*call cache.reset\(\)"
+        ):
+            further(model, short, cache)
     assert torch.equal(further(model, longer, cache), fresh)  # refused prompts left no trace
     cache.reset()
     assert torch.equal(further(model, other, cache), further(model, other, SketchCache(model.config, 32)))

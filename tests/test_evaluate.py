@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sketchkv import SketchCache, score
-from sketchkv.study import baselines, evaluate, methods, sweep
+from sketchkv.study import evaluate, methods, sweep
 
 MODEL = "embedded"
 SETTINGS = dict(split="development", documents=2, length=128)
@@ -97,35 +97,6 @@ def test_compact_is_the_setting_it_says_and_single_parameters_can_be_changed():
     assert layer.policy.value_norm and layer.policy.decay == 0.99 and layer.policy.mean
     changed = SketchCache.compact(lm.config, 128, bits=8).layers[0]
     assert changed.codec(torch.float32, "cpu").bits == dict(keys=8, values=8) and changed.summary.count == 1
-
-
-def test_the_best_peer_is_found_among_those_that_fit():
-    import pandas as pd
-
-    rows = [
-        {
-            "method": name,
-            "budget": budget,
-            "share": share,
-            "max_cache_size": 9,
-            "document": d,
-            "loss": loss + d / 100,
-            "kl": 0.1,
-        }
-        for name, budget, share, loss in (
-            ("compact", 0.25, 0.25, 0.1),
-            ("a", 0.25, 0.24, 0.3),
-            ("b", 0.25, 0.2, 0.2),
-            ("whole", None, 0.3, 0.01),
-            ("compact", 0.5, 0.5, 0.05),
-            ("a", 0.5, 0.5, 0.2),
-        )
-        for d in range(4)
-    ]
-    best = baselines.against_best(pd.DataFrame(rows), "compact", ["a", "b", "whole"], 0).set_index("budget")
-    assert best.peer.to_dict() == {0.5: "whole", 0.25: "b"}
-    assert best.gain[0.25] == pytest.approx(0.1) and best.gain[0.5] == pytest.approx(-0.04)
-    assert best.less[0.25] == pytest.approx(1 - 0.115 / 0.215) and best.n[0.25] == 4
 
 
 def test_value_norm_weighs_attention_by_what_would_be_lost():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import socket
 import subprocess
@@ -182,6 +183,9 @@ def test_the_site_holds_everything_and_links_to_it(built, tmp_path):
     assert stems <= {path.stem for path in (built / "notebooks").glob("*.html")}
     assert 'href="notebooks/11_pretrained.html"' in (built / "index.html").read_text()
     assert "<details" in (built / "notebooks" / "05_baselines.html").read_text()
+    for page in (built / "notebooks").glob("*.html"):  # formulas are MathML, which needs no script
+        shown = re.sub(r"<(pre|code|annotation).*?</\1>", "", page.read_text(), flags=re.S)
+        assert "$$" not in shown and "\\frac" not in shown, page.name
     (tmp_path / "a.html").write_text('<a href="b.html"></a><a href="#c"></a><a href="https://d.org">')
     assert site.broken(tmp_path) == ["a.html: #c", "a.html: b.html"]
 

@@ -229,6 +229,7 @@ def test_embedded_is_the_folder_in_the_repository(folder, monkeypatch):
 @needs_weights
 def test_embedded_model_predicts_held_out_text():
     model, tokenizer = load(device="cpu")
+    assert tokenizer.padding_side == "left"  # as `generate` needs
     assert model.dtype == torch.float32 and model.config.max_position_embeddings >= 1024
     assert model.config.hidden_size // model.config.num_attention_heads == 64
     ids = texts.documents("embedded", tokenizer, count=2, length=256).input_ids

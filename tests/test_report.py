@@ -11,7 +11,7 @@ import yaml
 from scipy.stats import beta
 from test_explore import browser
 
-from sketchkv.study import claims, drawing, figures, methods, pretrained_tables, record, report, sources
+from sketchkv.study import claims, methods, pretrained_tables, record, report, sources
 
 ROOT = sources.ROOT
 NUMBER = r"\d[\d.,]*"
@@ -143,8 +143,10 @@ def test_changed_results_change_title_and_verdicts(committed):
     assert title() == "# Do not sketch what attention was; sketch the keys and let the query ask"
     change_facts(committed, "11_pretrained", pretrained_code_recall_over_decayed_high=0.1)
     assert "exact scores do at least as well" in title()
-    (sketches,) = (p.stem[6:] for p in (committed / "data/results").glob("facts_*_sketches.json"))
-    change_facts(committed, sketches, sketch_regimes_better=2)
+    gains = committed / "data/results/sketch_gains_regimes.csv"
+    table = pd.read_csv(gains)
+    table.loc[table.index[table.method == "equal bytes"][:2], "verdict"] = "better than"
+    table.to_csv(gains, index=False)
     assert "can beat exact scores" in title()
     markdown = report.compose(committed, committed / "report")[0]
     assert (
@@ -204,17 +206,25 @@ def test_a_paired_difference_is_that_of_the_documents():
     assert low < mean < high
 
 
-def test_the_drawing_shows_every_kind_of_token(tmp_path):
-    svg = drawing.strip()
-    assert svg == (ROOT / "report" / "cache.svg").read_text(encoding="utf-8")
-    assert all(word in svg for word in (*drawing.LEGEND.values(), *drawing.TOKENS, "their mean"))
-    for _, kinds in drawing.ROWS:
-        assert len(kinds) == len(drawing.TOKENS) and set(kinds) <= set(drawing.LETTERS)
-    assert figures.smallest_type(svg) >= 8
-    boxes = [
-        float(x) + float(w) for x, w in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', svg)
-    ]
-    assert max(boxes) <= drawing.WIDTH
+PHONE = 366  # pixels that a figure has on a screen of 390: `report/report.css` leaves 12 on either side
+
+
+def smallest_type(svg):
+    """Height of the smallest letters of an SVG's text, in pixels, where the picture is `PHONE` pixels wide."""
+    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
+    sizes = re.findall(r"font(?:-size)?: ?[^;\"]*?([\d.]+)px", svg)
+    return min(map(float, sizes)) * PHONE / width
+
+
+def test_the_drawing_shows_every_kind_of_token():
+    svg = (ROOT / "report" / "cache.svg").read_text(encoding="utf-8")
+    kinds = (
+        "kept by its score|sink: the first|recent window|evicted|summary slot|recalled by a query|their mean"
+    )
+    assert all(f">{words}<" in svg for words in kinds.split("|"))
+    assert smallest_type(svg) >= 8
+    boxes = re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', svg)
+    assert len(boxes) > 36 and max(float(x) + float(width) for x, width in boxes) <= 360
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "figures").glob("*.svg")))
@@ -222,14 +232,12 @@ def test_a_picture_can_be_read_on_a_phone_and_its_title_is_short(name):
     caption = sources.read_json(ROOT / "figures" / f"{name}.json")["caption"]
     finding, rest = record.split_caption(caption)
     assert len(finding) <= record.LONGEST and rest, finding
-    assert figures.smallest_type((ROOT / "figures" / f"{name}.svg").read_text(encoding="utf-8")) >= 8
+    assert smallest_type((ROOT / "figures" / f"{name}.svg").read_text(encoding="utf-8")) >= 8
 
 
 def test_missing_result_names_the_notebook_to_run(committed):
     template = committed / "template.md.j2"
     for asked, named in (
-        ('fact("tried_nothing")', "make reproduce"),
-        ("facts.tried_nothing + 1", "make reproduce"),
         ('frame("tried_nothing")', "make reproduce"),
         ('figure("pretrained_needles")', "make reproduce"),
     ):

@@ -51,12 +51,6 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
     assert 0.92 <= covered <= 0.96
 
 
-def test_an_interval_of_independent_runs_is_students():
-    mean, half = stats.interval(SKEWED[:7])
-    low, high = scipy.stats.ttest_1samp(SKEWED[:7], 0).confidence_interval(0.95)
-    assert (mean - half, mean + half) == pytest.approx((low, high), rel=1e-12)
-
-
 def test_intervals_of_a_table_are_those_of_its_groups():
     table = pd.DataFrame({"method": ["b"] * 40 + ["a"] * 20, "loss": SKEWED})
     found = stats.intervals(table, "method", "loss", seed=3)

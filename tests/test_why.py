@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sketchkv import AttentionMass, Random, SketchCache, Window, score
-from sketchkv.oracle import decode_and_watch, full_cache_logits
+from sketchkv.oracle import decode_and_watch
 from sketchkv.study import stats, why
 from sketchkv.study.attention_analysis import Oracle, attention_maps, states
 
@@ -71,23 +71,9 @@ def test_watched_in_chunks_is_watched_token_by_token(model, ids):
     assert all(torch.equal(a, b) for a, b in zip(seen, same))
 
 
-def test_what_is_bounded_alone(gpt2, ids):
-    found, full = why.alone(gpt2, ids, CAP), score(gpt2, ids).mean(1)
-    cache = SketchCache(gpt2.config, CAP, policy=AttentionMass())
-    logits, visible = decode_and_watch(gpt2, ids, cache, chunk_size=EVERY)
-    assert list(found) == ["layer 0", "layer 1"]
-    both = why._nll(full_cache_logits(gpt2, ids, visible), ids)
-    torch.testing.assert_close(both, why._nll(logits, ids), atol=1e-3, rtol=1e-3)
-    for nll in found.values():
-        assert (nll - full).abs().min() > 1e-3 and (nll - both).abs().max() > 1e-4
-    # The last layer's mask moves no other layer: its logits are those of a model in which only that one is masked.
-    last = full_cache_logits(gpt2, ids, [torch.ones_like(visible[0]).tril(), visible[1]])
-    torch.testing.assert_close(found["layer 1"], why._nll(last, ids), atol=1e-4, rtol=1e-4)
-
-
 def ladder_table():
     generator = torch.Generator().manual_seed(0)
-    names = [*why.LABELS][:-1] + ["layer 0", "layer 1"]
+    names = [*why.LABELS][:-1]
     return pd.DataFrame(
         (name, slots, document, torch.rand(1, generator=generator).item())
         for name in names
@@ -104,11 +90,6 @@ def test_steps_add_up_to_the_whole():
         whole = table[(table.slots == slots) & (table.method == "sketch")].loss.mean()
         assert part.share.sum() == pytest.approx(1) and part["mean"].sum() == pytest.approx(whole)
         assert (part.low <= part["mean"]).all() and (part["mean"] <= part.high).all()
-    found, few = why.facts(table, worth), table[table.slots == 24].groupby("method").loss.mean()
-    lost = worth[(worth.slots == 24) & (worth.step == "lost tail")].share.item()
-    assert found["why_small_lost_tail_mean"] == pytest.approx(lost) and found["why_large_slots"] == 32
-    assert found["why_worst_layer"] == int(few["layer 1"] > few["layer 0"])
-    assert found["why_worst_layer_share"] == pytest.approx(few[["layer 0", "layer 1"]].max() / few["decayed"])
 
 
 def test_ratio_interval():

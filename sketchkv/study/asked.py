@@ -4,38 +4,25 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from sketchkv import AttentionMass, SketchCache, score
+from sketchkv import AttentionMass, SketchCache
 from sketchkv.index import KeyIndex
 from sketchkv.oracle import decode_and_watch
 from sketchkv.study import figures, stats
-from sketchkv.study.baselines import against, at_budget, compare
+from sketchkv.study.attention_analysis import attention_maps, states
+from sketchkv.study.baselines import at_budget
 from sketchkv.study.figures import PALETTE
 from sketchkv.study.methods import BOUNDED, LABELS
-from sketchkv.study.pictures import SMALL, WIDTH, ticks
+from sketchkv.study.pictures import WIDTH, ticks, write
 from sketchkv.study.recall import make_instances
+from sketchkv.study.sketch_validation import received
 from sketchkv.texts import documents
 
 NAMES = ("sketch_small", "decayed", "compact", "recall")
-LOSSES = {
-    "method": "recall: an index of all keys beside few tokens; the others know the past alone",
-    "budget": "bytes of fast memory allowed, as a share of the full cache's in float16",
-    "max_cache_size": "tokens kept per layer and KV head",
-    "loss": "nats per token over the full cache",
-    "document": "held-out file",
-}
-GAINS = {
-    "budget": LOSSES["budget"],
-    "mean": "nats per token that the index loses less than exact scores of past attention, mean of paired differences",
-    "low": "lower end of its 95 % interval",
-    "high": "upper end of its 95 % interval",
-    "verdict": "what the interval says",
-    "n": "documents",
-}
 JOURNEY = {
     "step": "tokens read",
     "past": "rank of the fact's token by decayed mean attention, exact, 1 is the highest",
     "index": "rank by the index, for the query of this step; empty as long as the token is recent",
-    "attention": "attention that this query gives the token in the full cache, heads of a group summed",
+    "attention": "attention that this query gives the token in the full cache, heads of a group averaged",
     "held": "whether a cache of exact scores still holds it",
     "tokens": "tokens that are ranked",
 }
@@ -51,15 +38,6 @@ def points(config, budgets, length, dtype):
     return found
 
 
-def gains(table, seed=0):
-    """What the index loses less than exact scores at each budget: a DataFrame (`GAINS`)."""
-    rows = []
-    for budget, part in table.groupby("budget", sort=False):
-        less = compare(part, "recall", "decayed", seed)
-        rows.append((budget, *less, against(less), part.document.nunique()))
-    return pd.DataFrame(rows, columns=list(GAINS))
-
-
 def picture_of_losses(table, gained, seed=0):
     """Loss at each budget, a line a method."""
     found = stats.intervals(table, ["method", "budget"], "loss", seed)
@@ -68,15 +46,10 @@ def picture_of_losses(table, gained, seed=0):
         style, end = figures.method_style(name), line.iloc[-1]
         mean, low, high = (stats.percent(line[part]) for part in ("mean", "low", "high"))
         axis.errorbar(line.budget, mean, [mean - low, high - mean], capsize=3, **style)
-        place = end.budget, stats.percent(end["mean"])
-        axis.annotate(
-            LABELS[name], place, (8, 0), textcoords="offset points", va="center", color=style["color"]
-        )
+        write(axis, LABELS[name], (end.budget, stats.percent(end["mean"])), (8, 0), style["color"])
     budgets = sorted(table.budget.unique())
     ticks(axis, budgets, words=lambda share: f"1/{1 / share:.0f}")
-    axis.set(
-        xlabel="bytes of fast memory, share of the full cache", ylabel="perplexity above the full cache, %"
-    )
+    axis.set(xlabel="bytes of fast memory, share of the full cache", ylabel="perplexity above full, %")
     axis.set(xlim=(budgets[-1] * 1.2, budgets[0] / 1.9), ylim=(0, None))
     wins, n = int((gained.verdict == "better than").sum()), gained.n.min()
     each = "; ".join(
@@ -87,59 +60,6 @@ def picture_of_losses(table, gained, seed=0):
         f"Asking the keys beats exact scores of the past at {wins} of {len(gained)} sizes. By how much, paired: {each}. The "
         f"store that recall reads from lies outside of fast memory. Bars: bootstrap 95 % intervals (n = {n} documents)."
     )
-
-
-def facts(gained, journey):
-    """{name: number or word} for the report."""
-    first = gained.iloc[-1]
-    asked = journey.iloc[-1]
-    return {
-        "asked_sizes": len(gained),
-        "asked_wins": int((gained.verdict == "better than").sum()),
-        "asked_documents": int(gained.n.min()),
-        "asked_smallest": float(first.budget),
-        "journey_past": int(asked.past),
-        "journey_index": int(asked["index"]),
-        "journey_tokens": int(asked.tokens),
-    } | stats.named("asked_gain", (first["mean"], first.low, first.high))
-
-
-class Watched(KeyIndex):
-    """Writes down how many tokens rank above number `watched` for each query: `above`, int64 `[kv_heads]` each."""
-
-    watched = 0
-
-    def reset(self):
-        super().reset()
-        self.above = []
-
-    def rank(self, *args, **kwargs):
-        ranks = super().rank(*args, **kwargs)
-        if self.watched >= ranks.shape[-1]:
-            return ranks
-        own = ranks[..., self.watched, None]
-        above = (ranks > own).sum(-1).masked_fill(own[..., 0].isneginf(), -1)
-        self.above += above[0].unbind(-1)
-        return ranks
-
-
-class Watching(AttentionMass):
-    """Writes down, at each step, the attention that token number `watched` gets and how many rank above it by past
-    attention; the cache must evict nothing."""
-
-    watched = 0
-
-    def allocate(self, slots):
-        super().allocate(slots)
-        self.seen, self.above, self.latest = [], [], None
-
-    def observe(self, slots, attention):
-        self.latest = attention[0, :, -1]
-        if slots.used > self.watched + 1:  # what was known before this query came
-            scores = self.score(slots, slots.used - 1)[0]
-            self.above.append((scores > scores[:, self.watched, None]).sum(-1))
-            self.seen.append(self.latest[:, self.watched])
-        super().observe(slots, attention)
 
 
 def instance(tokenizer, dataset, task, depth, number, length):
@@ -153,93 +73,63 @@ def instance(tokenizer, dataset, task, depth, number, length):
     return ids[number : number + 1, : ids.shape[1] - answers[number]], first, last
 
 
-def journey(lm, ids, first, last, cap):
+@torch.no_grad()
+def journey(lm, ids, first, last, cap, sinks=4, recent=16):
     """One token of a fact, in the head whose last query looks for it most: (DataFrame (`JOURNEY`), layer, head, token).
 
     ids: `[1, tokens]`, the last of which asks. first, last: numbers of the fact's tokens. cap: of the cache that forgets.
     """
-    roomy = ids.shape[1] + 16
-    cache = SketchCache(lm.config, roomy, policy=Watching())
-    score(lm, ids, cache, chunk_size=1)
-    found = [layer.policy.latest[:, first:last] for layer in cache.layers]
-    layer = max(range(len(found)), key=lambda i: found[i].max())
-    head, token = divmod(int(found[layer].argmax()), last - first)
+    maps, at = attention_maps(lm, ids)[:, 0], torch.arange(ids.shape[1], device=ids.device)
+    looked = maps[:, :, -1, first:last]
+    layer, head, token = (int(number) for number in torch.unravel_index(looked.argmax(), looked.shape))
     token += first
-    policy, asked = Watching(), Watched(top=roomy - 20, block=16, exact_prompts=False)
-    policy.watched = asked.watched = token
-    cache = SketchCache(lm.config, roomy, policy=policy)
-    index = SketchCache.recall(lm.config, roomy, index=asked, recent_window=16)
-    for each in (cache, index):
-        score(lm, ids, each, chunk_size=1)
-    bounded = SketchCache(lm.config, cap, policy=AttentionMass())
-    _, visible = decode_and_watch(lm, ids, bounded)
-    policy, above = cache.layers[layer].policy, index.layers[layer].index.above
-    steps = range(token + 2, ids.shape[1] + 1)
-    ranked = [int(each[head]) + 1 or None for each in above[-len(steps) :]]
+    mass, seen = received(maps[layer, head], at)
+    past = (mass / seen).masked_fill(at >= at[:, None], -torch.inf)
+    (query, key, _), index = states(lm, ids)[layer], KeyIndex(block=16)
+    index.add(key, at[None])
+    asked = index.rank(query, query.shape[-1] ** -0.5, start=sinks, end=at[None] - recent + 1)[0, head]
+    ranks = [(scores > scores[:, token, None]).sum(-1) + 1 for scores in (past, asked)]
+    _, visible = decode_and_watch(lm, ids, SketchCache(lm.config, cap, policy=AttentionMass()))
     table = {
-        "step": list(steps),
-        "past": [int(each[head]) + 1 for each in policy.above],
-        "index": ranked,
-        "attention": [float(each[head]) for each in policy.seen],
-        "held": visible[layer][0, head, token + 1 :, token].tolist(),
-        "tokens": list(steps),
+        "step": at + 1,
+        "past": ranks[0],
+        "index": ranks[1],
+        "attention": maps[layer, head, :, token],
+        "held": visible[layer][0, head, :, token],
+        "tokens": at + 1,
     }
-    return pd.DataFrame(table).astype({"index": "Int64"}), layer, head, token
+    table = pd.DataFrame({name: column.cpu() for name, column in table.items()}).astype({"index": "Int64"})
+    table.loc[asked[:, token].isneginf().cpu().numpy(), "index"] = pd.NA
+    return table[token + 1 :], layer, head, token
 
 
 def picture_of_journey(table, cap, top, where):
     """Ranks of one token while the text goes on; where: (layer, head)."""
     fig, axis = plt.subplots(figsize=(WIDTH, 4.2))
     gone = table[~table.held]
-    last, ranks = table.iloc[-1], {"past": PALETTE[2], "index": PALETTE[3]}
-    for name, colour in ranks.items():
+    first, last = table.step.iloc[0], table.iloc[-1]
+    looks: dict[str, tuple] = {
+        "past": ("by past attention", PALETTE[2], {"linewidth": 2}),
+        "index": ("by the index, for this query", PALETTE[3], {"linewidth": 1, "alpha": 0.6}),
+    }
+    for name, (words, colour, style) in looks.items():
         line = table.dropna(subset=[name])
-        axis.plot(
-            line.step,
-            line[name].astype(float),
-            color=colour,
-            linewidth=1 if name == "index" else 2,
-            alpha=0.6 if name == "index" else 1,
-        )
+        axis.plot(line.step, line[name].astype(float), color=colour, **style)
         axis.plot(last.step, last[name], "o", color=colour)
-        words = {"past": "by past attention", "index": "by the index, for this query"}[name]
-        axis.annotate(
-            f"{words}: {last[name]}",
-            (last.step, last[name]),
-            (8, 0),
-            textcoords="offset points",
-            va="center",
-            color=colour,
-            fontsize=SMALL,
-        )
+        write(axis, f"{words}: {last[name]}", (last.step, last[name]), (8, 0), colour)
     axis.axhline(cap, color="0.4", linestyle=":", linewidth=1)
-    axis.annotate(
-        f"a cache of {cap} tokens keeps what is above",
-        (table.step.iloc[0], cap),
-        (4, -12),
-        textcoords="offset points",
-        color="0.3",
-        fontsize=SMALL,
-    )
+    write(axis, f"a cache of {cap} keeps what is above", (last.step, cap), (8, 8), "0.3")
     if len(gone):
         axis.axvline(gone.step.iloc[0], color="0.6", linewidth=1)
-        axis.annotate(
-            "evicted",
-            (gone.step.iloc[0], 1.1),
-            (4, 0),
-            textcoords="offset points",
-            color="0.3",
-            fontsize=SMALL,
-        )
+        write(axis, "evicted", (gone.step.iloc[0], 1.1), (4, 4), "0.3")
     axis.set(
-        yscale="log",
         xlabel="tokens read; the last one asks for the fact",
-        ylabel="rank among all tokens (1 is kept first)",
+        ylabel="rank (1 is kept first)",
     )
     ticks(axis, [1, 10, 100], "y")
-    axis.set_xticks([each for each in axis.get_xticks() if table.step.iloc[0] <= each <= last.step])
+    axis.set_xticks([each for each in axis.get_xticks() if first <= each <= last.step])
     axis.invert_yaxis()
-    axis.set_xlim(table.step.iloc[0], last.step + 0.55 * (last.step - table.step.iloc[0]))
+    axis.set_xlim(first, last.step + 0.55 * (last.step - first))
     went = f"evicted after {gone.step.iloc[0]} tokens" if len(gone) else "still held"
     return fig, (
         f"The query's index ranks the fact {last['index']} of {last.tokens}, past attention {last.past}. One token of it, in "

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy.stats import binomtest
 
+from sketchkv.study.stats import against
+
 EIGHTH = (0.12, 0.1251)  # shares of the bytes that count as an eighth
 TEXTS = ("prose", "code")
 
@@ -83,16 +85,17 @@ def at_an_eighth(found):
 
 def past(found):
     """A sketch of past attention beside exact scores at equal bytes: trials of the embedded model, `over[text]` of the other."""
-    facts = found.facts
-    over = {text: _ends(facts, f"pretrained_{text}_sketch_over_decayed") for text in TEXTS}
+    over = {text: _ends(found.facts, f"pretrained_{text}_sketch_over_decayed") for text in TEXTS}
+    trials = found.frame("sketch_gains_regimes").query("method == 'equal bytes'")
+    better, worse = ((trials.verdict == f"{word} than").sum() for word in ("better", "worse"))
     return Claim(
-        trials=facts["sketch_regimes_trials"],
-        better=facts["sketch_regimes_better"],
-        worse=facts["sketch_regimes_worse"],
-        documents=int(found.frame("sketch_gains_regimes").n.max()),
+        trials=len(trials),
+        better=better,
+        worse=worse,
+        documents=trials.n.max(),
         over=over,
-        never=facts["sketch_regimes_better"] == 0 and all(each.high > 0 for each in over.values()),
-        n=facts["pretrained_documents"],
+        never=better == 0 and all(each.high > 0 for each in over.values()),
+        n=found.facts["pretrained_documents"],
     )
 
 
@@ -120,32 +123,32 @@ def parts(found):
         for row in table.itertuples()
         if row.step in ("sketch error", "wrong eviction", "lost tail", "rest")
     }
-    order = sorted(share, key=lambda step: -share[step].mean)
-    facts = found.facts
     return Claim(
         share=share,
-        order=order,
-        slots=int(table.slots.iloc[0]),
-        tokens=facts["why_tokens"],
-        n=facts["why_documents"],
+        order=sorted(share, key=lambda step: -share[step].mean),
+        slots=table.slots.iloc[0],
+        tokens=found.facts["why_tokens"],
+        n=found.frame("why_ladder").document.nunique(),
     )
 
 
 def slot(found):
     """Loss with no summary slot, with one and with several, at equal bytes: `loss[setting]` (Found), in few and in many bytes."""
-    table, facts = found.frame("summary_losses"), found.facts
-    table = table[table.budget == table.budget.min()].set_index("setting")
+    table, gains, scored = (found.frame(name) for name in ("summary_losses", "summary_gains", "summaries"))
+    budget, tokens = table.budget.min(), scored.tokens.iloc[0]
+    table = table[table.budget == budget].set_index("setting")
+    gains = gains[gains.budget == budget].set_index("method")[["mean", "low", "high"]]
     loss = {
         name: Found(*map(float, table.loc[f"decayed {name}", ["mean", "low", "high"]]))
         for name in ("none", "one")
     }
     return Claim(
         loss=loss,
-        helps=facts["summaries_none_against"] == "worse than",
-        several=facts["summaries_hash_against"],
-        cap=facts["summaries_cap"],
-        tokens=facts["summaries_tokens"],
-        n=facts["summaries_documents"],
+        helps=against(gains.loc["decayed none"]) == "worse than",
+        several=against(gains.loc["decayed hash"]),
+        cap=round(budget * tokens),
+        tokens=tokens,
+        n=scored.document.nunique(),
     )
 
 

@@ -27,14 +27,6 @@ def of_notebook(path):
     return _fingerprint(found for name in reached for found in _resolve(name))
 
 
-def imports(file):
-    """Names of this package's modules that a file of it imports, anywhere in it; of packages above them,
-    none."""
-    return {
-        found.name for name in _Module(Path(file), _name(Path(file))).imports for found in _resolve(name)[-1:]
-    }
-
-
 def reach(start):
     """Names of all modules that `start` (modules) are and import."""
     found, waiting = {}, list(start)
@@ -54,8 +46,7 @@ def _fingerprint(start):
 
 
 class _Module:
-    """A file by the name that Python knows it by: `digest` of its code, `imports` (names, not all of them
-    modules)."""
+    """A file by the name that Python knows it by: `digest` of its code, `imports` (names, not all of them modules)."""
 
     def __init__(self, file, name):
         state = file.stat()

@@ -1,6 +1,5 @@
 """One grid point: a method scored on documents, against the full cache on the same tokens."""
 
-import time
 from functools import lru_cache
 
 import torch
@@ -28,9 +27,7 @@ COLUMNS = {
     "bytes_sketch": "bytes of sketches",
     "bytes_policy": "bytes of positions, accumulators and other state",
     "bytes_total": "all bytes held for one sequence",
-    "seconds": "seconds of scoring, per document",
 }
-TIMINGS = ("seconds",)
 
 
 @lru_cache(maxsize=2)
@@ -78,24 +75,15 @@ def evaluate(
     rows: list[dict] = []
     for part, reference in zip(ids.split(BATCH), batches):
         cache = make_cache(lm.config, length=length, **method)
-        part, scores, seconds = part.to(lm.device), [], 0.0
-        chunks = stream(lm, part, cache, max(1, TOKENS // len(part)))
-        while True:
-            _synchronize(lm.device)
-            began = time.perf_counter()
-            chunk = next(chunks, None)
-            _synchronize(lm.device)
-            seconds += (time.perf_counter() - began) / len(part)
-            if chunk is None:
-                break
-            start, logits = chunk
+        part, scores = part.to(lm.device), []
+        for start, logits in stream(lm, part, cache, max(1, TOKENS // len(part))):
             stop = start + logits.shape[1]
             full = tuple(whole[:, start:stop] for whole in reference)
             scores.append(compare(full, logits.float().log_softmax(-1), part[:, start + 1 : stop + 1]))
         nll, nll_full, kl, top1 = (torch.cat(each, 1) for each in zip(*scores))
         means = [x.mean(1).tolist() for x in (nll, nll_full, nll[:, half:], nll_full[:, half:], kl, top1)]
-        common = cache.evicted_tokens / len(cache.layers), sum(cache.stored_tokens()) / len(cache.layers)
-        common += *(held[kind] for kind in ("kv", "sketch", "policy", "total")), seconds
+        counts = (n / len(cache.layers) for n in (cache.evicted_tokens, sum(cache.stored_tokens())))
+        common = *counts, *(held[kind] for kind in ("kv", "sketch", "policy", "total"))
         for numbers in zip(*means):
             rows.append(dict(zip(COLUMNS, (names[len(rows)], length, *numbers, *common))))
     return rows
@@ -109,8 +97,3 @@ def compare(reference, found, targets):
     nll = [-p[:, : targets.shape[1]].gather(-1, following).squeeze(-1) for p in (found, full)]
     kl = torch.linalg.vecdot(probabilities, full - found)
     return *nll, kl, (found.argmax(-1) == first).float()
-
-
-def _synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()

@@ -7,7 +7,6 @@ from functools import lru_cache, partial
 
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 import torch
 from transformers import LlamaConfig
 
@@ -18,7 +17,7 @@ from sketchkv.index import KeyIndex
 from sketchkv.oracle import decode_and_watch
 from sketchkv.policies import Window
 from sketchkv.sketch import CountMinSketch
-from sketchkv.study import figures, sources
+from sketchkv.study import figures, pictures, sources
 from sketchkv.study.baselines import BOUNDED, LABELS
 from sketchkv.study.evaluate import evaluate
 from sketchkv.study.methods import full_nbytes, make_cache, nbytes
@@ -32,7 +31,6 @@ STATES = {
     "evicted": "not seen",
     "coming": "yet to come",
 }
-NAMED = ("compact", "kivi2", "sketch", "streaming")  # of the hero figure, at their points
 LISTEN = 64  # tokens of two probes, from which bytes of any cap follow
 
 
@@ -193,24 +191,10 @@ def measure(config, name, cap, documents=2, length=1024, **settings):
 
 
 def hero(rows, own=None):
-    """View 3, a figure: growth of perplexity against bytes, all methods grey, four named, `own` in red."""
-    fig, axis = plt.subplots(figsize=(8, 5))
-    least, best = 0.1, best_at(rows, 1 / 8)
-    for method, part in pd.DataFrame(rows + [own] * bool(own)).groupby("label"):
-        x, y, name = part.share, part.growth.clip(lower=least), part.method.iloc[0]
-        named = name in NAMED or (own and method == own["label"])
-        style = figures.method_style(name) if named else {"color": "0.78", "marker": "o"}
-        style |= {"color": "#b2182b", "markersize": 14} if own and method == own["label"] else {}
-        axis.plot(x, y, **style, zorder=2 + bool(named))
-        if named:
-            at = (x.iloc[-1], y.iloc[-1])
-            axis.annotate(method, at, (9, 0), textcoords="offset points", color=style["color"], va="center")
-    axis.set(xscale="log", yscale="log", xlabel="bytes held, share of a full cache in half precision")
-    axis.set_ylabel("perplexity, percent more than full")
-    axis.set_xticks([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], ["1/16", "1/8", "1/4", "1/2", "1"])
-    axis.set_yticks([least, 1, 10, 100], ["0.1 or less", "1", "10", "100"])
-    axis.minorticks_off()
-    axis.set_title(f"At 1/8 of the bytes, {best['label']} loses least: {best['growth']:.1f} %", loc="left")
+    """View 3, a figure: all methods grey, four named, `own` in red."""
+    fig, best = pictures.front(rows, own), best_at(rows, 1 / 8)
+    words = f"At 1/8 of the bytes, {best['label']} loses least: {best['growth']:.1f} %"
+    fig.axes[0].set_title(words, loc="left")
     return fig
 
 

@@ -3,7 +3,6 @@
 import io
 import re
 import textwrap
-import zlib
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,44 +10,30 @@ import seaborn as sns
 from matplotlib import rc_context, rcdefaults, rcParams
 
 PALETTE = sns.color_palette("colorblind").as_hex()
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*")
 SIZE = (7.0, 4.4)  # inches: one size for all, whose smallest type is 8 pixels high on a phone
-HALF = FULL = SIZE
-PHONE = 366  # pixels that a figure has on a screen of 390: `report/report.css` leaves 12 on either side
-FONTS = (
-    "DejaVu Sans",
-    "Verdana",
-)  # the first comes with matplotlib, the second is as wide, where a reader lacks the first
+FONTS = ["DejaVu Sans", "Verdana"]  # the second is as wide, where a reader lacks that of matplotlib
 HEAVY = 300_000  # bytes of an SVG above which its points and lines become a picture inside it
-
-# Seaborn's own error bars are a bootstrap without a seed: sns.lineplot(..., **figures.ERRORBAR)
-ERRORBAR = {"errorbar": ("ci", 95), "n_boot": 2000, "seed": 0}
 
 # A method keeps its colour (an index into PALETTE) and marker in every figure. Those that share a figure with a legend have
 # different colours; of one colour, all have different markers.
 METHODS = {
     "sketch": (0, "o"),
     "sketch_int4": (0, "p"),
-    "token": (0, "*"),
     "h2o": (1, "s"),
     "decayed_int8": (1, "D"),
-    "topk": (1, "<"),
     "plain_sums": (1, "h"),
     "decayed": (2, ">"),
     "decayed_int4": (2, "<"),
-    "position": (2, "p"),
     "streaming": (3, "D"),
     "streaming_int4": (3, "s"),
     "sketch_summary": (3, "P"),
     "random": (4, "v"),
-    "aggregate": (4, "X"),
     "kivi2": (4, "p"),
     "lru": (5, "P"),
     "decayed_summary": (5, "^"),
     "int4": (5, "v"),
     "key_norm": (6, "X"),
     "kivi4": (6, "v"),
-    "lsh": (6, "<"),
     "tova": (7, "<"),
     "int8": (7, "s"),
     "oracle": (8, "*"),
@@ -83,6 +68,7 @@ def use_style():
             "axes.spines.top": False,
             "axes.spines.right": False,
             "axes.titlesize": "medium",
+            "figure.labelsize": "medium",
             "legend.frameon": False,
             "lines.linewidth": 2.0,
             "lines.markersize": 7,
@@ -96,21 +82,8 @@ def method_style(name):
     """{"color", "marker"} of a method: the same for the same name in every figure, whatever else is drawn there."""
     if name == "full":
         return dict(FULL_CACHE)
-    if name not in METHODS:
-        index = zlib.crc32(name.encode())
-        return {"color": PALETTE[index % len(PALETTE)], "marker": MARKERS[index % len(MARKERS)]}
     colour, marker = METHODS[name]
     return {"color": PALETTE[colour], "marker": marker}
-
-
-def palette(names):
-    """Colours for seaborn's `palette=`."""
-    return {name: method_style(name)["color"] for name in names}
-
-
-def markers(names):
-    """Markers for seaborn's `markers=`."""
-    return {name: method_style(name)["marker"] for name in names}
 
 
 def head(fig, finding):
@@ -124,14 +97,6 @@ def head(fig, finding):
 def mark(fig, words):
     """Writes `words` into the lower right corner, below all else."""
     fig.text(1, -0.01, words, ha="right", va="top", color="#b22222", fontsize=12)
-
-
-def smallest_type(svg):
-    """Height of the smallest letters of an SVG's text, in pixels, where the picture is `PHONE` pixels wide."""
-    width = float(re.findall(r'viewBox="0 0 ([\d.]+)', svg)[0])
-    return (
-        min(float(size) for size in re.findall(r"font(?:-size)?: ?[^;\"]*?([\d.]+)px", svg)) * PHONE / width
-    )
 
 
 def render(fig, name):

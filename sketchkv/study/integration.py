@@ -1,5 +1,6 @@
 """Watching a cache while it works: how full it is, what it holds in bytes, what it keeps, and what that costs."""
 
+from itertools import islice
 from typing import Any
 
 import pandas as pd
@@ -7,8 +8,6 @@ import torch
 from transformers import DynamicCache
 
 from sketchkv.decode import score
-from sketchkv.study import stats
-from sketchkv.study.baselines import against
 from sketchkv.study.evaluate import TOKENS
 
 KINDS = ("kv", "sketch", "policy", "total")
@@ -20,11 +19,6 @@ FILL = {
     "sketch": "bytes of sketches",
     "policy": "bytes of positions, scores and other state",
     "total": "all bytes held",
-}
-KEPT = {
-    "layer": "index of the layer",
-    "head": "index of the KV head",
-    "old_tokens": "tokens held at the last step that come from the first half of the text",
 }
 LOSSES = {
     "cache": "which cache",
@@ -59,59 +53,19 @@ def fill(model, input_ids, caches, every=8):
     return pd.DataFrame(rows, columns=list(FILL))
 
 
-def kept(visible):
-    """What each head still holds of the first half of a text after its last token: a DataFrame (`KEPT`). visible: as
-    `oracle.decode_and_watch` gives it."""
-    rows = [
-        (layer, head, int(seen[-1, : seen.shape[1] // 2].sum()))
-        for layer, heads in enumerate(visible)
-        for head, seen in enumerate(heads[0])
-    ]
-    return pd.DataFrame(rows, columns=list(KEPT))
-
-
-def quality(model, input_ids, make_caches, batch=16):
-    """Scores documents under each cache, in batches of equal length.
-
-    input_ids: `[documents, tokens]`. Returns {name: nll `[documents, tokens - 1]`} and {name: evicted tokens per document,
-    layer and head}, the latter so that a cache that never evicted cannot pass for a good one.
-    """
-    nll, evicted = {}, {}
-    for name, make in make_caches.items():
-        parts = []
-        for ids in input_ids.split(batch):
-            cache = make()
-            parts.append(
-                score(model, ids.to(model.device), cache, chunk_size=max(1, TOKENS // len(ids))).cpu()
-            )
-        nll[name] = torch.cat(parts)
-        evicted[name] = 0 if isinstance(cache, DynamicCache) else cache.evicted_tokens // len(cache.layers)
-    return nll, evicted
-
-
-def losses(model, docs, make_caches, skip):
+def losses(model, docs, make_caches, skip, batch=16):
     """What each of `make_caches` (name to function returning a cache) loses beyond the first `skip` tokens of each document:
-    a DataFrame (`LOSSES`). A cache that evicts nothing is refused."""
-    full = {"full": lambda: DynamicCache(config=model.config)}
-    nll, evicted = quality(model, docs.input_ids, full | make_caches)
-    assert all(evicted[name] > 0 for name in make_caches), f"nothing was evicted: {evicted}"
-    rows = [
-        (name, document, (nll[name][row] - nll["full"][row])[skip:].mean().item())
-        for name in make_caches
-        for row, document in enumerate(docs.names)
-    ]
+    a DataFrame (`LOSSES`). A cache that evicts nothing is refused, so that it cannot pass for a good one."""
+    rows, names = [], iter(docs.names)
+    for ids in docs.input_ids.to(model.device).split(batch):
+        size = max(1, TOKENS // len(ids))
+        full, here = (
+            score(model, ids, DynamicCache(config=model.config), chunk_size=size),
+            [*islice(names, len(ids))],
+        )
+        for name, make in make_caches.items():
+            cache = make()
+            lost = (score(model, ids, cache, chunk_size=size) - full)[:, skip:].mean(1)
+            assert cache.evicted_tokens > 0, f"{name}: nothing was evicted"
+            rows += [(name, document, loss) for document, loss in zip(here, lost.tolist())]
     return pd.DataFrame(rows, columns=list(LOSSES))
-
-
-def facts(table, seed=0):
-    """{name: number or word} of `losses` under the caches of the notebook: each loss, and what the sketch loses less."""
-    wide = table.pivot(index="document", columns="cache", values="loss")
-    found: dict[str, object] = {}
-    for name in table.cache.unique():
-        key = name.replace(", ", "_").replace(" + ", "_").replace(" ", "_")
-        found |= stats.named(f"loss_{key}", stats.paired_interval(wide[name].to_numpy(copy=True), seed))
-        if name in ("sketch", "sketch, no sinks"):
-            continue
-        less = stats.paired_interval((wide[name] - wide["sketch"]).to_numpy(copy=True), seed)
-        found |= stats.named(f"sketch_over_{key}", less) | {f"sketch_against_{key}": against(less)}
-    return found

@@ -23,8 +23,7 @@ def code(path):
 
 
 def tree(source):
-    """The syntax tree of a cell, without lines meant for IPython; that of an empty one where it is no
-    Python."""
+    """The syntax tree of a cell, without lines meant for IPython; that of an empty one where it is no Python."""
     try:
         return ast.parse(re.sub(r"^\s*[%!].*$", "pass", source, flags=re.M))
     except SyntaxError:
@@ -39,8 +38,7 @@ def parameters(path):
 
 
 def unread(path, executed):
-    """Names that a cell of parameters among the sources `executed` assigns, but no cell of the notebook
-    reads."""
+    """Names that a cell of parameters among the sources `executed` assigns, but no cell of the notebook reads."""
     nodes = (node for source in code(path) for node in ast.walk(tree(source)))
     read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     given = [names for source in executed if {"profile", "output"} <= (names := set(_assigned(source)))]

@@ -1,4 +1,4 @@
-"""What one summary slot and what fewer bits are worth: settings, findings and facts of `09_one_slot`."""
+"""What one summary slot and what fewer bits are worth: settings and findings of `09_one_slot`."""
 
 from sketchkv.study import baselines, stats
 from sketchkv.study.methods import BOUNDED
@@ -14,15 +14,6 @@ SUMMARIES = {
     "protects": {"summary_slots": 1, "protects": True},
     "strong": {"summary_slots": 1, "spread": True, "protects": True},
 }
-LABELS = {
-    "none": "no summary",
-    "one": "1 slot, plain mean",
-    "hash": "4 slots by hash",
-    "hash_8": "8 slots by hash",
-    "spread": "1 slot, spread",
-    "protects": "1 slot, protection",
-    "strong": "1 slot, spread + protection",
-}
 # Bits of keys and values of `SketchCache.compact`, whose scores and summary slot all share.
 BITS = {"16": 16, "8": 8, "5/4": [5, 4], "4": 4, "4/3": [4, 3], "3": 3, "2": 2}
 LOSS_COLUMNS = {
@@ -30,9 +21,7 @@ LOSS_COLUMNS = {
     "budget": baselines.COLUMNS["budget"],
     "max_cache_size": "tokens kept per layer and KV head, beside summaries",
     "mean": "growth of perplexity over the full cache, %",
-    "low": "lower end of its 95 % interval",
-    "high": "upper end of its 95 % interval",
-    "n": "documents",
+    **stats.ENDS,
 }
 
 
@@ -49,25 +38,9 @@ def increases(table, seed=0):
     """Growth of perplexity of each setting at each budget, in percent: a DataFrame (`LOSS_COLUMNS`)."""
     by = ["method", "budget"]
     found = stats.intervals(table, by, "loss", seed)
-    found[["mean", "low", "high"]] = baselines.percent(found[["mean", "low", "high"]])
+    found[["mean", "low", "high"]] = stats.percent(found[["mean", "low", "high"]])
     found["max_cache_size"] = table.groupby(by, sort=False).max_cache_size.first().to_numpy()
     return found.rename(columns={"method": "setting"})[list(LOSS_COLUMNS)]
-
-
-def note_summaries(run, table, gains, length):
-    """The facts summaries_*; differences are nats per token more than with one plain slot, exact scores."""
-    budgets = sorted(gains.budget.unique())
-    for place, budget in (("", budgets[0]), ("large_", budgets[-1])):
-        run.fact(f"summaries_{place}cap", round(budget * length))
-        for row in gains[gains.budget == budget].itertuples():
-            name = f"summaries_{place}{row.method.removeprefix('decayed ')}"
-            baselines.note(run, name, (-row.mean, -row.high, -row.low))
-            run.fact(f"{name}_against", baselines.against((row.mean, row.low, row.high)))
-    at = table[table.budget == budgets[0]].groupby("method").loss.mean()
-    for name in ("one", "none"):
-        run.fact(f"summaries_{name}_loss", float(at[f"decayed {name}"]))
-    run.fact("summaries_tokens", length)
-    run.fact("summaries_documents", int(table.document.nunique()))
 
 
 def summaries_caption(found, gains, length):
@@ -77,8 +50,7 @@ def summaries_caption(found, gains, length):
         for slots in ("none", "one")
     )
     fewer = [1 - new / old for old, new in zip(before, after)]
-    small = gains[gains.budget == gains.budget.min()].set_index("method")
-    several = {row.Index: baselines.against((row.mean, row.low, row.high)) for row in small.itertuples()}
+    several = gains[gains.budget == gains.budget.min()].set_index("method").verdict
     finding = (
         f"One summary slot takes {min(fewer):.0%} to {max(fewer):.0%} off the loss"
         if min(fewer) > 0
@@ -111,24 +83,3 @@ def bits_caption(found, length):
         f"{finding}. Neither more bits nor more tokens make up for the other: {'; '.join(said)}. Beside each point: tokens "
         f"kept. Bars: bootstrap 95 % intervals (n = {found.n.iloc[0]} documents of {length} tokens)."
     )
-
-
-def note_bits(run, table, gains):
-    run.fact("bits_documents", int(table.document.nunique()))
-    for place, (budget, at) in zip(("small", "large"), table.groupby("budget")):
-        losses = at.groupby("method").loss.mean()
-        best = losses.idxmin()
-        run.fact(f"bits_{place}_share", float(budget))
-        run.fact(f"bits_{place}_best", spelled(best))
-        run.fact(f"bits_{place}_best_loss", float(losses[best]))
-        run.fact(f"bits_{place}_slots", int(at[at.method == best].max_cache_size.iloc[0]))
-        pair = gains[(gains.budget == budget) & (gains.method == best)]
-        words = [baselines.against((row.mean, row.low, row.high)) for row in pair.itertuples()]
-        run.fact(
-            f"bits_{place}_best_against",
-            f"{words[0]} its 5 and 4 bits" if words else "the frozen setting's own",
-        )
-        for row in gains[gains.budget == budget].itertuples():
-            name = f"bits_{place}_{row.method.replace('/', '_')}"
-            baselines.note(run, name, (-row.mean, -row.high, -row.low))
-            run.fact(f"{name}_against", baselines.against((row.mean, row.low, row.high)))

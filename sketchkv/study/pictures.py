@@ -6,15 +6,17 @@ is the finding, of at most 90 characters, worded by what the numbers say.
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
 from sketchkv.study import stats, why
-from sketchkv.study.figures import PALETTE
+from sketchkv.study.figures import PALETTE, method_style
 from sketchkv.study.stats import percent
 
 LOSS = "perplexity above the full cache, % (left is better)"
 WIDTH = 7.0  # inches of every figure: its smallest type is then 8 pixels high on a phone
 SMALL = 12  # points of what is written beside points and lines
 BARS = "Bars: bootstrap 95 % intervals"
+NAMED = ("compact", "kivi2", "sketch", "streaming")  # of all methods, at their points
 
 
 def write(axis, words, at, shift, colour, ha="left"):
@@ -57,6 +59,33 @@ def ticks(axis, values, which="x", words=str):
     axis.minorticks_off()
 
 
+# -- all methods
+
+
+def front(points, own=None):
+    """Growth of perplexity against bytes. points: dicts as of `explore.point`, four of whose methods are named; own: one more,
+    in red."""
+    fig, axis = plt.subplots(figsize=(WIDTH, 4.8))
+    least, ends = 0.1, {}
+    for label, part in pd.DataFrame(points + [own] * bool(own)).groupby("label"):
+        x, y, name = part["share"], part.growth.clip(lower=least), part.method.iloc[0]
+        mine = bool(own) and label == own["label"]
+        if mine or name in NAMED:
+            style = method_style(name) | ({"color": "#b2182b", "markersize": 14} if mine else {})
+            ends[label] = (x.iloc[-1], y.iloc[-1], style["color"])
+        else:
+            style = {"color": "0.8", "marker": "o", "markersize": 4, "linewidth": 1}
+        axis.plot(x, y, **style, zorder=2 + (label in ends))
+    axis.set(xlabel="bytes held, share of a full cache in half precision", xlim=(0.055, 1.5))
+    axis.set(ylabel="perplexity above full, %")
+    ticks(
+        axis, [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1], words=lambda share: f"1/{1 / share:.0f}" if share < 1 else "1"
+    )
+    ticks(axis, [least, 1, 10, 100], "y", lambda loss: f"{loss:g}" if loss > least else "0.1 or less")
+    label_ends(axis, ends)
+    return fig
+
+
 # -- the model
 
 
@@ -67,10 +96,10 @@ def model_context(table, seed=0):
     fig, axis = plt.subplots(figsize=(WIDTH, 4.0))
     axis.plot(perplexity.index, perplexity, marker="o", color=PALETTE[0])
     ticks(axis, list(perplexity.index))
-    axis.set(xlabel="tokens of context", ylabel="perplexity of the same tokens")
+    axis.set(xlabel="tokens of context", ylabel="perplexity")
     axis.set_ylim(0, 1.1 * perplexity.max())
     base = 128
-    gain = stats.paired_interval((wide[last] - wide[base]).to_numpy(copy=True), seed)
+    gain = stats.paired_interval(wide[last] - wide[base], seed)
     mean, low, high = (percent(x) for x in gain)
     helps = "Longer contexts help" if gain[2] < 0 else "Longer contexts hardly help"
     return fig, (
@@ -127,35 +156,6 @@ def fill(table, cap, evict_every):
     )
 
 
-def kept(table, visible, cap):
-    """Which tokens three heads hold while a text passes."""
-    layers = sorted({0, len(visible) // 2, len(visible) - 1})
-    fig, axes = plt.subplots(1, len(layers), figsize=(WIDTH, 3.8), sharey=True, squeeze=False)
-    for axis, layer in zip(axes[0], layers):
-        seen = visible[layer][0, 0].cpu().numpy()
-        axis.imshow(seen, cmap="Greys", aspect="auto", interpolation="nearest", vmin=0, vmax=1.3)
-        axis.set_title(f"layer {layer}, head 0", fontsize=SMALL)
-        axis.xaxis.set_major_locator(plt.MaxNLocator(2))
-        axis.grid(False)
-    tokens = len(seen)
-    fig.supxlabel("position in the text")
-    axes[0, 0].set_ylabel("step of decoding")
-    arrow = {"arrowstyle": "-|>", "color": PALETTE[3]}
-    for words, at, text in (
-        ("recent\nwindow", (0.62, 0.63), (0.62, 0.28)),
-        ("sinks", (0.006, 0.3), (0.2, 0.12)),
-    ):
-        at, text = ((x * tokens, y * tokens) for x, y in (at, text))
-        axes[0, 0].annotate(words, at, text, arrowprops=arrow, color=PALETTE[3], fontsize=SMALL)
-    low, high, middle = table.old_tokens.min(), table.old_tokens.max(), table.old_tokens.median()
-    return fig, (
-        f"Each head keeps its own old tokens: between {low} and {high} of {cap}. Dark: held. A column ends where its token is "
-        f"evicted; the columns that stay are what the sketch found important. Counted at the last of {tokens} steps: tokens of "
-        f"the text's first half, median {middle:.0f} over {len(table)} heads of all layers; a window would hold only the sinks. "
-        "One document, n = 1."
-    )
-
-
 def quality(table, cap, length, seed=0):
     """What the choice of tokens costs, at equal slots."""
     order = list(stats.intervals(table, "cache", "loss").sort_values("mean").cache)
@@ -163,7 +163,7 @@ def quality(table, cap, length, seed=0):
     shown = dots(axis, table, "cache", order, seed)
     axis.set(xlabel=LOSS, xlim=(min(0, shown.low.min()), 1.25 * shown.high.max()))
     wide = table.pivot(index="document", columns="cache", values="loss")
-    gap = stats.paired_interval((wide["sketch"] - wide["exact"]).to_numpy(copy=True), seed)
+    gap = stats.paired_interval(wide["sketch"] - wide["exact"], seed)
     verdict = "better than" if gap[2] < 0 else "worse than" if gap[1] > 0 else "as well as"
     low, mean, high = (percent(gap[i]) for i in (1, 0, 2))
     return fig, (
@@ -197,7 +197,7 @@ def heavy_hitters(table, seed=0):
     tenth = table[table.tokens == 0.1].groupby(["document", "chosen"]).mass.mean().unstack()
     top = tenth.mean()
     lost, unforeseen = (
-        stats.paired_interval((tenth[a] - tenth[b]).to_numpy(copy=True), seed)
+        stats.paired_interval(tenth[a] - tenth[b], seed)
         for a, b in (("each query", "hindsight"), ("hindsight", "foresight"))
     )
     return fig, (
@@ -221,7 +221,7 @@ def retained(table, labels, cap, length, seed=0):
     right.set_xlabel("perplexity above full, %\n(left is better)")
     right.set_xlim(min(0, cost.low.min()), 1.1 * cost.high.max())
     wide = table.pivot(index="document", columns="policy", values="retained")
-    gap = stats.paired_interval(100 * (wide["sketch"] - wide["decayed"]).to_numpy(copy=True), seed)
+    gap = stats.paired_interval(100 * (wide["sketch"] - wide["decayed"]), seed)
     verdict = f"{abs(gap[0]):.1f} points {'more' if gap[0] > 0 else 'less'} than"
     if gap[1] <= 0 <= gap[2]:
         verdict = "about as much as"
@@ -236,7 +236,7 @@ def retained(table, labels, cap, length, seed=0):
 def ladder(table, worth, length):
     """The loss of a small cache taken apart, step by step."""
     slots = sorted(worth.slots.unique())
-    fig, axes = plt.subplots(len(slots), 1, figsize=(WIDTH, 3.6 * len(slots)), squeeze=False)
+    fig, axes = plt.subplots(len(slots), 1, figsize=(WIDTH, 3.2 * len(slots)), squeeze=False)
     rungs = list(why.LABELS)
     better = ("exact scores", "choice by an oracle", "+ mean of the rest", "full cache")
     words = ["random", "sketch", *(f"→ {step}" for step in better)]

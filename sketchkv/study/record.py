@@ -4,9 +4,9 @@ A notebook opens a run, hands over what it found, and closes it:
 
     run = record.start("03_the_sketch", model=model, dataset=dataset, device=device, profile=profile,
                        seed=seed, output=output)
-    run.table("sketch_error", frame, columns={"width": "counters per row", "error": "share of the total
-    weight"}) run.figure("sketch_error", fig, caption="The error halves when the width doubles.",
-    tables=["sketch_error"]) run.fact("sketch_error_p95", 0.0123)
+    run.table("sketch_error", frame, columns={"width": "counters per row", "error": "share of the total weight"})
+    run.figure("sketch_error", fig, caption="The error halves when the width doubles. Lines: ...", tables=["sketch_error"])
+    run.fact("sketch_error_p95", 0.0123)
     run.finish()
 
 Same inputs give the same bytes in tables and figures; what differs from run to run (wall time, the moment) is
@@ -133,8 +133,7 @@ def _documents(path):
 
 
 class Run:
-    """One notebook's run. Made by `start`; `device` ("cpu" or "cuda"), `seed`, `profile`, `params`,
-    `paths`."""
+    """One notebook's run. Made by `start`; `device` ("cpu" or "cuda"), `seed`, `profile`, `params`, `paths`."""
 
     def __init__(self, notebook, params, root):
         self.notebook, self.params, self.paths = notebook, params, Paths(root)
@@ -152,9 +151,8 @@ class Run:
     def table(self, name, frame, columns, timings=()):
         """Writes `frame` as `data/results/NAME.csv` and its sidecar, and returns it.
 
-        `columns` describes every column, with its unit; `timings` names those that may differ from run to
-        run. Raises ValueError for a column without a description, a description without a column, or an empty
-        table.
+        `columns` describes every column, with its unit; `timings` names those that may differ from run to run. Raises
+        ValueError for a column without a description, a description without a column, or an empty table.
         """
         self._check(name, self.paths.results / f"{name}.json")
         if frame.index.nlevels > 1 or frame.index.name is not None:
@@ -241,8 +239,7 @@ class Run:
         self._facts[name] = value
 
     def grid(self, kind, function, points, workers=None):
-        """The results of many grid points (`store.compute`), kept in this run's folder under the model's
-        revision.
+        """The results of many grid points (`store.compute`), kept in this run's folder under the model's revision.
 
         The run's seed, data set and its revision belong into the parameters of `points`.
         """
@@ -257,11 +254,9 @@ class Run:
         return self._write(self.paths.root / path, content)
 
     def finish(self, **details):
-        """Writes facts and provenance, removes what this notebook wrote in an earlier run but no longer
-        makes.
+        """Writes facts and provenance, removes what this notebook wrote in an earlier run but no longer makes.
 
-        `details` join the provenance (`dtype="float32"`). Without this call the runner does not count the run
-        as done.
+        `details` join the provenance (`dtype="float32"`). Without this call the runner does not count the run as done.
         """
         if self._finished:
             raise RuntimeError(
@@ -274,25 +269,19 @@ class Run:
         before = read_json(path)["outputs"] if path.exists() else {}
         for name in set(before) - set(self._outputs):
             (self.paths.root / name).unlink(missing_ok=True)
-        hardware = torch.cuda.get_device_name() if self.device == "cuda" else platform.machine()
-        atomic_write(
-            path,
-            to_json(
-                {
-                    **self._origin(),
-                    "device": self.device,
-                    "hardware": hardware,
-                    "cpu_cores": os.cpu_count(),
-                    "versions": sources.versions(),
-                    **details,
-                    "started": self._started.isoformat(timespec="seconds"),
-                    "finished": time.time(),
-                    "wall_seconds": round(time.perf_counter() - self._clock, 2),
-                    "reads": self._inputs,
-                    "outputs": self._outputs,
-                }
-            ),
-        )
+        provenance = self._origin() | {
+            "device": self.device,
+            "hardware": torch.cuda.get_device_name() if self.device == "cuda" else platform.machine(),
+            "cpu_cores": os.cpu_count(),
+            "versions": sources.versions(),
+            **details,
+            "started": self._started.isoformat(timespec="seconds"),
+            "finished": time.time(),
+            "wall_seconds": round(time.perf_counter() - self._clock, 2),
+            "reads": self._inputs,
+            "outputs": self._outputs,
+        }
+        atomic_write(path, to_json(provenance))
         self._finished = True
 
     def _origin(self):

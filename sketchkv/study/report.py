@@ -3,7 +3,6 @@
 
 The template's prose holds no number of its own. It asks for them:
 
-    {{ fact("name", ".2f") }}   one number
     {{ figure("name") }}        picture, how to read it, and where it comes from
     {{ frame("name") }}         a result table, a DataFrame
     {{ word("sink") }}          a word of the glossary, explained on hover
@@ -49,15 +48,8 @@ class Results:
         }
         self.tables = {p.stem: read[p.stem] for p in sorted(self.paths.results.glob("*.csv"))}
         self.figures = {p.stem: sources.read_json(p) for p in sorted(self.paths.figures.glob("*.json"))}
-        self.facts: dict[str, object] = {}
-        owners: dict[str, str] = {}
-        for stored in (facts for name, facts in read.items() if name.startswith("facts_")):
-            for name, value in stored["facts"].items():
-                if name in self.facts:
-                    raise ReportError(
-                        f"fact {name!r} is written by both {owners[name]} and {stored['notebook']}"
-                    )
-                self.facts[name], owners[name] = value, stored["notebook"]
+        facts = (stored["facts"] for name, stored in read.items() if name.startswith("facts_"))
+        self.facts = {name: value for found in facts for name, value in found.items()}
         files = [*self.paths.results.glob("*.*"), *self.paths.figures.glob("*.*")]
         self.files = sorted(f for f in files if f.name[0] != "." and f.stem != f"run_{LAST}")
 
@@ -78,11 +70,6 @@ class Functions:
 
     def __init__(self, found, up, words):
         self.found, self.up, self.words = found, up, words
-
-    def fact(self, name, spec=""):
-        if name not in self.found.facts:
-            raise self.found.missing("fact", name)
-        return format(self.found.facts[name], spec)
 
     def frame(self, name):
         if name not in self.found.tables:
@@ -153,25 +140,19 @@ def _markdown(found, up, template):
     words = yaml.safe_load((REPORT / "words.yml").read_text(encoding="utf-8"))
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     calls = Functions(found, up, words)
-    functions = {name: getattr(calls, name) for name in ("fact", "frame", "word", "figure")}
+    functions = {name: getattr(calls, name) for name in ("frame", "word", "figure")}
     gathered = claims.gather(found)
-    try:
-        rendered = environment.from_string(text).render(
-            functions,
-            **gathered,
-            title=claims.title(gathered),
-            up=up,
-            facts=found.facts,
-            figures=found.figures,
-            tables=found.tables,
-            runs=found.runs,
-            words=words,
-            cited=cited,
-        )
-    except jinja2.UndefinedError as error:
-        if absent := re.search(r"no attribute '(\w+)'", str(error)):  # the template reads `facts.NAME`
-            raise found.missing("fact", absent[1]) from error
-        raise
+    rendered = environment.from_string(text).render(
+        functions,
+        **gathered,
+        title=claims.title(gathered),
+        up=up,
+        figures=found.figures,
+        tables=found.tables,
+        runs=found.runs,
+        words=words,
+        cited=cited,
+    )
     if any(run["inputs"]["profile"] == "smoke" for run in found.runs.values()):
         rendered = re.sub(r"^# (.*)$", rf"# Smoke run: \1\n\n{WARNING}", rendered, count=1, flags=re.M)
     return re.sub(r"\n{3,}", "\n\n", rendered).strip() + "\n"

@@ -30,6 +30,13 @@ _SAYS_ALL = ("CorpusError", "GridError", "KnobError", "LoadError", "ReportError"
 
 
 KNOBS = ("model", "dataset", "device", "profile")
+KINDS = {
+    bool: "true or false",
+    int: "a whole number of 0 or more",
+    float: "a number",
+    str: "text",
+    list: "a list",
+}
 
 
 class RunError(RuntimeError):
@@ -47,28 +54,14 @@ def check_parameters(notebook, parameters):
             f"{', '.join(sorted(declared)) or 'nothing'}{sources.did_you_mean(unknown[0], declared)}"
         )
     for name, value in parameters.items():
-        if wanted := _unlike(value, declared[name]):
-            raise RunError(
-                f"{notebook.name}: {name}={value!r} is not {wanted}, as its default {declared[name]!r} is"
-            )
-
-
-def _unlike(value, default):
-    """What `value` should be, in words, to stand for `default`; None if it can."""
-    if isinstance(default, bool):
-        return None if isinstance(value, bool) else "true or false"
-    if isinstance(default, int):
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        least = min(default, 0)
-        return (
-            None if whole and value >= least else "a whole number" + (" of 0 or more" if least == 0 else "")
+        kind, default = type(declared[name]), declared[name]
+        fits = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (
+            kind is bool
         )
-    if isinstance(default, float):
-        return None if isinstance(value, (int, float)) and not isinstance(value, bool) else "a number"
-    for kind, words in ((str, "text"), ((list, tuple), "a list")):
-        if isinstance(default, kind):
-            return None if isinstance(value, kind) else words
-    return None
+        if kind in KINDS and not (fits and (kind is not int or value >= min(default, 0))):
+            raise RunError(
+                f"{notebook.name}: {name}={value!r} is not {KINDS[kind]}, as its default {default!r} is"
+            )
 
 
 def key(notebook, parameters):
@@ -243,11 +236,8 @@ def notebook_named(name, root):
     stems = {n.stem: n for n in notebook_files.find(root)}
     asked = name.removesuffix(".ipynb")
     words = [stem.partition("_")[2] for stem in stems]
-    found = [
-        stem
-        for stem, word in zip(stems, words)
-        if asked and (stem.startswith(asked) or word.startswith(asked))
-    ]
+    both = zip(stems, words)
+    found = [stem for stem, word in both if asked and (stem.startswith(asked) or word.startswith(asked))]
     if len(found) != 1:
         near = "" if found else sources.did_you_mean(asked, [*stems, *words])
         raise RunError(
@@ -257,18 +247,13 @@ def notebook_named(name, root):
 
 
 def notebook_of_figure(name, root):
-    """The notebook that draws the figure `name`, by the figure's sidecar or by the notebooks' source."""
+    """The notebook whose source draws the figure `name`."""
     name = Path(name).stem
-    sidecars = {p.stem: sources.read_json(p)["notebook"] for p in record.Paths(root).figures.glob("*.json")}
     drawn = {figure: n for n in notebook_files.find(root) for figure in notebook_files.makes(n, "figure")}
-    if name in drawn:
-        return drawn[name]
-    if name in sidecars:
-        return notebook_named(sidecars[name], root)
-    known = sorted({*drawn, *sidecars})
-    raise RunError(
-        f"no notebook draws figure {name!r}; there are: {', '.join(known) or 'none'}{sources.did_you_mean(name, known)}"
-    )
+    if name not in drawn:
+        known = f"{', '.join(sorted(drawn)) or 'none'}{sources.did_you_mean(name, drawn)}"
+        raise RunError(f"no notebook draws figure {name!r}; there are: {known}")
+    return drawn[name]
 
 
 def own_parameters(assignments):
@@ -278,12 +263,10 @@ def own_parameters(assignments):
         name, equals, value = assignment.partition("=")
         if not equals:
             raise RunError(f"-p takes NAME=VALUE, not {assignment!r}")
-        if name in (*KNOBS, "output"):
-            raise RunError(
-                f"{name} is no parameter of a notebook's own: set it by --{name}"
-                if name in KNOBS
-                else "where results go follows from the profile, the model and the dataset; copy the repository to write elsewhere"
-            )
+        if name in KNOBS:
+            raise RunError(f"{name} is no parameter of a notebook's own: set it by --{name}")
+        if name == "output":
+            raise RunError("where results go follows from the profile, the model and the dataset")
         with contextlib.suppress(ValueError):
             value = json.loads(value)
         parameters[name] = value
@@ -292,27 +275,18 @@ def own_parameters(assignments):
 
 def main(arguments=None, root=sources.ROOT):
     parser = argparse.ArgumentParser(prog="python -m sketchkv.study.run", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--model", default="embedded", help="embedded, a hub name such as gpt2, or a local folder"
-    )
-    parser.add_argument(
-        "--dataset", default="embedded", help="embedded, wikitext-2-raw-v1, or a text file or folder"
-    )
-    parser.add_argument("--device", default="auto", help=", ".join(sources.DEVICES))
-    parser.add_argument(
-        "--profile", default="study", help="study, or smoke, which writes to build/smoke alone"
-    )
-    parser.add_argument("--only", metavar="NAME", help="run one notebook, named by its stem or number")
-    parser.add_argument("--figure", metavar="NAME", help="run the notebook that draws this figure")
+    for name, default, told in (
+        ("--model", "embedded", "embedded, a hub name such as gpt2, or a local folder"),
+        ("--dataset", "embedded", "embedded, wikitext-2-raw-v1, or a text file or folder"),
+        ("--device", "auto", ", ".join(sources.DEVICES)),
+        ("--profile", "study", "study, or smoke, which writes to build/smoke alone"),
+        ("--only", None, "run one notebook, named by its stem or number"),
+        ("--figure", None, "run the notebook that draws this figure"),
+    ):
+        parser.add_argument(name, default=default, help=told)
     parser.add_argument("--force", action="store_true", help="run again what is done already")
-    parser.add_argument(
-        "-p",
-        metavar="NAME=VALUE",
-        action="append",
-        default=[],
-        dest="own",
-        help="a parameter of the notebook's own (repeatable)",
-    )
+    own = "a parameter of the notebook's own, NAME=VALUE (repeatable)"
+    parser.add_argument("-p", metavar="NAME=VALUE", action="append", default=[], dest="own", help=own)
     args = parser.parse_args(arguments)
     parameters = {knob: getattr(args, knob) for knob in KNOBS}
     try:
@@ -339,14 +313,9 @@ def main(arguments=None, root=sources.ROOT):
             )
     except sources.KnobError as error:
         parser.error(str(error))
-    except (RunError, LoadError, CorpusError, sources.WriteError) as error:
-        print(f"\nerror: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(
-            f"\nerror: {sources.cannot_write(error.filename, error) if error.filename else error}",
-            file=sys.stderr,
-        )
+    except (RunError, LoadError, CorpusError, OSError) as error:
+        file = getattr(error, "filename", None)
+        print(f"\nerror: {sources.cannot_write(file, error) if file else error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nstopped; run the same command again to go on from here", file=sys.stderr)

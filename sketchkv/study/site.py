@@ -12,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 import jinja2
 import nbformat
 import pandas as pd
+import pypandoc
 from nbconvert import HTMLExporter
 
 import sketchkv
@@ -101,8 +102,19 @@ def _watched():
 # Notebooks
 
 
+class _Folded(HTMLExporter):
+    """Formulas become MathML, which needs no script from elsewhere."""
+
+    @jinja2.pass_context
+    def markdown2html(self, context, source):
+        if "$" not in source:
+            return super().markdown2html(context, source)
+        arguments = ["--mathml", "--wrap=none"]
+        return pypandoc.convert_text(source, "html5", format="gfm+tex_math_dollars", extra_args=arguments)
+
+
 def _notebooks(folder):
-    exporter, listed = HTMLExporter(template_name="folded", extra_template_basedirs=[str(REPORT)]), ""
+    exporter, listed = _Folded(template_name="folded", extra_template_basedirs=[str(REPORT)]), ""
     for path in notebooks.find(sources.ROOT):
         executed = sources.ROOT / "build" / "executed" / path.name
         book = nbformat.read(executed if executed.exists() else path, as_version=4)

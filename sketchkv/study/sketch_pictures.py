@@ -1,19 +1,11 @@
 """The figures of the notebooks on the sketch, the sweep and the regimes: tables in, `(figure, caption)` out, as in `pictures`."""
 
-import math
-
 import matplotlib.pyplot as plt
 
 from sketchkv.study import stats
 from sketchkv.study.figures import PALETTE
 from sketchkv.study.pictures import BARS, SMALL, WIDTH, label_ends, ticks, write
 from sketchkv.study.stats import percent
-
-
-def size(count):
-    """Bytes in words."""
-    unit = min(2, max(0, int(math.log2(count)) // 10))
-    return f"{count / 2 ** (10 * unit):.0f} {('B', 'KiB', 'MiB')[unit]}"
 
 
 def sketch_error(table, vocabulary, length):
@@ -40,53 +32,6 @@ def sketch_error(table, vocabulary, length):
         f"Lines: what 95 % of the {vocabulary} ids stay below, median over seeds; bands: 95 % of the seeds (n = {worst.seeds}); "
         f"{length} items. At {worst.width} x {worst.depth} counters {worst.misses:.2%} of the ids exceed the bound on the {worst.stream} "
         f"stream, where theory allows {worst.allowed:.1%}: none comes nearer to its limit."
-    )
-
-
-def sketch_topk(table, k, vocabulary):
-    """How many of the heaviest ids a sketch finds."""
-    fig, axis = plt.subplots(figsize=(WIDTH, 4.2))
-    ends = {}
-    colours = ("0.5", PALETTE[9], PALETTE[0], PALETTE[2])
-    for colour, (exponent, line) in zip(colours, table.groupby("exponent")):
-        axis.fill_between(line.bytes, line.low, line.high, color=colour, alpha=0.15, linewidth=0)
-        axis.plot(line.bytes, line["mean"], color=colour, marker="o")
-        label = f"Zipf {exponent:g}" if exponent else "uniform stream"
-        ends[label] = (line.bytes.iloc[-1], line["mean"].iloc[-1], colour)
-    axis.axhline(k / vocabulary, color="black", linestyle=":")
-    axis.set(xlabel="bytes of the sketch, four rows", ylabel=f"share of the top {k} found", ylim=(0, 1.04))
-    ticks(axis, list(line.bytes)[::2], words=size)
-    label_ends(axis, ends)
-    found = table.set_index(["exponent", "width"])["mean"].loc[1.0]
-    return fig, (
-        f"A wide sketch finds {found.iloc[-1]:.0%} of the heavy ids, a narrow one {found.iloc[0]:.0%}: it fails without a word. Zipf 1, "
-        f"{found.index[-1]} and {found.index[0]} counters a row; chance is {k / vocabulary:.1%} (dotted). A uniform stream has hardly "
-        f"any heavy ids. Bands: 95 % intervals over seeds (n = {table.n.min()}); {k} of {vocabulary} ids."
-    )
-
-
-def sketch_memory(table, cap, head_dim):
-    """Bytes of what could remember importance."""
-    wide = table.pivot(index="distinct", columns="store", values="bytes")
-    fig, axis = plt.subplots(figsize=(WIDTH, 4.4))
-    colours = dict.fromkeys(wide, PALETTE[0]) | {
-        "exact, every id": PALETTE[2],
-        "exact, stored slots": PALETTE[1],
-        "fp16 keys and values": "0.3",
-    }
-    for store in wide:
-        axis.plot(wide.index, wide[store], color=colours[store])
-    ticks(axis, list(wide.index)[::3])
-    ticks(axis, [2**n for n in range(8, 20, 2)], "y", size)
-    axis.set(xlabel="distinct ids seen", ylabel="bytes per head")
-    label_ends(axis, {store: (wide.index[-1], wide[store].iloc[-1], colours[store]) for store in wide})
-    slots, middle, kv = (
-        wide[name].iloc[0] for name in ("exact, stored slots", "sketch 512 x 4", "fp16 keys and values")
-    )
-    return fig, (
-        f"A 512 x 4 sketch takes {middle / slots:.0f} times the bytes of one exact score per stored slot. {cap} slots need {slots} B "
-        f"of scores and {kv} B of keys and values (head dimension {head_dim}), the sketch {middle} B. It saves memory only beside exact "
-        f"scores of everything ever seen, from {middle / 8:.0f} distinct ids on."
     )
 
 

@@ -5,9 +5,9 @@ import torch
 from transformers import DynamicCache
 
 from sketchkv.decode import score
-from sketchkv.study import stats
-from sketchkv.study.baselines import against, compare
+from sketchkv.study.baselines import GAIN_COLUMNS
 from sketchkv.study.evaluate import BATCH, _model, evaluate
+from sketchkv.study.evaluate import COLUMNS as SCORED
 from sketchkv.study.methods import fit, make_cache, nbytes
 from sketchkv.texts import documents as read_documents
 
@@ -28,22 +28,12 @@ REGIMES = {
 COLUMNS = {
     "regime": "tokens that exact accumulators keep, and the text",
     "method": "exact accumulators; sketch at equal slots, its bytes uncounted; or sketch at equal bytes",
-    "document": "held-out file",
-    "loss": "nats per token over the full cache",
     "max_cache_size": "tokens kept per layer and KV head",
-    "evicted": "tokens evicted per layer and KV head",
-    "bytes_sketch": "bytes of sketches, one sequence, all layers",
-    "bytes_total": "all bytes held for one sequence",
+    "loss": "nats per token over the full cache",
+    **{name: SCORED[name] for name in ("document", "evicted", "bytes_sketch", "bytes_total")},
 }
-GAINS = {
-    "regime": COLUMNS["regime"],
-    "method": COLUMNS["method"],
-    "mean": "nats per token that it loses less than exact accumulators, mean of paired differences",
-    "low": "lower end of its 95 % interval",
-    "high": "upper end of its 95 % interval",
-    "verdict": "what the interval says",
-    "n": "documents",
-}
+PAIRS = (("equal slots", "exact"), ("equal bytes", "exact"))
+GAINS = {"regime": COLUMNS["regime"]} | {k: told for k, told in GAIN_COLUMNS.items() if k != "budget"}
 
 
 def methods(config, dtype, cap, recent_window, seed=0):
@@ -62,13 +52,7 @@ def methods(config, dtype, cap, recent_window, seed=0):
 def point(method, *, text, revision, **texts):
     """A grid point: rows (list of dict), one per document. text: "document", scored whole, or "returning" (`come_back`);
     revision: of the text, among what names the point."""
-    rows = (come_back if text == "returning" else evaluate)(method, **texts)
-    kept = ("document", "evicted", "bytes_sketch", "bytes_total")
-    cap = method["max_cache_size"]
-    return [
-        {"loss": row["nll"] - row["nll_full"], "max_cache_size": cap} | {name: row[name] for name in kept}
-        for row in rows
-    ]
+    return (come_back if text == "returning" else evaluate)(method, **texts)
 
 
 @torch.no_grad()
@@ -106,36 +90,11 @@ def score_all(run, lm, regimes, length, seed=0, **settings):
     ]
     found = run.grid("sketches", point, [params for *_, params in asked])
     table = pd.DataFrame(
-        {"regime": regime, "method": name, **row}
-        for (regime, name, _), rows in zip(asked, found)
+        {"regime": regime, "method": name, "max_cache_size": params["method"]["max_cache_size"], **row}
+        for (regime, name, params), rows in zip(asked, found)
         for row in rows
-    )[list(COLUMNS)]
+    )
+    table = table.assign(loss=table.nll - table.nll_full)[list(COLUMNS)]
     held = table.groupby(["regime", "method"]).bytes_total.first().unstack()
     assert (table.evicted > 0).all() and (held["equal bytes"] <= held["exact"]).all()
     return table
-
-
-def gains(table, seed=0):
-    """What the sketch loses less than exact accumulators on the same documents: a DataFrame (`GAINS`)."""
-    rows = []
-    for regime, part in table.groupby("regime", sort=False):
-        for name in ("equal slots", "equal bytes"):
-            less = compare(part, name, "exact", seed)
-            rows.append((regime, name, *less, against(less), part.document.nunique()))
-    return pd.DataFrame(rows, columns=list(GAINS))
-
-
-def facts(found):
-    """{name: number or word} for the report; of trials at equal bytes, unless the name says slots."""
-    result: dict[str, object] = {}
-    for kind, name in (("slots_", "equal slots"), ("", "equal bytes")):
-        part = found[found.method == name].sort_values("mean")
-        best = part.iloc[-1]
-        result |= {
-            f"sketch_regimes_{kind}trials": len(part),
-            f"sketch_regimes_{kind}better": int((part.verdict == "better than").sum()),
-            f"sketch_regimes_{kind}worse": int((part.verdict == "worse than").sum()),
-            f"sketch_regimes_{kind}wins": "; ".join(part.regime[part.verdict == "better than"]) or "none",
-            f"sketch_regimes_{kind}best": best.regime,
-        } | stats.named(f"sketch_regimes_{kind}best", (best["mean"], best.low, best.high))
-    return result | {"sketch_regimes_documents": int(found.n.min())}

@@ -38,7 +38,6 @@ TOPK = {
     "high": "upper end",
     "n": "seeds",
 }
-MEMORY = {"store": "what is kept for one KV head", "distinct": "distinct ids seen so far", "bytes": "bytes"}
 KEYS = {
     "dim": "coordinates of a key",
     "bits": "bits of a coordinate in the index",
@@ -101,17 +100,6 @@ def topk(exponents, widths, seeds, length, vocabulary, k, device="cpu"):
     return stats.intervals(table, ["exponent", "width", "bytes"], "recall")
 
 
-def memory(shapes, distinct, cap, head_dim):
-    """Bytes per KV head of what could remember importance, against the number of distinct ids seen: a DataFrame
-    (`MEMORY`). "exact, every id" is an int32 id and a float32 score for each; "exact, stored slots" forgets what is evicted."""
-    fixed = {f"sketch {width} x {depth}": CountMinSketch(width, depth).nbytes for width, depth in shapes}
-    fixed |= {"exact, stored slots": 4 * cap, "fp16 keys and values": 2 * 2 * head_dim * cap}
-    rows = [
-        (store, n, size) for n in distinct for store, size in (fixed | {"exact, every id": 8 * n}).items()
-    ]
-    return pd.DataFrame(rows, columns=list(MEMORY))
-
-
 # -- a sketch of keys
 
 
@@ -158,16 +146,13 @@ def keys_recall(model, docs, k, bits, widths, asked=16, decay=0.99, protected=(4
     device, (sinks, recent) = model.device, protected
     at = torch.linspace(tokens // 2, tokens - 1, asked, device=device).long()
     position = torch.arange(tokens, device=device)
-    age = at[:, None] - position  # of each token when the query comes
-    faded = torch.where(age > 0, decay ** (age - 1).clamp(min=0).float(), 0.0)
-    seen = exposure(age.clamp(min=1), decay)
-    outside = (position < sinks) | (age < recent)
+    outside = (position < sinks) | (at[:, None] - position < recent)
     for name, ids in zip(docs.names, docs.input_ids.to(device)):
         found: dict[tuple, list] = {}
         for (query, key, _), maps in zip(states(model, ids[None]), attention_maps(model, ids[None])):
             query, group = query[:, :, at], query.shape[1] // key.shape[1]
             true = _top((query.unflatten(1, (-1, group)) @ key[:, :, None].transpose(-1, -2))[0], outside, k)
-            mass = faded @ maps[0]  # [kv_heads, asked, tokens]
+            mass, seen = received(maps[0], at, decay)
             ranks = {("exact scores of the past", None): mass}
             for each in bits:
                 index = indexed(key, each)
@@ -188,6 +173,14 @@ def keys_recall(model, docs, k, bits, widths, asked=16, decay=0.99, protected=(4
                 found.setdefault(how, []).append(hit.float().mean().item())
         rows += [(name, how, held, np.mean(each)) for (how, held), each in found.items()]
     return pd.DataFrame(rows, columns=list(RECALL))
+
+
+def received(maps, at, decay=0.99):
+    """What each token received before the queries of numbers `at` `[n]` came: the decayed sum of its attention `[..., n,
+    tokens]`, and of how many queries, as much decayed, `[n, tokens]`. maps: `[..., tokens, tokens]`, a row a query."""
+    age = at[:, None] - torch.arange(maps.shape[-1], device=at.device)
+    faded = torch.where(age > 0, decay ** (age - 1).clamp(min=0).float(), 0.0)
+    return faded @ maps, exposure(age.clamp(min=1), decay)
 
 
 def _top(rank, outside, k):

@@ -34,23 +34,12 @@ GENERATED = (
     "report/report.md",
     "report/report.pdf",
 )
-_VERSIONS = (
-    "torch",
-    "transformers",
-    "tokenizers",
-    "numpy",
-    "pandas",
-    "scipy",
-    "dask",
-    "matplotlib",
-    "seaborn",
-)
+_VERSIONS = "torch transformers tokenizers numpy pandas scipy dask matplotlib seaborn".split()
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class KnobError(ValueError):
-    """A knob (MODEL, DATASET, DEVICE, PROFILE) or a parameter of a notebook has a value that does not
-    exist."""
+    """A knob (MODEL, DATASET, DEVICE, PROFILE) or a parameter of a notebook has a value that does not exist."""
 
     def _render_traceback_(self):
         """What IPython shows: the message alone."""
@@ -71,8 +60,7 @@ def did_you_mean(name, names):
 
 
 def atomic_write(path, content):
-    """Writes `content` (str or bytes) so that `path` holds either the old or the new file, never a part of
-    one.
+    """Writes `content` (str or bytes) so that `path` holds either the old or the new file, never a part of one.
 
     A killed process may leave a temporary `.NAME.*.tmp` behind, which `record.remove_leftovers` clears;
     readers never see it. Raises WriteError where the file can't be written.
@@ -196,8 +184,7 @@ def commit():
 
 
 def versions():
-    """Versions of Python and of the packages that the numbers depend on, without local suffixes such as
-    `+cpu`."""
+    """Versions of Python and of the packages that the numbers depend on, without local suffixes such as `+cpu`."""
     found = {"python": platform.python_version()}
     for name in _VERSIONS:
         try:

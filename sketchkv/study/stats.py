@@ -1,32 +1,26 @@
 """Intervals: how far a mean over documents, or over independent runs, can be trusted."""
 
-import math
-
 import numpy as np
 import pandas as pd
 import torch
-from scipy import stats
 
-
-def interval(values):
-    """`(mean, half width)` of the 95 % interval of the mean of independent `values` (Student's t)."""
-    values = np.asarray(values, dtype=np.float64)
-    return values.mean(), stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+# Columns beside a mean, as tables describe them.
+ENDS = {
+    "low": "lower end of its 95 % interval",
+    "high": "upper end of its 95 % interval",
+    "n": "documents",
+}
 
 
 def paired_interval(difference, seed=0, resamples=2000):
     """Mean of paired differences per document and its bootstrap 95 % interval, documents resampled: (mean, low, high)."""
-    generator = torch.Generator().manual_seed(seed)
-    difference = torch.as_tensor(difference, dtype=torch.float64)
-    draws = torch.randint(len(difference), (resamples, len(difference)), generator=generator)
-    low, high = torch.quantile(difference[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return difference.mean().item(), low.item(), high.item()
+    return ratio_interval(difference, torch.ones(len(difference)), seed, resamples)
 
 
 def ratio_interval(part, whole, seed=0, resamples=2000):
     """Mean of `part` over mean of `whole`, paired per document, and its bootstrap 95 % interval: (ratio, low, high)."""
     generator = torch.Generator().manual_seed(seed)
-    part, whole = (torch.as_tensor(x, dtype=torch.float64) for x in (part, whole))
+    part, whole = (torch.tensor(np.asarray(x), dtype=torch.float64) for x in (part, whole))
     draws = torch.randint(len(part), (resamples, len(part)), generator=generator)
     ratios = part[draws].mean(1) / whole[draws].mean(1)
     low, high = torch.quantile(ratios, torch.tensor([0.025, 0.975], dtype=torch.float64))
@@ -38,7 +32,7 @@ def intervals(table, by, value, seed=0):
     `by`, "mean", "low", "high" and "n" (documents), groups in the order in which they first appear."""
     by = [by] if isinstance(by, str) else list(by)
     rows = [
-        (*group, *paired_interval(part[value].to_numpy(copy=True), seed), len(part))
+        (*group, *paired_interval(part[value], seed), len(part))
         for group, part in table.groupby(by, sort=False, dropna=False)
     ]
     return pd.DataFrame(rows, columns=[*by, "mean", "low", "high", "n"])
@@ -49,6 +43,7 @@ def percent(nats):
     return 100 * np.expm1(nats)
 
 
-def named(name, interval):
-    """`interval` (mean, low, high) as facts: {"NAME_mean", "NAME_low", "NAME_high"}."""
-    return {f"{name}_{part}": float(value) for part, value in zip(("mean", "low", "high"), interval)}
+def against(interval):
+    """What an interval of how much less a method loses says, in words."""
+    _, low, high = interval
+    return "better than" if low > 0 else "worse than" if high < 0 else "not distinguishable from"

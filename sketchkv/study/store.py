@@ -144,8 +144,7 @@ def _client(workers, own):
 
 @lru_cache(maxsize=1)
 def _cluster(workers):
-    """A local cluster that stays until this process ends: a second grid finds its workers with the model
-    loaded."""
+    """A local cluster that stays until this process ends: a second grid finds its workers with the model loaded."""
     scratch = tempfile.TemporaryDirectory(prefix="sketchkv-")
     cluster = LocalCluster(
         n_workers=workers,

@@ -5,7 +5,6 @@ import itertools
 import pandas as pd
 
 from sketchkv.study import stats
-from sketchkv.study.evaluate import evaluate
 
 WIDTHS = (128, 256, 512, 1024)
 DEPTHS = (2, 4, 6)
@@ -70,11 +69,6 @@ def method(configuration, seed=0):
         "max_cache_size": c["max_cache_size"] - c["summary_slots"],
     }
     return {"method": "sketch", "bits": 16, "seed": seed} | shape | use
-
-
-def point(method, text, **texts):
-    """A grid point: `evaluate`, with the revision of the text (`text`) among what names it."""
-    return evaluate(method, **texts)
 
 
 def table(grid, found):

@@ -3,8 +3,7 @@
 import pandas as pd
 import torch
 
-from sketchkv import AttentionMass, score
-from sketchkv.oracle import decode_and_watch, full_cache_logits
+from sketchkv import score
 from sketchkv.study import stats
 from sketchkv.study.attention_analysis import Oracle, attention_maps, future_mass
 from sketchkv.study.evaluate import _model, evaluate
@@ -29,7 +28,7 @@ STEPS = {
     "rest": ("oracle_summary", "full", "what neither brings back"),
 }
 COLUMNS = {
-    "method": f"rung of the ladder: {', '.join(LABELS)}; or layer N: exact scores in that layer, the others full",
+    "method": f"rung of the ladder: {', '.join(LABELS)}",
     "slots": "slots per layer and KV head, the summary's among them",
     "document": "held-out file",
     "loss": "nats per token over the full cache",
@@ -60,54 +59,22 @@ def foresight(model, input_ids, maps, slots):
     }
 
 
-def _nll(logits, input_ids):
-    """Nats per token `[batch]` of texts `[batch, tokens]`, each token predicted from the logits of the one before."""
-    predicted, targets = logits[:, :-1].float().transpose(1, 2), input_ids[:, 1:]
-    return torch.nn.functional.cross_entropy(predicted, targets, reduction="none").mean(1)
-
-
-def alone(model, input_ids, slots):
-    """{"layer N": nats per token `[batch]`} where exact scores bound that layer alone, to the tokens that it keeps when all
-    layers are bounded; every other layer sees the whole text."""
-    cache = make_cache(model.config, AttentionMass(), max_cache_size=slots)
-    _, visible = decode_and_watch(model, input_ids, cache, chunk_size=EVERY)
-    masks = [
-        [seen if layer == only else None for layer, seen in enumerate(visible)]
-        for only in range(len(visible))
-    ]
-    return {
-        f"layer {i}": _nll(full_cache_logits(model, input_ids, mask), input_ids)
-        for i, mask in enumerate(masks)
-    }
-
-
-def method(method, text, **texts):
-    """A grid point: rows of `evaluate`, with the revision of the text (`text`) among what names it."""
-    rows = evaluate(method, **texts)
-    assert all(row["evicted"] > 0 for row in rows), "texts are too short for an eviction"
-    return [{"document": row["document"], "loss": row["nll"] - row["nll_full"]} for row in rows]
-
-
 @torch.no_grad()
 def oracles(
     slots, *, text, first, documents, length, model="embedded", dataset="embedded", device="cpu", split="test"
 ):
-    """A grid point: rows (`COLUMNS`) of the rungs that know the future, for each number of `slots` (a list), and of layers
-    alone for the first of them, on the `documents` documents from number `first` on."""
+    """A grid point: rows (`COLUMNS`) of the rungs that know the future, for each number of `slots` (a list), on the `documents`
+    documents from number `first` on."""
     lm, tokenizer = _model(model, device)
     texts = read_documents(dataset, tokenizer, split, first + documents, length)
     ids, names = texts.input_ids[first:].to(lm.device), texts.names[first:]
     maps, full, rows = attention_maps(lm, ids), score(lm, ids).mean(1), []
     for count in slots:
-        found = alone(lm, ids, count) if count == slots[0] else {}
         for name, cache in foresight(lm, ids, maps, count).items():
-            found[name] = score(lm, ids, cache).mean(1)
+            own = {"method": name, "slots": count}
+            lost = (score(lm, ids, cache).mean(1) - full).tolist()
             assert cache.evicted_tokens > 0, "texts are too short for an eviction"
-        rows += [
-            {"method": name, "slots": count, "document": document, "loss": loss}
-            for name, nll in found.items()
-            for document, loss in zip(names, (nll - full).tolist())
-        ]
+            rows += [own | {"document": document, "loss": loss} for document, loss in zip(names, lost)]
     return rows
 
 
@@ -116,19 +83,14 @@ def ladder(run, slots, *, documents, batch=2, seed=0, **texts):
     seeded = {"random": {"seed": seed}, "sketch": {"seed": seed}, "decayed": {}}
     asked = [(name, count) for count in slots for name in seeded]
     texts |= {"text": run.data_revision}
-    found = run.grid(
-        "why_method",
-        method,
-        [
-            {
-                "method": {"method": name, "max_cache_size": n} | seeded[name],
-                "documents": documents,
-                **texts,
-            }
-            for name, n in asked
-        ],
-    )
-    rows = [{"method": name, "slots": n, **row} for (name, n), part in zip(asked, found) for row in part]
+    methods = [{"method": name, "max_cache_size": n} | seeded[name] for name, n in asked]
+    found = run.grid("losses", evaluate, [{"method": m, "documents": documents, **texts} for m in methods])
+    assert all(row["evicted"] > 0 for part in found for row in part), "texts are too short for an eviction"
+    rows = [
+        {"method": name, "slots": n, "document": row["document"], "loss": row["nll"] - row["nll_full"]}
+        for (name, n), part in zip(asked, found)
+        for row in part
+    ]
     starts = range(0, documents, batch)
     points = [
         {"slots": list(slots), "first": i, "documents": min(batch, documents - i), **texts} for i in starts
@@ -143,43 +105,7 @@ def steps(table, seed=0):
     for slots, part in table.groupby("slots"):
         losses = part.pivot(index="document", columns="method", values="loss").assign(full=0.0)
         for name, (head, foot, label) in STEPS.items():
-            worth = (losses[head] - losses[foot]).to_numpy(copy=True)
-            shares = stats.ratio_interval(worth, losses["sketch"].to_numpy(copy=True), seed)
+            worth = losses[head] - losses[foot]
+            shares = stats.ratio_interval(worth, losses["sketch"], seed)
             rows.append((name, label, head, foot, *stats.paired_interval(worth, seed), *shares, slots))
     return pd.DataFrame(rows, columns=list(STEP_COLUMNS))
-
-
-def layers(table, seed=0):
-    """What each layer loses alone, as a share of what all layers lose together: a DataFrame with the columns "layer", "share",
-    "low", "high", the most first."""
-    few = table[table.slots == table.slots.min()].pivot(index="document", columns="method", values="loss")
-    names = [name for name in few if name.startswith("layer ")]
-    both = ((few[name].to_numpy(copy=True), few["decayed"].to_numpy(copy=True)) for name in names)
-    rows = [
-        (int(name.removeprefix("layer ")), *stats.ratio_interval(*pair, seed))
-        for name, pair in zip(names, both)
-    ]
-    found = pd.DataFrame(rows, columns=["layer", "share", "low", "high"])
-    return found.sort_values("share", ascending=False, ignore_index=True)
-
-
-def facts(table, worth, seed=0):
-    """{name: number or word} for the report: the shares of the steps of the fewest and the most slots, and the worst layer."""
-    found: dict[str, object] = {}
-    ends = {"small": worth.slots.min(), "large": worth.slots.max()}
-    for size, slots in ends.items():
-        at = worth[worth.slots == slots]
-        for row in at.itertuples():
-            share = (row.share, row.share_low, row.share_high)
-            found |= stats.named(f"why_{size}_{row.step.replace(' ', '_')}", share)
-    few, worst = worth[worth.slots == ends["small"]], layers(table, seed).iloc[0]
-    return found | {
-        "why_slots": int(ends["small"]),
-        "why_large_slots": int(ends["large"]),
-        "why_documents": table.document.nunique(),
-        "why_largest": few.label[few.share.idxmax()],
-        "why_worst_layer": int(worst.layer),
-        "why_worst_layer_share": float(worst.share),
-        "why_worst_layer_low": float(worst.low),
-        "why_worst_layer_high": float(worst.high),
-    }

@@ -17,7 +17,8 @@ from sketchkv.study.recall import make_instances
 from sketchkv.study.sketch_validation import received
 from sketchkv.texts import documents
 
-NAMES = ("sketch_small", "decayed", "compact", "recall")
+NAMES = ("sketch_small", "decayed", "compact", "recall", "recall_tail")
+PAIRS = (("recall", "decayed"), ("recall_tail", "recall"), ("recall_tail", "compact"))
 JOURNEY = {
     "step": "tokens read",
     "past": "rank of the fact's token by decayed mean attention, exact, 1 is the highest",
@@ -33,7 +34,7 @@ def points(config, budgets, length, dtype):
     found = []
     for budget in budgets:
         for name in NAMES:
-            method = BOUNDED[name] | ({"exact_prompts": False} if name == "recall" else {})
+            method = BOUNDED[name] | ({"exact_prompts": False} if name.startswith("recall") else {})
             found.append((name, budget, at_budget(config, method, budget, length, dtype)))
     return found
 
@@ -51,14 +52,22 @@ def picture_of_losses(table, gained, seed=0):
     ticks(axis, budgets, words=lambda share: f"1/{1 / share:.0f}")
     axis.set(xlabel="bytes of fast memory, share of the full cache", ylabel="perplexity above full, %")
     axis.set(xlim=(budgets[-1] * 1.2, budgets[0] / 1.9), ylim=(0, None))
-    wins, n = int((gained.verdict == "better than").sum()), gained.n.min()
-    each = "; ".join(
-        f"1/{1 / row.budget:.0f}: {stats.percent(row.mean):.1f} % ({stats.percent(row.low):.1f} to {stats.percent(row.high):.1f})"
-        for row in gained.itertuples()
-    )
+    past, tail = (gained[gained.method == name] for name in ("recall", "recall_tail"))
+    wins, n = int((past.verdict == "better than").sum()), gained.n.min()
     return fig, (
-        f"Asking the keys beats exact scores of the past at {wins} of {len(gained)} sizes. By how much, paired: {each}. The "
-        f"store that recall reads from lies outside of fast memory. Bars: bootstrap 95 % intervals (n = {n} documents)."
+        f"Asking the keys beats exact scores of the past at {wins} of {len(past)} sizes. By how much, paired: {_each(past)}. "
+        "Recall attends to nothing of what a query leaves out; with its tail, to the mean of all tokens, weighted as so many. "
+        f"How much more that gains than recall: {_each(tail[tail.other == 'recall'])}; than compact: "
+        f"{_each(tail[tail.other == 'compact'])}. The store that recall reads from lies outside of fast memory. Bars: bootstrap "
+        f"95 % intervals (n = {n} documents)."
+    )
+
+
+def _each(gained):
+    """Gains in words, size by size."""
+    return ", ".join(
+        f"{stats.percent(row.mean):.1f} % ({stats.percent(row.low):.1f} to {stats.percent(row.high):.1f}) at 1/{1 / row.budget:.0f}"
+        for row in gained.itertuples()
     )
 
 

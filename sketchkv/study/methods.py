@@ -45,6 +45,7 @@ _SMALL = {"method": "sketch", "width": 128, "depth": 2}
 BOUNDED: dict[str, dict] = {
     "compact": {"method": "compact"},
     "recall": {"method": "recall", "store": "device"},  # in 6 and 5 bits, the preset's
+    "recall_tail": {"method": "recall", "store": "device", "tail": True},
     "decayed": {"method": "decayed", "bits": 16},
     "sketch": {"method": "sketch", "width": 512, "depth": 4, "bits": 16},
     "streaming": {"method": "streaming", "bits": 16},
@@ -92,6 +93,7 @@ PEERS = ("streaming", "h2o", "snapkv", "tova", "expected", "key_norm", "kivi8", 
 LABELS = {
     "compact": "compact",
     "recall": "recall",
+    "recall_tail": "recall and its tail",
     "decayed": "decayed mean",
     "sketch": "sketch 512x4",
     "streaming": "StreamingLLM",

@@ -15,6 +15,7 @@ from sketchkv.study.measured import (
     BOUNDED,
     DEPTHS,
     FORMS,
+    LENGTH,
     MOST_ROWS,
     NEAR,
     ROWS,
@@ -133,7 +134,9 @@ def _recall_rows(lm, held, names, group, method):
     flat = found[:, wanted].transpose(0, 1).flatten(0, 1).to(lm.device)  # depth by depth
     places = [(depth, i) for depth in group["depths"] for i in range(len(found))]
     rows: list = []
-    for part in flat.split(ROWS.get(group["name"], MOST_ROWS)):
+    # Longer texts take more memory each.
+    most = ROWS.get(group["name"], MOST_ROWS) * LENGTH // group["tokens"]
+    for part in flat.split(max(1, most)):
         cache = (
             make_cache(lm.config, length=group["tokens"], **method)
             if method

@@ -76,8 +76,8 @@ class KeyIndex:
         if self.seen == 0 and self.shape != shape:
             self._allocate(keys, shape)
         _same(self.shape, shape)
-        self.reserve(self.seen + count)
-        self.hold(positions, count)
+        reserve(self, self.seen + count)
+        hold(self, positions, count)
         # Rounded at once, so that codes do not depend on the chunks in which a text comes.
         held = self.seen - self.coded
         self.seen += count
@@ -100,23 +100,6 @@ class KeyIndex:
         self.rotation = rotation(head_dim, device)
         self.coder, self.centres = (Normal(bits, device) for bits in (self.bits, CENTRE_BITS))
         self.levels = levels_of_bytes(self.bits, device)
-
-    def reserve(self, tokens):
-        """Room for so many tokens in all."""
-        more = -(-(tokens - self.capacity) // self.growth) * self.growth
-        if more > 0:
-            self.arrays = {name: longer(x, more, self.capacity) for name, x in self.arrays.items()}
-            self.capacity += more
-
-    def hold(self, positions, count):
-        """Takes note of the positions of n new tokens, as of `add`."""
-        held, end = self.arrays.get("positions"), self.seen + count
-        if positions is None and held is None:
-            return
-        follow = numbers(self.pending.device, self.capacity)
-        if held is None:
-            held = self.arrays["positions"] = follow.repeat(self.shape[0], 1, 1)
-        held[:, 0, self.seen : end] = follow[0, :, self.seen : end] if positions is None else positions
 
     def positions(self, count):
         """Of the first `count` tokens, int32 `[batch or 1, 1, count]`, -1 for padding."""
@@ -235,6 +218,25 @@ class KeyIndex:
 
     def _tensors(self):
         return [self.pending, *self.arrays.values()] if self.shape else []
+
+
+def reserve(index, tokens):
+    """Room for so many tokens in all."""
+    more = -(-(tokens - index.capacity) // index.growth) * index.growth
+    if more > 0:
+        index.arrays = {name: longer(x, more, index.capacity) for name, x in index.arrays.items()}
+        index.capacity += more
+
+
+def hold(index, positions, count):
+    """Takes note of the positions of n new tokens, as of `KeyIndex.add`."""
+    held, end = index.arrays.get("positions"), index.seen + count
+    if positions is None and held is None:
+        return
+    follow = numbers(index.pending.device, index.capacity)
+    if held is None:
+        held = index.arrays["positions"] = follow.repeat(index.shape[0], 1, 1)
+    held[:, 0, index.seen : end] = follow[0, :, index.seen : end] if positions is None else positions
 
 
 def numbers(device, count):

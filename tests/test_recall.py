@@ -461,5 +461,3 @@ def test_bad_combinations_are_told(llama):
     fine = recall(llama, codec=quantized((5, 4), newest=17))
     with pytest.raises(ValueError, match="raise recent_window to 17 or lower fine_window"):
         llama(torch.ones(1, 30, dtype=torch.int64), past_key_values=fine)
-    with pytest.raises(ValueError, match="graph=False"):
-        generate(llama, torch.ones(1, 30, dtype=torch.int64), recall(llama), 5, graph=True)

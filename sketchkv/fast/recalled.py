@@ -17,7 +17,7 @@ from sketchkv.fast.launch import kernel, power, tl
 from sketchkv.fast.scan import TILE, candidates
 from sketchkv.fast.tail import take
 from sketchkv.fast.token import store_token
-from sketchkv.index import KeyIndex
+from sketchkv.index import KeyIndex, hold, reserve
 from sketchkv.layer import BoundedLayer
 from sketchkv.quantize import TINY, Normal, Quantized
 from sketchkv.recall import RecallLayer
@@ -286,7 +286,7 @@ def ready(layer):
     side.count(layer.moved)
     store.reserve(layer.seen + 1)
     store.mirrored(layer.slots.device)
-    index.reserve(layer.seen + 1)
+    reserve(index, layer.seen + 1)
     if index.seen - index.coded == index.block:
         if index.coded and "positions" not in index.arrays:
             coding.block(index)
@@ -307,7 +307,7 @@ def step(layer, query, key, value, tokens, form):
     if not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
         ready(layer)
     seen, clock = layer.seen + 1, tokens.positions if tokens.clock is None else tokens.clock
-    index.hold(tokens.positions if tokens.padded else None, 1)
+    hold(index, tokens.positions if tokens.padded else None, 1)
     query = query[:, :, 0]
     query = query if query.stride(-1) == 1 else query.contiguous()
     turned = enter(layer, query, key, value, form.scaling, tokens, clock, seen)

@@ -110,7 +110,6 @@ def keys(found):
         exact=exact,
         compact=compact,
         ahead=all(each.high < 0 for each in exact.values()),
-        against={text: _verdict(each) for text, each in compact.items()},
     )
 
 
@@ -166,7 +165,6 @@ def forgotten(found):
         share={row.Index: _binomial(row.right, row.n) for row in sums.itertuples()},
         far={row.Index: (row.right, row.n, _binomial(row.right, row.n)) for row in far.itertuples()},
         near=", ".join(f"{row.Index} answers {row.right} of {row.n}" for row in last.itertuples()),
-        depths=table.depth.nunique(),
     )
 
 
@@ -205,13 +203,6 @@ def title(claims):
     if past.never:
         return "In a KV cache, exact scores do at least as well as a sketch of past attention"
     return "In a KV cache, a sketch of past attention can beat exact scores"
-
-
-def _verdict(found):
-    """What a paired difference says: less is better."""
-    return (
-        "less than" if found.high < 0 else "more than" if found.low > 0 else "no measurable difference from"
-    )
 
 
 def _ends(facts, name):

@@ -15,9 +15,8 @@ from sketchkv.cache import SketchCache
 from sketchkv.decode import generate
 from sketchkv.index import KeyIndex
 from sketchkv.oracle import decode_and_watch
-from sketchkv.policies import Window
 from sketchkv.sketch import CountMinSketch
-from sketchkv.study import figures, pictures, sources
+from sketchkv.study import attention_analysis, figures, pictures, sources
 from sketchkv.study.baselines import BOUNDED, LABELS
 from sketchkv.study.evaluate import evaluate
 from sketchkv.study.methods import full_nbytes, make_cache, nbytes
@@ -213,24 +212,16 @@ def counted(items, width, depth, seed=0):
     return {**drawn, "bound": math.e / width * len(items), "collided": collided}
 
 
-class _Listen(Window):
-    def query(self, slots, query):
-        self.asked = query
-
-
 @torch.no_grad()
 def signs(model, ids, layer=0, head=0, bits=1):
     """Products of the last query of a text `[1, tokens]` with the keys before it, for one layer and KV head:
     {"truth", "estimate"}, of the tokens whose block of 64 is full."""
-    cache = SketchCache(model.config, ids.shape[1], policy=_Listen())
-    model(ids, past_key_values=cache)
-    held = cache.layers[layer]
-    group = held.policy.asked.shape[1] // held.slots.shape[1]
-    keys, query = held.slots["keys"][:, head : head + 1], held.policy.asked[:, head * group, None, -1:]
-    index = KeyIndex(bits=bits)
+    queries, keys, _ = attention_analysis.states(model, ids)[layer]
+    query = queries[:, head * (queries.shape[1] // keys.shape[1]), None, -1:]
+    keys, index = keys[:, head : head + 1], KeyIndex(bits=bits)
     index.add(keys, torch.arange(ids.shape[1])[None])
     full = slice(0, index.coded)
-    exact = (query.float() @ keys.float().transpose(-1, -2)).flatten()[full]
+    exact = (query @ keys.transpose(-1, -2)).flatten()[full]
     return {"truth": exact.tolist(), "estimate": index.scores(query).flatten()[full].tolist()}
 
 
@@ -276,7 +267,7 @@ def held(layers, kv_heads, head_dim, length, batch=1, cap=0):
 
     def bounded(method, **more):
         more |= {"dtype": torch.half, "method": method}
-        return line(lambda slots: nbytes(config, max_cache_size=slots, **more)["total"], cap)
+        return int(times * line(lambda slots: nbytes(config, max_cache_size=slots, **more)["total"], cap))
 
     def indexed(tokens):
         index = KeyIndex()
@@ -288,8 +279,8 @@ def held(layers, kv_heads, head_dim, length, batch=1, cap=0):
     recall.layers[0].lazy_initialization(empty, empty)
     return {
         "full": times * full_nbytes(config, length),
-        "compact": int(times * bounded("compact")),
-        "sketch": int(times * bounded("sketch", bits=16)),
+        "compact": bounded("compact"),
+        "sketch": bounded("sketch", bits=16),
         "recall": int(times * (recall.nbytes()["total"] + line(indexed, length))),
         "host": times * recall.layers[0].store.record * kv_heads * length,
     }

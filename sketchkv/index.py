@@ -79,22 +79,19 @@ class KeyIndex:
         reserve(self, self.seen + count)
         hold(self, positions, count)
         # Rounded at once, so that codes do not depend on the chunks in which a text comes.
-        held = self.seen - self.coded
-        self.seen += count
-        if held + count < self.block:
-            self.pending[:, :, held : held + count] = keys
-            return
-        keys = torch.cat([self.pending[:, :, :held], keys.to(self.pending.dtype)], 2)
-        if full := keys.shape[2] // self.block * self.block:
+        held, self.seen = self.seen - self.coded, self.seen + count
+        if held + count >= self.block:
+            keys = torch.cat([self.pending[:, :, :held], keys.to(self.pending.dtype)], 2)
+            full = keys.shape[2] // self.block * self.block
             self.code(keys[:, :, :full])
-        self.pending[:, :, : self.seen - self.coded] = keys[:, :, full:]
+            keys, held = keys[:, :, full:], 0
+        self.pending[:, :, held : self.seen - self.coded] = keys
 
     def _allocate(self, keys, shape):
         batch, heads, head_dim = shape
         if head_dim % 8:
             raise ValueError(f"{head_dim} channels can't be packed: head_dim must be a multiple of 8")
-        device, self.shape, self.capacity = keys.device, shape, 0
-        self.arrays = {}
+        device, self.shape, self.capacity, self.arrays = keys.device, shape, 0, {}
         dtype = torch.float16 if keys.dtype.itemsize > 2 else keys.dtype
         self.pending = keys.new_zeros(batch, heads, self.block, head_dim, dtype=dtype)
         self.rotation = rotation(head_dim, device)
@@ -185,8 +182,7 @@ class KeyIndex:
         start = torch.as_tensor(start, device=positions.device).clamp(min=0)
         outside = positions < (start[..., None] if start.ndim else start)  # padding, at -1, among them
         outside = (outside if end is None else outside | (positions >= end[..., None]))[:, None]
-        pooled = pool(estimate, outside, self.pooling, resident)
-        return pooled.masked_fill_(outside, -torch.inf)
+        return pool(estimate, outside, self.pooling, resident).masked_fill_(outside, -torch.inf)
 
     def choose(self, query, scaling, start=0, end=None, resident=None):
         """The `top` tokens of highest rank, highest first and of equal ones the newer, -1 where there are

@@ -27,7 +27,7 @@ typedef struct { /* memory of one row's own */
     uint8_t *asked;
 } Scratch;
 
-/* The n-th highest of `count` numbers, n from 1 on. */
+/* A number that n of `count` others are not below, or, where equal ones forbid it, the n-th highest of them. */
 static int32_t nth_highest(const int32_t *numbers, int64_t count, int64_t n)
 {
     int64_t low = INT32_MIN, high = INT32_MAX;
@@ -36,7 +36,9 @@ static int32_t nth_highest(const int32_t *numbers, int64_t count, int64_t n)
 #pragma omp simd reduction(+ : reach)
         for (int64_t i = 0; i < count; i++)
             reach += numbers[i] >= middle;
-        if (reach >= n)
+        if (reach == n)
+            return middle;
+        if (reach > n)
             low = middle;
         else
             high = (int64_t)middle - 1;

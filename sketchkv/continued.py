@@ -12,6 +12,7 @@ import torch
 
 from sketchkv.cache import SketchCache
 from sketchkv.checks import digest
+from sketchkv.devices import compiled_call
 
 NAME = "prepare_inputs_for_generation"
 
@@ -59,17 +60,11 @@ class Prepare:
         return inputs
 
 
-def _compiled_call(model, config=None):
-    from sketchkv.fast import compiled_call
-
-    return compiled_call(model, config)
-
-
 def watch(model):
     """Puts `Prepare` in its place, and what `model.generate` takes for a compiled step, once."""
     if hasattr(model, NAME) and NAME not in vars(model):
         setattr(model, NAME, Prepare(model))
-        model.get_compiled_call = partial(_compiled_call, model)
+        model.get_compiled_call = partial(compiled_call, model)
 
 
 def unwatch(model):

@@ -1,4 +1,4 @@
-"""Which operations suit a device."""
+"""Which operations suit a device, and what is compiled for it."""
 
 from importlib.util import find_spec
 
@@ -24,3 +24,10 @@ def suited(ops, device, codec=Plain):
 
 def _fuses(device):
     return device.type == "cuda" and find_spec("triton") is not None
+
+
+def compiled_call(model, config=None):
+    """What `model.generate` calls for each token where the cache is compileable (`sketchkv.fast.compiled_call`)."""
+    from sketchkv import fast
+
+    return fast.compiled_call(model, config)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -35,6 +36,39 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRET, reason="the tests below run in this very process")
 def test_with_the_interpreter():
     interpreted(__file__)
+
+
+def test_a_launch_is_repeated_only_where_nothing_differs_that_triton_compiles_for(monkeypatch):
+    def kernel(x, size, scale, count, WIDTH):
+        pass
+
+    looked, ran = [], []
+    compiled = SimpleNamespace(run=lambda *a: ran.append(a), function=0, packed_metadata=1)
+    own = launch.Kernel(kernel, ["count"])
+    own.slow = {grid: lambda *a, **c: looked.append((a, c)) or compiled for grid in ((2,), (3, 4))}
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    x = torch.zeros(64)
+    own[(2,)](x, 32, 0.5, 3, WIDTH=8)
+    assert len(looked) == 1 and not ran  # the first time Triton launches
+    own[(3, 4)](
+        x[4:], 48, 1.5, 4, WIDTH=8
+    )  # another aligned address, multiple of 16, factor and loose number
+    assert len(looked) == 1
+    assert ran == [(3, 4, 1, 7, 0, 1, None, None, None, x[4:].data_ptr(), 48, 1.5, 4, 8)]
+    for changed in (
+        (x[1:], 32, 0.5, 3, 8),
+        (x.half(), 32, 0.5, 3, 8),
+        (x, 33, 0.5, 3, 8),
+        (x, 1, 0.5, 3, 8),
+        (x, 2**31, 0.5, 3, 8),
+        (x, 32, 2, 3, 8),
+        (x, 32, 0.5, 3, 16),
+    ):
+        *arguments, width = changed
+        own[(2,)](*arguments, WIDTH=width)
+    assert len(looked) == 8 and len(ran) == 1
 
 
 @pytest.fixture

@@ -63,7 +63,8 @@ class Kernel:
         tensors, numbers = self.layouts.get(kinds) or self._layout(kinds)
         key: Any = [device, kinds, *constants, *constants.values()]
         for place in numbers:  # what Triton looks at
-            key.append(-1 if values[place] == 1 else values[place] & 15 == 0)
+            number = values[place]
+            key.append(-1 if number == 1 else (number & 15 == 0) + 2 * (number >= 2**31))
         for place in tensors:
             values[place] = pointer = arguments[place].data_ptr()
             key += arguments[place].dtype, pointer & 15

@@ -1,6 +1,8 @@
 """What a prompt leaves: it passes through slots as wide as itself, of which many are evicted at once. Here the others are
 chosen, by one selection of the highest ranks, and moved into the steady slots in one launch."""
 
+from functools import lru_cache
+
 import torch
 
 from sketchkv.fast.codes import bits_of, stored
@@ -75,27 +77,38 @@ def _move(
     _copy(s5, t5, at, to, moved, fresh, 0, N5, W5)
 
 
+def _bytes(array):
+    return array.view(torch.uint8) if array.dtype == torch.bool else array
+
+
+@lru_cache
+def _widths(sizes):
+    widths = {f"W{place}": power(max(size, 1)) for place, size in enumerate(sizes)}
+    return {f"N{place}": size for place, size in enumerate(sizes)} | widths
+
+
 def move(slots, target, count, index=None):
     """Copies the slots `index` (int64 `[batch, num_kv_heads, count]`, contiguous), or the first `count`, to the first ones of
     `target`, other `Slots`, and empties the rest of these."""
     (batch, kv_heads), room = slots.shape, target.capacity
     names = sorted(target.arrays, key=lambda name: name != "positions")
     for start in range(0, len(names), TOGETHER):
-        pairs = [[held.arrays[name] for held in (slots, target)] for name in names[start : start + TOGETHER]]
-        pairs = [[x.view(torch.uint8) if x.dtype == torch.bool else x for x in pair] for pair in pairs]
-        sizes = [pair[0].shape[3:].numel() for pair in pairs]
-        pairs, sizes = pairs + pairs[:1] * (TOGETHER - len(pairs)), sizes + [0] * (TOGETHER - len(sizes))
+        some = names[start : start + TOGETHER]
+        sources, targets = ([_bytes(held.arrays[name]) for name in some] for held in (slots, target))
+        sizes = tuple([x.shape[3] if x.ndim == 4 else 1 for x in sources])
+        missing = TOGETHER - len(some)
         _move[(batch * kv_heads, pieces(room, 32))](
-            pairs[0][0] if index is None else index,
-            *(pair[0] for pair in pairs),
-            *(pair[1] for pair in pairs),
+            sources[0] if index is None else index,
+            *sources,
+            *sources[:1] * missing,
+            *targets,
+            *targets[:1] * missing,
             slots.capacity,
             room,
             count,
             0 if start else -1,
             CHOSEN=index is not None,
-            **{f"N{i}": size for i, size in enumerate(sizes)},
-            **{f"W{i}": power(max(size, 1)) for i, size in enumerate(sizes)},
+            **_widths(sizes + (0,) * missing),
             BLOCK=32,
             num_warps=4,
         )

@@ -79,8 +79,12 @@ class KeyIndex:
         reserve(self, self.seen + count)
         hold(self, positions, count)
         # Rounded at once, so that codes do not depend on the chunks in which a text comes.
-        keys = torch.cat([self.pending[:, :, : self.seen - self.coded], keys.to(self.pending.dtype)], 2)
+        held = self.seen - self.coded
         self.seen += count
+        if held + count < self.block:
+            self.pending[:, :, held : held + count] = keys
+            return
+        keys = torch.cat([self.pending[:, :, :held], keys.to(self.pending.dtype)], 2)
         if full := keys.shape[2] // self.block * self.block:
             self.code(keys[:, :, :full])
         self.pending[:, :, : self.seen - self.coded] = keys[:, :, full:]

@@ -213,53 +213,63 @@ INLINE int64_t ring_row(const Slots *slots, int64_t batch, int32_t position)
     return sink ? position - first : slots->sinks + position % slots->newest;
 }
 
+/* Stores the token at position `now` in a slot of a row, and in the ring. key, value: not turned; first: position of the
+ * sequence's first real token. */
+static void store(const Slots *slots, int64_t row, int64_t slot, const float *key, const float *value, int32_t now, int32_t first)
+{
+    int64_t batch = row / slots->kv_heads, at = row * slots->capacity + slot;
+    float new_key[DIM], new_value[DIM], centre[DIM], distance[DIM], found[DIM];
+    turned(key, slots->turn, new_key);
+    turned(value, slots->turn, new_value);
+    for (int c = 0; c < DIM; c++) {
+        centre[c] = from_half(slots->centre[row * DIM + c]);
+        distance[c] = new_key[c] - centre[c];
+    }
+    encode(&slots->keys, at, KEY_BITS, distance, found);
+    for (int c = 0; c < DIM; c++)
+        new_key[c] -= found[c] + centre[c];
+    encode(&slots->values, at, VALUE_BITS, new_value, found);
+    for (int c = 0; c < DIM; c++)
+        new_value[c] -= found[c];
+    slots->positions[at] = now;
+    if (!slots->newest)
+        return;
+    slots->span[2 * batch] = first;
+    slots->span[2 * batch + 1] = now + 1;
+    int64_t rows = slots->newest + slots->sinks, near = ring_row(slots, batch, now);
+    near = row * rows + (near < 0 ? rows - 1 : near); /* padding comes before all that is held */
+    encode(&slots->rest_keys, near, REST_BITS, new_key, found);
+    encode(&slots->rest_values, near, REST_BITS, new_value, found);
+}
+
 /* Stores the new token of all heads in the slot `used`. key, value: not turned, strides of a sequence and a head, in numbers.
  * position: of each sequence, `p_batch` apart; first: of its first real token, or NULL for 0. */
 void append(const Slots *slots, int64_t used, const float *key, int64_t k_batch, int64_t k_head, const float *value,
             int64_t v_batch, int64_t v_head, const int32_t *position, int64_t p_batch, const int32_t *first)
 {
     for (int64_t row = 0; row < slots->batch * slots->kv_heads; row++) {
-        int64_t batch = row / slots->kv_heads, head = row % slots->kv_heads, at = row * slots->capacity + used;
-        int32_t now = position[batch * p_batch];
-        float new_key[DIM], new_value[DIM], centre[DIM], distance[DIM], found[DIM];
-        turned(key + batch * k_batch + head * k_head, slots->turn, new_key);
-        turned(value + batch * v_batch + head * v_head, slots->turn, new_value);
-        for (int c = 0; c < DIM; c++) {
-            centre[c] = from_half(slots->centre[row * DIM + c]);
-            distance[c] = new_key[c] - centre[c];
-        }
-        encode(&slots->keys, at, KEY_BITS, distance, found);
-        for (int c = 0; c < DIM; c++)
-            new_key[c] -= found[c] + centre[c];
-        encode(&slots->values, at, VALUE_BITS, new_value, found);
-        for (int c = 0; c < DIM; c++)
-            new_value[c] -= found[c];
-        slots->positions[at] = now;
-        if (!slots->newest)
-            continue;
-        slots->span[2 * batch] = first ? first[batch] : 0;
-        slots->span[2 * batch + 1] = now + 1;
-        int64_t rows = slots->newest + slots->sinks, near = ring_row(slots, batch, now);
-        near = row * rows + (near < 0 ? rows - 1 : near); /* padding comes before all that is held */
-        encode(&slots->rest_keys, near, REST_BITS, new_key, found);
-        encode(&slots->rest_values, near, REST_BITS, new_value, found);
+        int64_t batch = row / slots->kv_heads, head = row % slots->kv_heads;
+        store(slots, row, used, key + batch * k_batch + head * k_head, value + batch * v_batch + head * v_head,
+              position[batch * p_batch], first ? first[batch] : 0);
     }
 }
 
-/* Attention of one KV head of a sequence: `group` queries, turned and scaled, to `out`, turned, both [group, DIM];
- * `weight` [group, used + 1] takes the attention, of the summary last. */
-INLINE void head_attend(const Slots *slots, int64_t row, int64_t used, int group, const float *query, int padded,
-                        float *weight, float *out)
+#define SLOT(i) (list ? list[i] : (i))
+
+/* Attention of one KV head of a sequence to the slots of a list of `used`, NULL for the first: `group` queries, turned and
+ * scaled, to `out`, turned, both [group, DIM]; `weight` [group, used + 1] takes the attention, of the summary last. */
+INLINE void head_attend(const Slots *slots, int64_t row, const int32_t *list, int64_t used, int group, const float *query,
+                        int padded, float *weight, float *out)
 {
     const int64_t base = row * slots->capacity, stride = used + 1, rows = slots->newest + slots->sinks;
     float centre[DIM], x[DIM];
     for (int64_t i = 0; i < used; i++) {
-        float scale = read(&slots->keys, base + i, KEY_BITS, x);
+        float scale = read(&slots->keys, base + SLOT(i), KEY_BITS, x);
         for (int g = 0; g < group; g++)
             weight[g * stride + i] = dot(query + g * DIM, x) * scale;
     }
     for (int64_t i = 0; slots->newest && i < used; i++) {
-        int64_t near = ring_row(slots, row / slots->kv_heads, slots->positions[base + i]);
+        int64_t near = ring_row(slots, row / slots->kv_heads, slots->positions[base + SLOT(i)]);
         if (near < 0)
             continue;
         float scale = read(&slots->rest_keys, row * rows + near, REST_BITS, x);
@@ -271,7 +281,7 @@ INLINE void head_attend(const Slots *slots, int64_t row, int64_t used, int group
     for (int g = 0; g < group; g++) {
         float *own = weight + g * stride, top = -INFINITY, total = 0, shift = dot(query + g * DIM, centre);
         for (int64_t i = 0; i < used; i++)
-            own[i] = padded && slots->positions[base + i] < 0 ? -FLT_MAX : own[i] + shift;
+            own[i] = padded && slots->positions[base + SLOT(i)] < 0 ? -FLT_MAX : own[i] + shift;
         own[used] = -INFINITY;
         if (slots->counts)
             own[used] = dot(query + g * DIM, slots->means + row * DIM) + logf(slots->counts[row]);
@@ -288,12 +298,12 @@ INLINE void head_attend(const Slots *slots, int64_t row, int64_t used, int group
     }
     memset(out, 0, (size_t)group * DIM * sizeof(float));
     for (int64_t i = 0; i < used; i++) {
-        float scale = read(&slots->values, base + i, VALUE_BITS, x);
+        float scale = read(&slots->values, base + SLOT(i), VALUE_BITS, x);
         for (int g = 0; g < group; g++)
             add(out + g * DIM, weight[g * stride + i] * scale, x);
     }
     for (int64_t i = 0; slots->newest && i < used; i++) {
-        int64_t near = ring_row(slots, row / slots->kv_heads, slots->positions[base + i]);
+        int64_t near = ring_row(slots, row / slots->kv_heads, slots->positions[base + SLOT(i)]);
         if (near < 0)
             continue;
         float scale = read(&slots->rest_values, row * rows + near, REST_BITS, x);
@@ -302,6 +312,28 @@ INLINE void head_attend(const Slots *slots, int64_t row, int64_t used, int group
     }
     for (int g = 0; slots->counts && g < group; g++)
         add(out + g * DIM, weight[g * stride + used], slots->value_means + row * DIM);
+}
+
+static void attend_row(const Slots *slots, int64_t row, const int32_t *list, int64_t used, int64_t group, const float *query,
+                       int padded, float *weight, float *out)
+{
+    switch (group) { /* The compiler makes each of these by itself. */
+    case 1: head_attend(slots, row, list, used, 1, query, padded, weight, out); break;
+    case 2: head_attend(slots, row, list, used, 2, query, padded, weight, out); break;
+    case 3: head_attend(slots, row, list, used, 3, query, padded, weight, out); break;
+    case 4: head_attend(slots, row, list, used, 4, query, padded, weight, out); break;
+    default: head_attend(slots, row, list, used, (int)group, query, padded, weight, out);
+    }
+}
+
+/* The query heads of a row, turned and scaled, to `own` [group, DIM]. */
+static void turned_queries(const Slots *slots, const float *query, int64_t group, int64_t q_head, float scaling, float *own)
+{
+    for (int64_t g = 0; g < group; g++) {
+        turned(query + g * q_head, slots->turn, own + g * DIM);
+        for (int c = 0; c < DIM; c++)
+            own[g * DIM + c] *= scaling;
+    }
 }
 
 /* Attention of the newest token, in the last of `used` slots, of `group` query heads for each KV head. query: not turned,
@@ -317,19 +349,8 @@ int attend(const Slots *slots, int64_t used, int64_t group, const float *query, 
     float *own = scratch, *found = own + group * DIM, *weight = found + group * DIM;
     for (int64_t row = 0; row < slots->batch * slots->kv_heads; row++) {
         int64_t batch = row / slots->kv_heads, head = row % slots->kv_heads;
-        for (int g = 0; g < group; g++) {
-            turned(query + batch * q_batch + (head * group + g) * q_head, slots->turn, own + g * DIM);
-            for (int c = 0; c < DIM; c++)
-                own[g * DIM + c] *= scaling;
-        }
-        /* The compiler makes each of these by itself. */
-        switch (group) {
-        case 1: head_attend(slots, row, used, 1, own, position != NULL, weight, found); break;
-        case 2: head_attend(slots, row, used, 2, own, position != NULL, weight, found); break;
-        case 3: head_attend(slots, row, used, 3, own, position != NULL, weight, found); break;
-        case 4: head_attend(slots, row, used, 4, own, position != NULL, weight, found); break;
-        default: head_attend(slots, row, used, (int)group, own, position != NULL, weight, found);
-        }
+        turned_queries(slots, query + batch * q_batch + head * group * q_head, group, q_head, scaling, own);
+        attend_row(slots, row, NULL, used, group, own, position != NULL, weight, found);
         for (int g = 0; g < group; g++)
             turned(found + g * DIM, slots->back, out + (row * group + g) * DIM);
         float *mass = slots->mass + row * slots->capacity, real = !position || position[batch] >= 0;

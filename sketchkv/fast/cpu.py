@@ -53,20 +53,24 @@ class Coded(Eager):
         view, slots = _view(layer, keys), layer.slots
         if view is None:
             return super().append(layer, keys, values, tokens)
-        first, positions, used = tokens.first, tokens.positions.int(), slots.used
-        begins = first.int().contiguous() if isinstance(first, torch.Tensor) else None
-        key, value = _flat(keys), _flat(values)
+        used, key, value, (positions, first) = slots.used, flat(keys), flat(values), places(tokens)
         view.append(
             used,
             *(key.data_ptr(), key.stride(0), key.stride(1)),
             *(value.data_ptr(), value.stride(0), value.stride(1)),
             *(positions.data_ptr(), positions.stride(0) if positions.shape[0] > 1 else 0),
-            None if begins is None else begins.data_ptr(),
+            None if first is None else first.data_ptr(),
         )
         if slots.codec.ring:
             slots.codec.ring.passing = None
         slots.used = used + 1
         return slice(used, used + 1)
+
+    def recalled(self, layer, query, key, value, tokens, form):
+        """A whole step of a `RecallLayer`, parameters as of its `attend`; None: C does not serve."""
+        from sketchkv.fast.recall import step
+
+        return step(layer, query, key, value, tokens, form)
 
     def attend(self, layer, query, tokens, form):
         view, slots, policy = _view(layer, query), layer.slots, layer.policy
@@ -80,7 +84,7 @@ class Coded(Eager):
         received = None
         if policy.uses_attention and not accumulates:
             received = query.new_empty(*slots.shape, 1, slots.used)
-        given, positions = _flat(query), tokens.positions.int().contiguous() if tokens.padded else None
+        given, positions = flat(query), tokens.positions.int().contiguous() if tokens.padded else None
         output = torch.empty(query.shape, dtype=query.dtype)
         done = view.attend(
             slots.used,
@@ -102,7 +106,7 @@ class Coded(Eager):
 coded = Coded()
 
 
-class _View:
+class View:
     """The slots of a layer as C sees them. It holds the tensors whose memory it knows, and nothing of what they belong to."""
 
     def __init__(self, layer, compiled):
@@ -130,7 +134,7 @@ class _View:
         sizes = dict(batch=slots.shape[0], kv_heads=slots.shape[1], capacity=slots.capacity)
         sizes |= dict(newest=ring.newest if ring else 0, sinks=ring.sinks if ring else 0)
         self.slots = _Slots(**{name: x.data_ptr() for name, x in tensors.items() if x is not None}, **sizes)
-        self.address = ctypes.addressof(self.slots)
+        self.address, self.library = ctypes.addressof(self.slots), compiled
         self._append, self._attend = compiled.append, compiled.attend
         strides = POINTER, NUMBER, NUMBER
         self._append.argtypes = (POINTER, NUMBER, *strides, *strides, POINTER, NUMBER, POINTER)
@@ -151,20 +155,25 @@ class _View:
 
 
 # Of slots: a copy of them gets its own.
-_views: weakref.WeakKeyDictionary[Any, _View] = weakref.WeakKeyDictionary()
+_views: weakref.WeakKeyDictionary[Any, View] = weakref.WeakKeyDictionary()
 
 
 def _view(layer, vectors):
-    """The `_View` of a layer, for one new token of which `vectors` `[batch, heads, 1, width]` are; None: C does not serve."""
-    slots = layer.slots
-    if vectors.shape[2] != 1 or vectors.dtype != torch.float32:
+    """The `View` of a layer, for one new token of which `vectors` `[batch, heads, 1, width]` are; None: C does not serve."""
+    if vectors.shape[2] != 1 or vectors.dtype != torch.float32 or layer.selective:
         return None
+    return view_of(layer, SOURCE)
+
+
+def view_of(layer, source, **constants):
+    """The `View` of a layer for C of the file `source`, with more `constants`; None: C does not serve."""
+    slots = layer.slots
     view = _views.get(slots)
     if view is None or not view.holds(layer):
-        compiled = _compiled(slots) if _is_coded(layer) else None
+        compiled = _compiled(source, slots, **constants) if _is_coded(layer) else None
         if compiled is None:
             return None
-        view = _View(layer, compiled)
+        view = View(layer, compiled)
         if not all(array.is_contiguous() for array in view.arrays.values()):  # someone put others there
             return None
         _views[slots] = view
@@ -172,7 +181,7 @@ def _view(layer, vectors):
 
 
 def _is_coded(layer):
-    """Whether the rule of cpu.c is the layer's: one summary slot at most, every slot seen."""
+    """Whether the rule of cpu.c is the layer's, but for slots that are left out: one summary slot at most."""
     slots, codec, summary = layer.slots, layer.slots.codec, layer.summary
     return (
         type(codec) is Quantized
@@ -181,16 +190,16 @@ def _is_coded(layer):
         and slots.device.type == "cpu"
         and slots.widths[0] == slots.widths[1]
         and (summary is None or (type(summary) is Summary and summary.count == 1 and not summary.spread))
-        and not layer.selective
         and type(layer).hide is BoundedLayer.hide
         and type(layer.policy).query is Policy.query
     )
 
 
-def _compiled(slots):
+def _compiled(source, slots, **constants):
+    """The library of a C file for such slots, or None."""
     codec = slots.codec
     bits = {"KEY_BITS": codec.bits["keys"], "VALUE_BITS": codec.bits["values"], "REST_BITS": codec.finer or 4}
-    return library(SOURCE, DIM=slots.widths[0], **bits)
+    return library(source, DIM=slots.widths[0], **bits, **constants)
 
 
 @lru_cache
@@ -199,6 +208,12 @@ def _rotation(rotation):
     return turn, turn.T.contiguous()
 
 
-def _flat(x):
+def places(tokens):
+    """Positions of new tokens, int32 `[batch or 1, n]`, and of the first real ones, int32, None for 0 in all rows."""
+    first = tokens.first
+    return tokens.positions.int(), first.int().contiguous() if isinstance(first, torch.Tensor) else None
+
+
+def flat(x):
     """Vectors whose numbers lie side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ def library(path, **constants):
     constants: whole numbers, macros of the source.
     """
     try:
-        source = Path(path).read_bytes()
+        source = _source(Path(path))
         macros = [f"-D{name}={value}" for name, value in sorted(constants.items())]
         compiler = _compiler()
         told = repr((compiler, _version(*compiler), FLAGS, TUNED, macros, _processor())).encode()
@@ -41,6 +42,14 @@ def library(path, **constants):
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reasons.append(f"{type(error).__name__}: {error}")
         return None
+
+
+def _source(path):
+    """The bytes of a file, and of those beside it that it includes."""
+    text = path.read_bytes()
+    return text + b"".join(
+        _source(path.with_name(n.decode())) for n in re.findall(rb'^#include "(.+)"', text, re.M)
+    )
 
 
 def _compiler():

@@ -60,6 +60,7 @@ class HostStore:
         self.tokens = max(self.tokens, end)
         return records.numel()
 
+    @torch.inference_mode(False)  # tensors that may be written to inside of it and outside
     def reserve(self, end):
         """Takes pages for the tokens before number `end`."""
         more = -(-end // PAGE) - self.table.shape[1]

@@ -87,6 +87,7 @@ class KeyIndex:
             keys, held = keys[:, :, full:], 0
         self.pending[:, :, held : self.seen - self.coded] = keys
 
+    @torch.inference_mode(False)  # tensors that may be written to inside of it and outside
     def _allocate(self, keys, shape):
         batch, heads, head_dim = shape
         if head_dim % 8:
@@ -112,7 +113,8 @@ class KeyIndex:
             rate = tokens // rows.shape[2]
             if name not in self.arrays:
                 shape = (*rows.shape[:2], self.capacity // rate, *rows.shape[3:])
-                self.arrays[name] = rows.new_zeros(shape)
+                with torch.inference_mode(False):
+                    self.arrays[name] = rows.new_zeros(shape)
             self.arrays[name].narrow(2, self.coded // rate, rows.shape[2]).copy_(rows)
         self.coded += tokens
 
@@ -216,6 +218,7 @@ class KeyIndex:
         return [self.pending, *self.arrays.values()] if self.shape else []
 
 
+@torch.inference_mode(False)
 def reserve(index, tokens):
     """Room for so many tokens in all."""
     more = -(-(tokens - index.capacity) // index.growth) * index.growth
@@ -231,7 +234,8 @@ def hold(index, positions, count):
         return
     follow = numbers(index.pending.device, index.capacity)
     if held is None:
-        held = index.arrays["positions"] = follow.repeat(index.shape[0], 1, 1)
+        with torch.inference_mode(False):
+            held = index.arrays["positions"] = follow.repeat(index.shape[0], 1, 1)
     held[:, 0, index.seen : end] = follow[0, :, index.seen : end] if positions is None else positions
 
 

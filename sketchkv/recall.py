@@ -59,6 +59,7 @@ class RecallLayer(BoundedLayer):
                 "KeyIndex(block=...)"
             )
 
+    @torch.inference_mode(False)  # tensors that may be written to inside of it and outside
     def lazy_initialization(self, key_states, value_states):
         super().lazy_initialization(key_states, value_states)
         slots = self.slots

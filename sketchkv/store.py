@@ -60,6 +60,7 @@ class HostStore:
         self.tokens = max(self.tokens, end)
         return records.numel()
 
+    @torch.inference_mode(False)  # tensors that may be written to inside of it and outside
     def reserve(self, end):
         """Takes pages for the tokens before number `end`."""
         more = -(-end // PAGE) - self.table.shape[1]
@@ -72,7 +73,8 @@ class HostStore:
             return
         pages, own = self.table.shape[1], self.table.T.to(torch.int32).contiguous()
         if self.mirror is None or len(self.mirror) < pages:
-            self.mirror = torch.zeros(pages * 3 // 2, self.batch, dtype=torch.int32, device=device)
+            with torch.inference_mode(False):  # a tensor that may be written to inside of it and outside
+                self.mirror = torch.zeros(pages * 3 // 2, self.batch, dtype=torch.int32, device=device)
         self.mirror[:pages].copy_(own.pin_memory() if device.type == "cuda" else own, non_blocking=True)
         self.mirrors = self.table
 

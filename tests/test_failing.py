@@ -410,6 +410,7 @@ MODES = {"inference": torch.inference_mode, "no_grad": torch.no_grad, "grad": to
         dict(prefill_chunk=20, bits=4),
         dict(attend_topk=20),
         dict(policy=Random()),
+        dict(bits=(5, 4), index=KeyIndex(top=8, block=16), recent_window=16),
     ],
     ids=named,
 )

@@ -129,7 +129,7 @@ CASES = {
 @pytest.mark.parametrize("case", ["fine", "padded", "few bits"] if INTERPRET else CASES)
 def test_steps_are_those_of_torch(case):
     given = dict(CASES[case])
-    last = 96 if INTERPRET else 130
+    last = 90 if INTERPRET else 130
     text = Text(last, **{name: given.pop(name) for name in ("group", "dim", "padding") if name in given})
     layers = [layer_of(ops, **given) for ops in (Fused(), Eager())]
     for layer in layers:
@@ -232,7 +232,7 @@ def test_equal_ranks_give_the_newest_tokens():
     text, layer = Text(200), layer_of(Fused())
     text.parts[0].zero_()  # no key is nearer than another
     text.passed(layer, 0, 150)
-    for end in range(151, 155 if INTERPRET else 171):
+    for end in range(151, 153 if INTERPRET else 171):
         text.passed(layer, end - 1, end)
         expected = [*range(4), *range(end - 16 - 12, end)]
         assert all([t for t in row if t >= 0] == expected for row in attended(layer).flatten(0, 1).tolist())
@@ -245,7 +245,7 @@ def test_many_tokens_are_chosen_tile_by_tile():
     with mock.patch.object(scan, "TILE", 32):
         for layer in layers:
             text.passed(layer, 0, 140)
-        for end in range(141, 144 if INTERPRET else 151):
+        for end in range(141, 143 if INTERPRET else 151):
             found, expected = (text.passed(layer, end - 1, end) for layer in layers)
             assert torch.equal(attended(layers[0]), attended(layers[1]))
             torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
@@ -281,18 +281,20 @@ def test_a_text_begins_again_and_rows_move():
         [text.passed(layer, t, t + 1) for t in range(90, 100)]
         layer.reset()
         other.passed(layer, 0, 1)
-        [other.passed(layer, t, t + 1) for t in range(1, 41)]  # kernels serve it once the codec has settled
-        other.passed(layer, 41, 70)
+        [other.passed(layer, t, t + 1) for t in range(1, 36)]  # kernels serve it once the codec has settled
+        other.passed(layer, 36, 70)
         layer.reorder_cache(order)
     found, expected = (
-        torch.cat([other.passed(layer, t - 1, t) for t in range(71, 78 if INTERPRET else 131)])
+        torch.cat([other.passed(layer, t - 1, t) for t in range(71, 75 if INTERPRET else 131)])
         for layer in layers
     )
     assert_alike(found, expected)
     assert (attended(layers[0]) != attended(layers[1])).sum() <= 2
 
 
-@pytest.mark.parametrize("store", ["host", DeviceStore()], ids=["host", "device"])
+@pytest.mark.parametrize(
+    "store", ["host"] if INTERPRET else ["host", DeviceStore()], ids=lambda store: type(store).__name__
+)
 def test_recorded_steps_give_the_same_tokens(store):
     """Where nothing can be recorded, the steps that would be run one by one."""
     model = sketchkv.enable(build("llama", positions=2048)).to(DEVICE)
@@ -300,7 +302,7 @@ def test_recorded_steps_give_the_same_tokens(store):
     settings = dict(recent_window=16, index=KeyIndex(top=12, block=16, store=store), bits=(6, 5))
     caches = [SketchCache.recall(model.config, 40, **settings) for _ in "ab"]
     # On a GPU the first text passes a place where memory grows, and the second finds the recordings of the first.
-    for length, new in ((1000, 60), (300, 40)) if DEVICE == "cuda" else ((70, 4), (60, 4)):
+    for length, new in ((1000, 60), (300, 40)) if DEVICE == "cuda" else ((70, 3), (60, 3)):
         expected, got = (
             generate(model, ids[:, :length], cache, new, graph=cache is caches[1]) for cache in caches
         )

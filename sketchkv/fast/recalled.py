@@ -231,7 +231,8 @@ class _Side:
 
     def __init__(self, layer):
         self.serves = _serves(layer)
-        self.counters = [torch.zeros((), dtype=torch.int64, device=layer.slots.device) for _ in COUNTED]
+        with torch.inference_mode(False):  # tensors that may be written to inside of it and outside
+            self.counters = [torch.zeros((), dtype=torch.int64, device=layer.slots.device) for _ in COUNTED]
 
     def count(self, moved):
         """`moved` counts with these tensors from now on, which keep their addresses."""

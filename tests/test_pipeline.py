@@ -422,8 +422,8 @@ def test_two_runs_give_identical_quality_tables(tmp_path):
         table = pd.concat(
             [pd.DataFrame(part).assign(method=i) for i, part in enumerate(parts)], ignore_index=True
         )
-        opened.table("quality", table, evaluate.COLUMNS | {"method": "index"}, timings=evaluate.TIMINGS)
-        return record.load_table("quality", root, timings=False)
+        opened.table("quality", table, evaluate.COLUMNS | {"method": "index"})
+        return record.load_table("quality", root)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as a worker does

@@ -21,7 +21,7 @@ import pypandoc
 import typst
 import yaml
 
-from sketchkv.study import claims, notebooks, record, sources
+from sketchkv.study import across, claims, notebooks, record, sources
 
 REPORT = sources.ROOT / "report"
 TEMPLATE = REPORT / "template.md.j2"
@@ -146,6 +146,7 @@ def _markdown(found, up, template):
         functions,
         **gathered,
         title=claims.title(gathered),
+        verdicts=across.verdicts(found),
         up=up,
         figures=found.figures,
         tables=found.tables,

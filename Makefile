@@ -100,7 +100,7 @@ bench: $(READY)  ## measure speed on the device at hand, into data/benchmarks; B
 # An environment of its own, since kvpress needs an older transformers.
 bench-peers: $(READY) smollm2 django-docs  ## cut prompts of SmolLM2 by kvpress and by ours, into data/benchmarks/peers.csv
 	test -x build/peers/bin/python || $(PYTHON) -m venv build/peers
-	build/peers/bin/python -m pip install --disable-pip-version-check -q kvpress==0.5.5 'transformers<5.3' torch==2.13.0
+	build/peers/bin/python -m pip install --disable-pip-version-check -q -r sketchkv/study/extras/kvpress.txt
 	$(BIN)/python -m sketchkv.study.cut_once build/peers/bin/python
 
 model: $(READY)  ## train the embedded model again

@@ -59,9 +59,9 @@ def test_only_what_imports_reach_changes_a_fingerprint(copy, monkeypatch):
         ("study/report.py", {"report"}),
         ("study/claims.py", {"report"}),
         ("fast/cpu.c", {"point", "notebook", "report"}),  # compiled where a module runs
-        ("study/recall.py", {"notebook"}),  # an import inside a function
+        ("study/recall.py", {"notebook", "report"}),  # an import inside a function
         ("study/why.py", {"point"}),
-        ("study/methods.py", {"point", "notebook"}),  # imported by what is imported
+        ("study/methods.py", {"point", "notebook", "report"}),  # imported by what is imported
         ("cache.py", {"point", "notebook", "report"}),  # by sketchkv/__init__.py
         ("training.py", set()),
     ):

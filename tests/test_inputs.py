@@ -28,6 +28,7 @@ from sketchkv import (
 )
 from sketchkv.index import KeyIndex
 from sketchkv.store import HostStore
+from sketchkv.tail import Tail
 
 NAN, INF = float("nan"), float("inf")
 HUGE = 10**12
@@ -334,10 +335,13 @@ SETTINGS = [
             (each, ValueError, "exclude each other")
             for each in (
                 {"policy": Window()},
-                {"summary": Summary()},
                 {"attend_topk": 50},
                 {"prefill_chunk": 50},
             )
+        ],
+        *[
+            ({"summary": each}, TypeError, r"give summary=sketchkv.tail.Tail\(\)")
+            for each in (Summary(), Tail, 1, "mean")
         ],
         ({"recent_window": 8}, ValueError, "raise recent_window to 16"),
         ({"max_cache_size": 30}, ValueError, "can't hold .* raise it to 36"),

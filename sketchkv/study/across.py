@@ -13,7 +13,7 @@ from sketchkv.study.stats import paired_interval
 EIGHTH, QUARTER, LEVEL = 1 / 8, 1 / 4, 0.1
 CLAIMS = {
     "hypothesis": f"A cache of a quarter of the bytes adds less than {baselines.LIMIT:.0%} to perplexity",
-    "bits": "Fewer bits cost less than fewer tokens",
+    "bits": "Few bits and one slot beat full precision at the same bytes",
     "past": "A sketch of past attention does not beat exact scores at equal bytes",
     "keys": "An index that each query asks beats exact scores at equal bytes",
     "parts": "A small cache loses most by the tail that it drops",

@@ -5,6 +5,7 @@ import pandas as pd
 
 from sketchkv.study import figures, sources, timing
 from sketchkv.study.bench import FOLDER
+from sketchkv.study.pictures import label_ends
 
 _FULL = "DynamicCache"
 # What a user would ask: the row of a benchmark that answers it, and at most how much; no goal: the interval covers 0.
@@ -79,6 +80,7 @@ def steps(frames):
 
 def picture(axis, rows):
     """Milliseconds per token against the context on one device; predictions dashed."""
+    ends = {}
     for (cache, kind), part in rows.groupby(["cache", "kind"], sort=False):
         style = figures.method_style(STYLES[cache])
         if kind == "predicted":
@@ -99,15 +101,7 @@ def picture(axis, rows):
             yerr=[part["median"] - part.low, part.high - part["median"]],
             **style,
         )
-        last = part.iloc[-1]
-        axis.annotate(
-            LABELS[cache],
-            (last.context, last["median"]),
-            (8, -9 if cache == _FULL else 1),
-            textcoords="offset points",
-            color=style["color"],
-            fontsize=11.5,
-        )
+        ends[LABELS[cache]] = part.context.iloc[-1], part["median"].iloc[-1], style["color"]
     contexts = sorted(rows.context.unique())
     axis.set(
         xscale="log",
@@ -117,6 +111,7 @@ def picture(axis, rows):
     )
     axis.set_xticks(contexts, [str(each) for each in contexts])
     axis.minorticks_off()
+    label_ends(axis, ends)
 
 
 def caption(found, cap):

@@ -121,7 +121,7 @@ def test_imports_run_one_way():
         above = {other for other in graph[name] if other.startswith(("sketchkv.study", "sketchkv.fast"))}
         # Recorded and compiled steps are loaded when they are asked for, fused operations on a GPU, and only then.
         assert not above or (
-            name in ("sketchkv.continued", "sketchkv.decode", "sketchkv.devices")
+            name in ("sketchkv.decode", "sketchkv.devices")
             and all(n.startswith("sketchkv.fast") for n in above)
         ), (name, above)
     study = {

@@ -32,7 +32,7 @@ class RecallLayer(BoundedLayer):
     sinks and the newest tokens. With `exact_prompts` a pass of one token is a step, be it of a prompt or not.
 
     Codec and index are apart: the codec codes a key around its own centre, the index around its block's, so
-    that the signs of a key are stored twice. The index holds the keys of its open block a second time.
+    that the signs of a key are stored twice. The keys of the index's open block lie with the store, a second time.
 
     index: a `sketchkv.index.KeyIndex` of the layer's own; its store is a template.
     summary: a `sketchkv.tail.Tail` of what a query leaves out, or None.
@@ -85,17 +85,22 @@ class RecallLayer(BoundedLayer):
     def nbytes(self):
         return super().nbytes() | {
             "index": self.index.nbytes() + self.store.beside(),
-            "host": self.store.nbytes(),
+            "host": self.store.nbytes() + (self.index.pending.nbytes if self.index.shape else 0),
         }
 
     def shared(self):
         own = {id(tensor): ("index", tensor.nbytes) for tensor in self.index.shared()}
         return own | super().shared()  # a rotation that the codec counts is the same
 
+    @property
+    def row(self):
+        """Bytes that a step writes outside of fast memory, for one KV head: a record, and a key of the open block."""
+        return self.store.record + self.index.pending[0, 0, 0].nbytes
+
     def advance(self):
         self.seen += 1
         self.index.seen = self.store.tokens = self.seen
-        self.moved["written"] += self.slots.shape[0] * self.slots.shape[1] * self.store.record
+        self.moved["written"] += self.slots.shape[0] * self.slots.shape[1] * self.row
         self.evicted = self.seen - self.slots.used
 
     def attend(self, query, key, value, tokens, form):
@@ -142,6 +147,8 @@ class RecallLayer(BoundedLayer):
             at = at.masked_fill(at < tokens.first + self.num_sinks, EMPTY)
             self.summary.take(key, value, at, passing=not (alone or self.exact_prompts))
         self.index.add(raw, tokens.positions if tokens.padded else None)
+        held = 1 if alone else min(count, self.index.seen - self.index.coded)
+        self.moved["written"] += self.index.pending[:, :, :held].nbytes
         at = torch.arange(slots.used, slots.used + count, device=slots.device)
         if slots.room >= count:
             slots.used += count

@@ -211,7 +211,7 @@ def test_a_block_is_coded_as_by_the_index(bits, dtype):
     expected = copy.deepcopy(found)
     found.pending[:, :, 31] = keys[:, :, 63]
     coding.block(found)
-    expected.code(torch.cat([expected.pending[:, :, :31], keys[:, :, 63:64]], 2))
+    expected.code(torch.cat([expected.open(31, keys.device), keys[:, :, 63:64]], 2))
     assert found.coded == expected.coded == 64
     sound = torch.arange(64, device=DEVICE) != 40
     for name, array in expected.arrays.items():

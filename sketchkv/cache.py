@@ -64,7 +64,7 @@ class SketchCache(Cache):
             refuse(SketchCache, former)
         config = text_config(config)
         windows = layer_windows(config)
-        fitting(index, summary, policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk)
+        fitting(index, summary, windows, policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk)
         settings = Settings(
             num_sinks, recent_window, evict_every, prefill_chunk, attend_topk, codec_of(bits, codec)
         )

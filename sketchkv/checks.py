@@ -160,9 +160,9 @@ def codec_of(bits, codec):
     return quantized(bits)
 
 
-def fitting(index, summary, **others):
+def fitting(index, summary, windows, **others):
     """Raises TypeError for what is no index or no summary and for two that do not fit each other, ValueError for `others`
-    that an index leaves nothing to do."""
+    that an index leaves nothing to do, and where all layers have `windows` (None: a layer has none)."""
     if index is None:
         if not _made(summary, "fold"):
             raise TypeError(
@@ -182,6 +182,11 @@ def fitting(index, summary, **others):
         raise TypeError(
             "with an index nothing is evicted for good that a Summary could stand for: give summary=sketchkv.tail.Tail(), "
             f"which stands for what a query leaves out, or None; got {summary!r}"
+        )
+    if None not in windows:
+        raise ValueError(
+            "all layers of this model have sliding windows, and an index has nothing to bring back: take SketchCache.compact "
+            "or leave index= out"
         )
     given = [name for name, value in others.items() if value is not None]
     if given:

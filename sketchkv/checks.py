@@ -76,6 +76,13 @@ def memory(needed, device, remedy):
         )
 
 
+def told(value):
+    """What an error tells of a wrong value: the dtype and shape of a tensor, the class of anything else."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
 def _boolean(value):
     return "bool" in str(getattr(value, "dtype", type(value)))
 
@@ -215,11 +222,9 @@ def checked_scores(scores, layer):
     """What a policy's `score` gave. Raises ValueError unless it is one real number per stored token."""
     shape = layer.slots["positions"].shape
     if not isinstance(scores, torch.Tensor) or scores.shape != shape or scores.is_complex():
-        got = type(scores).__name__
-        if isinstance(scores, torch.Tensor):
-            got = f"{scores.dtype} {list(scores.shape)}"
         raise ValueError(
-            f"{type(layer.policy).__name__}.score() must return one number per stored token, {list(shape)}; got {got}"
+            f"{type(layer.policy).__name__}.score() must return one number per stored token, {list(shape)}; "
+            f"got {told(scores)}"
         )
     return scores
 
@@ -251,11 +256,8 @@ MASK = (
 def checked_mask(mask, batch, tokens):
     """`mask` as bool, if it is one of `tokens` tokens, 0 or 1; values are looked at on a CPU only."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        given = (
-            f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        )
         raise ValueError(
-            f"SketchCache takes a 2-D attention_mask [batch, tokens so far] or none, got {given}: 4-D masks cannot say "
+            f"SketchCache takes a 2-D attention_mask [batch, tokens so far] or none, got {told(mask)}: 4-D masks cannot say "
             "which evicted tokens they mean"
         )
     if mask.shape != (batch, tokens):
@@ -298,11 +300,10 @@ def begins(mask, first, start):
 def checked_inputs(inputs, are_ids, seen):
     """Raises ValueError unless `inputs` are ids `[batch, n]` or embeddings `[batch, n, width]` of new tokens."""
     if not isinstance(inputs, torch.Tensor) or inputs.ndim != 3 - are_ids or 0 in inputs.shape:
-        given = list(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
         hint = f": the cache has seen {seen} tokens (cache.reset() forgets them)" if seen else ""
         raise ValueError(
             "with a SketchCache, input_ids must be a tensor [batch, tokens], or inputs_embeds "
-            f"[batch, tokens, width], with at least one new token; got {given}{hint}"
+            f"[batch, tokens, width], with at least one new token; got {told(inputs)}{hint}"
         )
 
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 import transformers
 from conftest import build
+from exact import ExactKeys
 
 import sketchkv
 from sketchkv import SketchCache, Window, generate, score
 from sketchkv.checks import Settings
-from sketchkv.index import ExactKeys, KeyIndex
+from sketchkv.index import KeyIndex
 from sketchkv.logits import Form
 from sketchkv.oracle import full_cache_logits
 from sketchkv.passes import Tokens

@@ -160,7 +160,9 @@ class Quantized(Plain):
         member = (slots["positions"] >= first)[..., None] & keys.isfinite().all(-1, keepdim=True)
         total = keys.where(member, 0).sum(2, keepdim=True)
         self.centre.copy_(total / member.sum(2, keepdim=True).clamp(min=1))
-        arrays = slots.write("keys", keys, 0)
+        arrays = self.encode("keys", keys)
+        for name, coded in arrays.items():
+            slots.arrays[name][:, :, : slots.used] = coded
         if self.ring:
             self.ring.renew(slots, keys - self.decode("keys", arrays))
 

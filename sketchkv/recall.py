@@ -133,10 +133,7 @@ class RecallLayer(BoundedLayer):
     def _enter(self, raw, key, value, tokens, alone):
         """New tokens go to the store, to the index and, if there is room or one comes `alone`, to slots."""
         slots, count = self.slots, key.shape[2]
-        pairs = {"keys": key, "values": value}
-        parts = {name: (vectors, slots.codec.encode(name, vectors)) for name, vectors in pairs.items()}
-        slots.codec.keep(parts, tokens.positions, tokens.first)
-        coded = {name: array for _, arrays in parts.values() for name, array in arrays.items()}
+        coded = slots.coded(key, value, tokens.positions, tokens.first)
         self._write(self.seen, coded)
         if self.summary:
             at = tokens.positions[:, None]

@@ -34,8 +34,8 @@ class SketchCache(Cache):
         dtype. Attention decodes one layer at a time: that working memory is not part of `nbytes`.
     codec: another way to store keys and values, a function of (dtype, device) that gives a `sketchkv.slots.Plain`.
     index: a `sketchkv.index.KeyIndex`: what is evicted is not forgotten, and each query asks for it (`sketchkv.recall`).
-    Raises ValueError for a value out of range or a cap that leaves no room beside sinks and recent window, TypeError for a
-    parameter that does not exist (one that did is named with its new spelling).
+    Raises ValueError for a value out of range or a cap that leaves no room beside sinks and recent window, TypeError for parts
+    that do not fit each other and for a parameter that does not exist (the error names who has it, or how it is spelled now).
     """
 
     layers: Any

@@ -26,20 +26,15 @@ PARTS = (
 
 
 def refuse(made, parameters):
-    """Raises TypeError for the first of these parameters, {name: value}, none of which `made`, the class, has."""
+    """Raises TypeError for the first of these parameters, {name: value}, none of which the class `made` has."""
     takers = {f"{made.__name__}.{make.__name__}(..., {{}}=...)": make for make in (made.compact, made.recall)}
     for name, part in PARTS:
         takers[f"{name}={part.__name__}({{}}=...), from {part.__module__} import {part.__name__}"] = part
     taken = {how: set(inspect.signature(taker).parameters) for how, taker in takers.items()}
-    for name, value in parameters.items():
-        if name in FORMER:
-            instead = FORMER[name].format(value=value)
-        else:
-            instead = ", or ".join(how.format(name) for how, names in taken.items() if name in names)
-        near = difflib.get_close_matches(
-            name, set(inspect.signature(made).parameters).union(*taken.values()), n=1
-        )
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise TypeError(
-            f"{made.__name__} has no parameter {name!r}{f': write {instead}' if instead else hint}"
-        )
+    name, value = next(iter(parameters.items()))
+    write = FORMER.get(name, "").format(value=value)
+    write = write or ", or ".join(how.format(name) for how, names in taken.items() if name in names)
+    known = set(inspect.signature(made).parameters).union(*taken.values())
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f": write {write}" if write else f"; did you mean {near[0]!r}?" if near else ""
+    raise TypeError(f"{made.__name__} has no parameter {name!r}{hint}")

@@ -55,8 +55,8 @@ class KeyIndex:
         num_sinks = whole("num_sinks", num_sinks, 0)
         if bits not in (1, 2, 4) or pooling not in POOLINGS or block % 16:
             raise ValueError(
-                f"top={top}, bits={bits}, pooling={pooling!r}, block={block}: top must be at least 1, "
-                f"bits 1, 2 or 4, pooling one of {POOLINGS}, block a multiple of 16"
+                f"bits={bits}, pooling={pooling!r}, block={block}: must be bits 1, 2 or 4, pooling one of {POOLINGS}, "
+                "block a multiple of 16"
             )
         self.top, self.bits, self.pooling, self.block, self.num_sinks = top, bits, pooling, block, num_sinks
         self.store, self.exact_prompts = as_store(store), flag("exact_prompts", exact_prompts)
@@ -160,11 +160,8 @@ class KeyIndex:
         """
         query = query @ matrix(self.rotation, torch.float32)
         base = query @ self.centre().transpose(-1, -2)
-        return self.likeness(query).unflatten(-1, (-1, self.block)).add_(base[..., None]).flatten(-2)
-
-    def likeness(self, query):
-        """Rotated query times centred key, `[batch, kv_heads, m, coded]`."""
-        return lookup(self, query) * self.used("factor").float()[:, :, None]
+        centred = lookup(self, query) * self.used("factor").float()[:, :, None]
+        return centred.unflatten(-1, (-1, self.block)).add_(base[..., None]).flatten(-2)
 
     def centre(self):
         """Centres of the full blocks, rotated, float32 `[batch, kv_heads, blocks, head_dim]`."""
@@ -300,36 +297,3 @@ def levels_of_bytes(bits, device):
     """The levels that each of the 256 bytes stands for, `[256, 8 / bits]`, in the order of `pack`."""
     codes = torch.arange(256, device=device)[:, None] >> torch.arange(0, 8, bits, device=device) & 2**bits - 1
     return normal_levels(bits).float().to(device)[codes]
-
-
-class BothSigns(KeyIndex):
-    """The signs of the query, too, and not its coordinates: SimHash (Charikar 2002) with lengths."""
-
-    def likeness(self, query):
-        alike = lookup(self, query.sign()) / (query.shape[-1] * self.coder.levels[-1])
-        length = self.used("factor").float()[:, :, None] * (2 / torch.pi * query.shape[-1] ** 0.5)
-        return (alike * (torch.pi / 2)).sin_() * length * query.norm(dim=-1, keepdim=True)
-
-
-class PageBounds(KeyIndex):
-    """The largest product with a vector that keeps within the bounds of a page's keys (Quest)."""
-
-    page = 16
-
-    def encode(self, blocks, member):
-        pages = blocks.flatten(2, 3).unflatten(2, (-1, self.page))
-        return {"least": pages.amin(3).half(), "most": pages.amax(3).half()}
-
-    def estimate(self, query):
-        least, most = (self.used(name, self.page).float().transpose(-1, -2) for name in ("least", "most"))
-        return (query.clamp(min=0) @ most + query.clamp(max=0) @ least).repeat_interleave(self.page, -1)
-
-
-class ExactKeys(KeyIndex):
-    """The keys themselves: what an index could reach at best, at the bytes of the keys."""
-
-    def encode(self, blocks, member):
-        return {"keys": blocks.flatten(2, 3)}
-
-    def estimate(self, query):
-        return query @ self.used("keys").transpose(-1, -2)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build, interpreted
+from exact import ExactKeys
 from test_kernels import DEVICE, HAS_TRITON, INTERPRET, runs
 
 import sketchkv
@@ -14,7 +15,7 @@ from sketchkv import SketchCache, generate
 from sketchkv.checks import Settings
 from sketchkv.fast import coding, scan
 from sketchkv.fast.ops import Fused
-from sketchkv.index import ExactKeys, KeyIndex
+from sketchkv.index import KeyIndex
 from sketchkv.logits import Form
 from sketchkv.ops import Eager
 from sketchkv.passes import Tokens

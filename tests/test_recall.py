@@ -10,11 +10,12 @@ import pytest
 import torch
 import transformers
 from conftest import build
+from exact import ExactKeys
 
 import sketchkv
 from sketchkv import SketchCache, Window, generate, score
 from sketchkv.checks import Settings
-from sketchkv.index import ExactKeys, KeyIndex
+from sketchkv.index import KeyIndex
 from sketchkv.logits import Form
 from sketchkv.oracle import full_cache_logits
 from sketchkv.passes import Tokens
@@ -459,6 +460,11 @@ def test_bad_combinations_are_told(llama):
             SketchCache.recall(llama.config, **changes)
     with pytest.raises(TypeError, match="KeyIndex"):
         SketchCache(llama.config, 400, index=256)
+    windows = transformers.MistralConfig(num_hidden_layers=2, sliding_window=4096)
+    with pytest.raises(
+        ValueError, match="all layers of this model have sliding windows.*take SketchCache.compact"
+    ):
+        SketchCache.recall(windows)
     SketchCache.recall(llama.config, max_cache_size=324)
     fine = recall(llama, codec=quantized((5, 4), newest=17))
     with pytest.raises(ValueError, match="raise recent_window to 17 or lower fine_window"):

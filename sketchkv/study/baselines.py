@@ -172,12 +172,6 @@ def words(names):
     return (", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]) if names else "none"
 
 
-def note(run, name, interval):
-    """The facts NAME_mean, NAME_low and NAME_high."""
-    for part, value in zip(("mean", "low", "high"), interval):
-        run.fact(f"{name}_{part}", float(value))
-
-
 def front_caption(sizes, pairs, table):
     best = list(dict.fromkeys(sizes[sizes.front].sort_values("share").method))
     sketched = any(name.startswith("sketch") for name in best)

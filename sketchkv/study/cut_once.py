@@ -118,16 +118,6 @@ def side_by_side(found):
     return wide.sort_values(["kept", "kvpress", "ours"], ascending=[False, True, True])
 
 
-def facts(found):
-    """How far both codes are apart, and what loses least at each size: {name: number or word}."""
-    numbers: dict = {"peers_documents": int(found.n.min())}
-    numbers["peers_apart"] = float(side_by_side(found).difference.abs().max())
-    for kept, part in found.groupby("kept"):
-        for where, best in (("best", part.iloc[0]), ("ours", part[part.code == "ours"].iloc[0])):
-            numbers |= {f"peers_{kept}_{where}": best.method, f"peers_{kept}_{where}_loss": float(best.loss)}
-    return numbers
-
-
 def by_kvpress(python, weights, ids, out):
     """Their rows, and the versions in their environment: {package: version}."""
     subprocess.run(list(map(str, (python, SCRIPT, ids, weights, out, PROMPT, *KEPT))), check=True)

@@ -8,7 +8,6 @@ from sacrebleu.metrics import BLEU
 from sketchkv import score
 from sketchkv.decode import generate
 from sketchkv.study import stats
-from sketchkv.study.baselines import note
 from sketchkv.study.methods import LABELS
 
 # Of one text against one other; a text without any 4-gram in common must not count as nothing at all.
@@ -126,18 +125,3 @@ def caption(found, cap, prompt_tokens, new_tokens):
         f"Bars: bootstrap 95 % intervals (n = {found.n.iloc[0]} prompts of {prompt_tokens} tokens, continued by "
         f"{new_tokens}, cap {cap})."
     )
-
-
-def note_all(run, table, found, **numbers):
-    """The facts generation_*."""
-    for name, value in numbers.items():
-        run.fact(f"generation_{name}", value)
-    for row in found.itertuples():
-        note(run, f"generation_nll_{row.method}", (row.mean, row.low, row.high))
-        run.fact(
-            f"generation_nll_{row.method}_verdict",
-            "above" if row.low > 0 else "below" if row.high < 0 else "open",
-        )
-    for (mode, name), part in table.groupby(["mode", "method"]):
-        for value in ("first", "equal", "bleu_full", "bleu_true", "repeated"):
-            run.fact(f"generation_{value}_{name}_{mode}", float(part[value].mean()))

@@ -217,16 +217,3 @@ def caption(found, cap, length, labels):
         f"{f' (upper limit {lost.high.max():.0%})' if len(lost) else f', {labels[best]} most'}. Filled: facts more than {cap} "
         f"tokens back; hollow: nearer ones. Bars: exact binomial 95 % intervals; three tasks, texts of {length} tokens."
     )
-
-
-def note_all(run, answers, found, cap, length):
-    """The facts recall_*."""
-    run.fact("recall_instances", int(answers.instance.nunique()))
-    run.fact("recall_tokens", length)
-    run.fact("recall_cap", cap)
-    far = found[found["where"] == "far"]
-    run.fact("recall_far", int(far.n.iloc[0]))
-    run.fact("recall_far_best", float(far[~far.method.isin(["full", "recall"])].share.max()))
-    for row in found.itertuples():
-        for part, value in (("mean", row.share), ("low", row.low), ("high", row.high)):
-            run.fact(f"recall_{row.where}_{row.method}_{part}", float(value))

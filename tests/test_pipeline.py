@@ -110,10 +110,6 @@ def finished(_finished, tmp_path):
         (["--figure", ""], "drawn"),
         (["--profile", "studdy"], "did you mean 'study'?"),
         (["--model", "gtp2"], "did you mean 'gpt2'?"),
-        (["-p", "seed=abc"], "a whole number of 0 or more"),
-        (["-p", "seed=-1"], "a whole number of 0 or more"),
-        (["-p", "seed=1.5"], "a whole number of 0 or more"),
-        (["-p", "seed=true"], "a whole number of 0 or more"),
         (["-p", "seed"], "NAME=VALUE"),
         (["-p", "profile=smoke"], "--profile"),
         (["-p", "output=elsewhere"], "follows from the profile"),
@@ -310,7 +306,6 @@ def test_every_parameter_of_a_notebook_is_read_by_it():
     for path in notebooks.find(ROOT):
         first = [c.source for c in notebooks.cells(path) if "parameters" in c.metadata.get("tags", [])]
         assert first and notebooks.unread(path, first) == [], path.name
-        run.check_parameters(path, notebooks.parameters(path))
 
 
 def test_a_changed_source_table_makes_its_reader_run_again(finished, tmp_path, monkeypatch):

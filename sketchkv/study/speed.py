@@ -50,18 +50,11 @@ def verdicts(frames):
             if len(found) and device.startswith("CPU") == (kind == "cpu"):
                 row = found.iloc[0]
                 met = row.low <= 0 <= row.high if np.isnan(goal) else row["median"] <= goal
-                numbers = (
-                    row["median"],
-                    row.low,
-                    row.high,
-                    int(row.n),
-                    "met" if met else "missed",
-                    row.settings,
-                )
-                rows.append((question, device, goal, *numbers))
+                verdict = "met" if met else "missed"
                 break
         else:
-            rows.append((question, kind, goal, None, None, None, None, "not measured here", ""))
+            device, row, verdict = kind, {"settings": ""}, "not measured here"
+        rows.append({**row, "question": question, "device": device, "goal": goal, "verdict": verdict})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 

@@ -34,19 +34,16 @@ INTERVAL_COLUMNS = {
 }
 
 
-def continuation(model, prompts, cache, new_tokens, *, do_sample=False, seed=0, by_hand=True, **how):
+def continuation(model, prompts, cache, new_tokens, *, do_sample=False, seed=0, by_hand=True):
     """Continues `prompts` `[batch, tokens]`, all of one length, by exactly `new_tokens`: an end-of-text token ends nothing.
     Returns the new tokens, int64 `[batch, new_tokens]` on the CPU.
 
     Greedy, or sampled at temperature 1 after `seed`: each step draws the same random numbers whatever the cache, so that
-    texts differ only where probabilities do. by_hand: through `sketchkv.decode.generate`, which gets `how`; otherwise
-    `model.generate`.
+    texts differ only where probabilities do. by_hand: through `sketchkv.decode.generate`; otherwise `model.generate`.
     """
     torch.manual_seed(seed)
     if by_hand:
-        tokens = generate(
-            model, prompts, cache, new_tokens, do_sample=do_sample, chunk_size=prompts.shape[1], **how
-        )
+        tokens = generate(model, prompts, cache, new_tokens, do_sample=do_sample, chunk_size=prompts.shape[1])
     else:
         tokens = model.generate(
             prompts,

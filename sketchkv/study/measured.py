@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sketchkv.corpus import DATA
-from sketchkv.study import methods, written
+from sketchkv.study import methods
 from sketchkv.study.methods import fit, full_nbytes
 from sketchkv.study.questions import DEPTHS, FORMS, TASKS, instances
 from sketchkv.study.sweep import configurations
@@ -39,7 +39,6 @@ ASKED = ("full", "compact", "recall", "decayed", "streaming", "kivi2", "sketch")
 LONGER = ("recall", "compact", "decayed", "streaming")
 ASKED_LONGER = ("full", "recall", "compact", "streaming")
 LONG_TASKS = ("needle", "four_keys")
-WRITERS = ("full", "recall", "compact", "decayed", "streaming")
 SHORT, SHORT_DOCUMENTS = 1024, 8  # texts in which the sweep's caps of 64 to 256 tokens are caps
 WATCHED = ("streaming", "plain_sums", "decayed", "sketch", "tova")  # what their rules keep of the attention
 LABELS = methods.LABELS | {"near": f"no cache, the newest {NEAR} tokens"}
@@ -89,7 +88,6 @@ RECALL = {
     "loglik": "mean log-likelihood of the answer, nats per token",
     **_ORIGIN,
 }
-WRITTEN = {"tokens": "tokens of the prompt", **_COMMON, **written.COLUMNS, **_ORIGIN}
 SWEEP = {
     "tokens": "tokens of the document",
     **_COMMON,
@@ -114,7 +112,6 @@ ATTENTION = {
 TABLES = {
     "pretrained_quality": QUALITY,
     "pretrained_recall": RECALL,
-    "pretrained_written": WRITTEN,
     "pretrained_sweep": SWEEP,
     "pretrained_attention": ATTENTION,
 }
@@ -150,9 +147,6 @@ def groups(piece):
             for name in asked
             for task in tasks
         ]
-    elif piece == "written":
-        common = {"table": "pretrained_written", "tokens": LENGTH, "ids": f"written_{LENGTH}"}
-        order = [(name, SHARES[0] if name in BOUNDED else None) for name in WRITERS]
     elif piece == "sweep":
         common = {"table": "pretrained_sweep", "tokens": SHORT, "ids": f"code_{LENGTH}", "share": None}
         return [common | {"name": c["configuration"], "method": sweep_method(c)} for c in configurations()]
@@ -166,7 +160,7 @@ def groups(piece):
 
 PIECES = (
     *("quality", "quality-prose", "quality-code", "quality-8192", "recall-4096", "recall-8192"),
-    *("written", "sweep", "attention"),
+    *("sweep", "attention"),
 )
 
 
@@ -234,8 +228,6 @@ def prepare(path, tokenizer):
     fillers = read(TEXTS["prose"], tokenizer, "test", None, LONG)  # as many facts in fewer texts
     names[f"test_{LONG}"] = fillers.names[:INSTANCES]
     ask("test", fillers.input_ids[torch.arange(INSTANCES) % len(fillers.names)], LONG_TASKS, DEPTHS)
-    asked = read(TEXTS["prose"], tokenizer, "test", DOCUMENTS, LENGTH)
-    held[f"written_{LENGTH}"], names[f"written_{LENGTH}"] = written.prompts(tokenizer, asked)
     shared = set(names[f"test_{LENGTH}"]) & set(names[f"development_{LENGTH}"])
     assert not shared, f"development documents among held-out ones: {shared}"
     assert max(int(ids.max()) for ids in held.values()) < 2**16

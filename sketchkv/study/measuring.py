@@ -8,7 +8,6 @@ from transformers import DynamicCache
 
 from sketchkv import enable, load
 from sketchkv.decode import stream
-from sketchkv.study import written
 from sketchkv.study.attention_analysis import attention_maps, survey
 from sketchkv.study.evaluate import compare
 from sketchkv.study.measured import (
@@ -148,10 +147,6 @@ def _recall_rows(lm, held, names, group, method):
     return rows
 
 
-def _written_rows(lm, held, names, group, method):
-    return written.rows(lm, held[group["ids"]].to(lm.device), names[group["ids"]], method)
-
-
 def _short(lm, held, names, group):
     """The beginnings of a few texts."""
     count = group.get("documents", SHORT_DOCUMENTS)
@@ -193,7 +188,6 @@ def _attention_rows(lm, held, names, group, method, cap=128):
 ROWS_OF = {
     "pretrained_quality": _quality_rows,
     "pretrained_recall": _recall_rows,
-    "pretrained_written": _written_rows,
     "pretrained_sweep": _sweep_rows,
     "pretrained_attention": _attention_rows,
 }

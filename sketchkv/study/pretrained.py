@@ -234,7 +234,7 @@ def finish(run, group, get):
         return False
     run.keep(group, rows)
     frame = pd.DataFrame(rows)
-    by = next(each for each in ("text", "depth", "mode", "chosen", "document") if each in frame)
+    by = next(each for each in ("text", "depth", "chosen", "document") if each in frame)
     value = {"depth": "exact", "chosen": "mass"}.get(by, "nll")
     means = ", ".join(f"{k} {v:.4f}" for k, v in frame.groupby(by)[value].mean().items())
     print(f"{group['name']} {group['share']} {where}: {means}; {rows[0]['seconds']} s", flush=True)

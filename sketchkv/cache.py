@@ -122,14 +122,15 @@ class SketchCache(Cache):
 
     @classmethod
     def recall(cls, config, max_cache_size=512, top=256, store="host", *, fine_window=None, **changes):
-        """Fast memory holds an index of all tokens and `max_cache_size` of them; each step attends to sinks, the newest 64 and
-        the `top` that the index ranks highest for its queries, read from `store` if need be (`sketchkv.recall`). 6-bit keys and
-        5-bit values; `fine_window`, `changes` as of `compact`."""
+        """Fast memory holds an index of all tokens and `max_cache_size` of them; each step attends to sinks, the newest 64, the
+        `top` that the index ranks highest for its queries, read from `store` if need be (`sketchkv.recall`), and one token for
+        all others (`sketchkv.tail`). 6-bit keys and 5-bit values; `fine_window`, `changes` as of `compact`."""
         from sketchkv.index import KeyIndex
         from sketchkv.quantize import finely
+        from sketchkv.tail import Tail
 
-        settings = dict(bits=(6, 5), recent_window=64, index=KeyIndex(top=top, store=store))
-        return cls(config, max_cache_size, **finely(settings | changes, changes, fine_window, max_cache_size))
+        own = dict(bits=(6, 5), recent_window=64, index=KeyIndex(top=top, store=store), summary=Tail())
+        return cls(config, max_cache_size, **finely(own | changes, changes, fine_window, max_cache_size))
 
     @property
     def seen_tokens(self):

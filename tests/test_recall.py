@@ -56,7 +56,7 @@ def assert_alike(codec, ids, both):
 
 def recall(model, cap=40, top=12, exact_prompts=True, store="host", **changes):
     index = KeyIndex(top=top, block=16, exact_prompts=exact_prompts, store=store)
-    settings = dict(recent_window=16, index=index) | (
+    settings = dict(recent_window=16, index=index, summary=None) | (
         {} if "codec" in changes else dict(bits=None, fine_window=0)
     )
     return SketchCache.recall(model.config, cap, **settings | changes)

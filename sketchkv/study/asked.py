@@ -17,8 +17,8 @@ from sketchkv.study.recall import make_instances
 from sketchkv.study.sketch_validation import received
 from sketchkv.texts import documents
 
-NAMES = ("sketch_small", "decayed", "compact", "recall", "recall_tail")
-PAIRS = (("recall", "decayed"), ("recall_tail", "recall"), ("recall_tail", "compact"))
+NAMES = ("sketch_small", "decayed", "compact", "recall_alone", "recall")
+PAIRS = (("recall_alone", "decayed"), ("recall", "recall_alone"), ("recall", "compact"))
 JOURNEY = {
     "step": "tokens read",
     "past": "rank of the fact's token by decayed mean attention, exact, 1 is the highest",
@@ -52,12 +52,12 @@ def picture_of_losses(table, gained, seed=0):
     ticks(axis, budgets, words=lambda share: f"1/{1 / share:.0f}")
     axis.set(xlabel="bytes of fast memory, share of the full cache", ylabel="perplexity above full, %")
     axis.set(xlim=(budgets[-1] * 1.2, budgets[0] / 1.9), ylim=(0, None))
-    past, tail = (gained[gained.method == name] for name in ("recall", "recall_tail"))
+    past, tail = (gained[gained.method == name] for name in ("recall_alone", "recall"))
     wins, n = int((past.verdict == "better than").sum()), gained.n.min()
     return fig, (
-        f"Asking the keys beats exact scores of the past at {wins} of {len(past)} sizes. By how much, paired: {_each(past)}. "
-        "Recall attends to nothing of what a query leaves out; with its tail, to the mean of all tokens, weighted as so many. "
-        f"How much more that gains than recall: {_each(tail[tail.other == 'recall'])}; than compact: "
+        f"Asking the keys beats exact scores of the past at {wins} of {len(past)} sizes, even without a tail. By how much, "
+        f"paired: {_each(past)}. Recall attends to one token more, its tail: the mean of all tokens, weighted as so many as a "
+        f"query leaves out. What the tail gains: {_each(tail[tail.other == 'recall_alone'])}; beside compact: "
         f"{_each(tail[tail.other == 'compact'])}. The store that recall reads from lies outside of fast memory. Bars: bootstrap "
         f"95 % intervals (n = {n} documents)."
     )

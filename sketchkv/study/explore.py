@@ -20,6 +20,7 @@ from sketchkv.study import attention_analysis, figures, pictures, sources
 from sketchkv.study.baselines import BOUNDED, LABELS
 from sketchkv.study.evaluate import evaluate
 from sketchkv.study.methods import full_nbytes, make_cache, nbytes
+from sketchkv.tail import Tail
 from sketchkv.texts import documents
 
 CACHES = ["compact", "decayed", "sketch", "streaming", "recall"]
@@ -36,7 +37,7 @@ def cache_named(name, config, cap):
     """A cache of `CACHES` with `cap` slots; "recall" attends to sinks, the newest 16 and as many as then fit."""
     if name == "recall":
         index = KeyIndex(top=cap - 4 - 16, block=16, exact_prompts=False)
-        return SketchCache(config, cap, bits=(5, 4), index=index)
+        return SketchCache(config, cap, bits=(5, 4), index=index, summary=Tail())
     return make_cache(config, max_cache_size=cap, **BOUNDED[name])
 
 

@@ -43,7 +43,7 @@ METHODS = {
     "sketch_small": (0, ">"),
     "compact": (9, "*"),
     "recall": (3, "*"),
-    "recall_tail": (4, "*"),
+    "recall_alone": (4, "*"),
     "expected": (6, "P"),
 }
 FULL_CACHE = {"color": "#333333", "marker": "o"}  # the reference, in no competitor's colour

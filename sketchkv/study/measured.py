@@ -30,7 +30,7 @@ COUNTS = 20  # right answers of the full cache, of 30, from which a cell counts
 
 NAMES = (
     *("compact", "recall", "decayed", "sketch", "streaming", "h2o", "snapkv", "tova", "expected"),
-    *("decayed_int4", "streaming_int4", "plain_sums", "sketch_small"),
+    *("decayed_int4", "streaming_int4", "plain_sums", "sketch_small", "recall_alone"),
 )
 BOUNDED = {name: methods.BOUNDED[name] for name in NAMES}
 WHOLE = {name: methods.WHOLE[name] for name in ("kivi4", "kivi2")}

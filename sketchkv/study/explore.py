@@ -270,7 +270,7 @@ def held(layers, kv_heads, head_dim, length, batch=1, cap=0):
         "full": batch * full_nbytes(config, length),
         "compact": total("compact", cap or length // 4),
         "sketch": total("sketch", cap or length // 4, bits=16),
-        "recall": total("recall", 512, top=256),
+        "recall": total("recall", 512, top=256, store="device"),
         "host": batch * layers * kv_heads * layer.store.record * length,
     }
 

@@ -31,7 +31,6 @@ STATES = {
     "evicted": "not seen",
     "coming": "yet to come",
 }
-LISTEN = 64  # tokens of two probes, from which bytes of any cap follow
 
 
 def cache_named(name, config, cap):
@@ -255,35 +254,24 @@ def held(layers, kv_heads, head_dim, length, batch=1, cap=0):
     """Bytes of keys and values for a model of this shape, in half precision: {"full", "compact", "sketch", "recall",
     "host"}, the last the store of recall outside fast memory.
 
-    cap: slots per KV head, 0 for a quarter of the length; recall has 512 whatever the length. Measured on one layer at two
-    sizes: bytes grow linearly with slots and tokens.
+    cap: slots per KV head, 0 for a quarter of the length; recall has 512 whatever the length.
     """
     heads = dict(num_attention_heads=kv_heads, num_key_value_heads=kv_heads, head_dim=head_dim)
-    config = LlamaConfig(num_hidden_layers=1, hidden_size=8 * kv_heads, vocab_size=8, **heads)
-    times, cap = layers * batch, cap or length // 4
+    config = LlamaConfig(num_hidden_layers=layers, hidden_size=8 * kv_heads, vocab_size=8, **heads)
 
-    def line(size, at):
-        small, large = size(LISTEN), size(2 * LISTEN)
-        return small + (large - small) * (at - LISTEN) / LISTEN
+    def total(method, slots, **more):
+        size = nbytes(config, length, torch.half, method=method, max_cache_size=slots, **more)
+        return batch * size["total"]
 
-    def bounded(method, **more):
-        more |= {"dtype": torch.half, "method": method}
-        return int(times * line(lambda slots: nbytes(config, max_cache_size=slots, **more)["total"], cap))
-
-    def indexed(tokens):
-        index = KeyIndex()
-        index.growth = LISTEN  # no room ahead: it is not held for long
-        index.add(torch.zeros(1, kv_heads, tokens, head_dim, dtype=torch.half), torch.arange(tokens)[None])
-        return index.nbytes()
-
-    empty, recall = torch.zeros(1, kv_heads, 0, head_dim, dtype=torch.half), SketchCache.recall(config)
-    recall.layers[0].lazy_initialization(empty, empty)
+    layer = SketchCache.recall(config).layers[0]
+    empty = torch.zeros(1, kv_heads, 0, head_dim, dtype=torch.half, device="meta")
+    layer.lazy_initialization(empty, empty)
     return {
-        "full": times * full_nbytes(config, length),
-        "compact": bounded("compact"),
-        "sketch": bounded("sketch", bits=16),
-        "recall": int(times * (recall.nbytes()["total"] + line(indexed, length))),
-        "host": times * recall.layers[0].store.record * kv_heads * length,
+        "full": batch * full_nbytes(config, length),
+        "compact": total("compact", cap or length // 4),
+        "sketch": total("sketch", cap or length // 4, bits=16),
+        "recall": total("recall", 512, top=256, store="device"),
+        "host": batch * layers * kv_heads * layer.store.record * length,
     }
 
 

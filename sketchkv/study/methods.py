@@ -207,11 +207,11 @@ def _spelled(
 
 
 def nbytes(config, length=None, dtype=torch.float32, **method):
-    """Bytes that a method holds for one sequence, by kind (`SketchCache.nbytes`); its tensors are allocated, no model runs.
-    An index, which grows, is one of `length` tokens."""
+    """Bytes that a method holds for one sequence, by kind (`SketchCache.nbytes`), of tensors without memory. An index, which
+    grows, is one of `length` tokens."""
     cache = make_cache(config, length=length, **method)
     _, heads, head_dim = _shape(config)
-    keys = torch.zeros(1, heads, length or 0, head_dim, dtype=dtype)
+    keys = torch.zeros(1, heads, length or 0, head_dim, dtype=dtype, device="meta")
     index = None
     for layer in cache.layers:
         layer.lazy_initialization(keys[:, :, :0], keys[:, :, :0])

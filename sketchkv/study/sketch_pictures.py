@@ -105,10 +105,8 @@ def sweep_use(summary, shape, full_bytes):
     label_ends(upper, ends)
     lower.set(xlabel="bytes held, % of the full cache", title="all configurations")
     cap = one.max_cache_size.max()
-    at, k = (
-        one[one.max_cache_size == cap].set_index("uses")["mean"],
-        f"top {one.attend_topk.clip(upper=cap).max()}",
-    )
+    at = one[one.max_cache_size == cap].set_index("uses")["mean"]
+    k = f"top {one.attend_topk.clip(upper=cap).max()}"
     pays = at["aggregate"] < at[k] < at["top 32"]
     said = (
         "Leaving out stored tokens costs; remembering evicted ones pays"

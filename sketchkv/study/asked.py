@@ -141,8 +141,8 @@ def picture_of_journey(table, cap, top, where):
     axis.set_xlim(first, last.step + 0.55 * (last.step - first))
     went = f"evicted after {gone.step.iloc[0]} tokens" if len(gone) else "still held"
     return fig, (
-        f"The query's index ranks the fact {last['index']} of {last.tokens}, past attention {last.past}. One token of it, in "
+        f"Asked by the query, the index ranks the fact {last['index']} of {last.tokens}, past attention {last.past}. One token of it, in "
         f"layer {where[0]}, head {where[1]}, the head that looks for it most: {went} by exact scores, and asked for by the last "
-        f"query, which gives it {last.attention:.0%} of its attention. An index that brings back the top {top} finds it: "
-        f"{'yes' if last['index'] <= top else 'no'}. One text of the development documents, an example and no measurement."
+        f"query, which gives it {100 * last.attention:.0f} % of its attention. An index that brings back the top {top} "
+        f"{'finds' if last['index'] <= top else 'misses'} it. One text of the development documents, an example and no measurement."
     )

@@ -52,7 +52,7 @@ def summaries_caption(found, gains, length):
     fewer = [1 - new / old for old, new in zip(before, after)]
     several = gains[gains.budget == gains.budget.min()].set_index("method").verdict
     finding = (
-        f"One summary slot takes {min(fewer):.0%} to {max(fewer):.0%} off the loss"
+        f"One summary slot takes {100 * min(fewer):.0f} to {100 * max(fewer):.0f} % off the loss"
         if min(fewer) > 0
         else "One summary slot does not lower the loss everywhere"
     )

@@ -104,7 +104,7 @@ def _past(found):
 
 def _keys(found):
     table = found.frame("asked_gains")
-    table = table[(table.method == "recall") & (table.other == "decayed")]
+    table = table[table.other == "decayed"]
     return below(zip(-table.high, -table.low))
 
 

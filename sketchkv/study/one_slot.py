@@ -58,8 +58,9 @@ def summaries_caption(found, gains, length):
     )
     return (
         f"{finding}, at the same bytes. Arrows lead from a cache that drops what it evicts to one that folds it into "
-        f"the mean of one slot. Four slots by hash of the key are {several['decayed hash']} one, eight "
-        f"{several['decayed hash_8']} it; spread and protection together are {several['decayed strong']} the plain mean. "
+        f"the mean of one slot. Filled by a hash of the key, four slots are {several['decayed hash']} one, eight "
+        f"{several['decayed hash_8']} one; a slot that knows its spread and protects what it would swallow is "
+        f"{several['decayed strong']} the plain mean. "
         f"Exact scores unless said otherwise; bars: bootstrap 95 % intervals (n = {found.n.iloc[0]} documents of {length} "
         f"tokens)."
     )

@@ -71,7 +71,8 @@ def sketch_of_keys(errors, recall, k, tokens, seed=0):
         "index of keys": (*index.iloc[-1][["bits", "mean"]], PALETTE[0]),
         "exact past scores": (last, past["mean"], PALETTE[1]),
     }
-    label_ends(lower, ends | {"sketch of the past": (*counted.iloc[-1][["bits", "mean"]], PALETTE[3])})
+    label_ends(lower, ends)
+    write(lower, "sketch of the past", counted.iloc[-1][["bits", "mean"]], (0, -14), PALETTE[3], "right")
     slope = stats.intervals(errors[errors.bits == 1], "dim", "slope", seed)
     root = by.mean().loc[1] * dims**0.5
     return fig, (

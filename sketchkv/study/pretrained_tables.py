@@ -21,14 +21,6 @@ NAMED = {
 SHORT = {"H2O, half of the cap recent": "H2O", "SnapKV, window of 64": "SnapKV"}
 GREY = "#8c8c8c"  # of methods that are not named
 COLOURS = {label: figures.method_style(name)["color"] for name, label in LABELS.items() if name != "near"}
-# What of `data/benchmarks` each table is made of.
-SOURCES = {
-    "pretrained_losses": "pretrained_quality",
-    "pretrained_longer": "pretrained_quality",
-    "pretrained_answers": "pretrained_recall",
-    "pretrained_swept": "pretrained_sweep",
-    "pretrained_attended": "pretrained_attention",
-}
 LOSSES = {
     "text": "prose (documentation of Django) or code (Python of held-out packages)",
     "method": "eviction rule and codec",

@@ -21,7 +21,7 @@ import pypandoc
 import typst
 import yaml
 
-from sketchkv.study import across, claims, notebooks, pretrained_tables, record, sources
+from sketchkv.study import across, claims, measured, notebooks, record, sources
 
 REPORT = sources.ROOT / "report"
 TEMPLATE = REPORT / "template.md.j2"
@@ -106,10 +106,10 @@ class Functions:
     def _table(self, name):
         """A link to a table; to what was measured on a GPU beside it, where it is made of that."""
         link = f"[{name}.csv]({self.up}/data/results/{name}.csv)"
-        if name not in pretrained_tables.SOURCES:
+        if name not in measured.SOURCES:
             return link
-        source = pretrained_tables.SOURCES[name]
-        cards = pd.read_csv(pretrained_tables.BENCHMARKS / f"{source}.csv", usecols=["card"]).card.unique()
+        source = measured.SOURCES[name]
+        cards = pd.read_csv(measured.BENCHMARKS / f"{source}.csv", usecols=["card"]).card.unique()
         return (
             f"{link} (SmolLM2 on {', '.join(cards)}: [{source}.csv]({self.up}/data/benchmarks/{source}.csv))"
         )

@@ -19,7 +19,7 @@ CLAIMS = {
     "parts": "A small cache loses most by the tail that it drops",
     "slot": "One slot for what was evicted pays",
     "forgotten": "Evicted is forgotten: fewer than half of the far facts of the full cache are found",
-    "speed": f"A step takes the same time, within {100 * LEVEL:.0f} % for each doubling of the text",
+    "speed": f"A step of compact takes the same time, within {100 * LEVEL:.0f} % for each doubling of the text",
 }
 MODELS = ("embedded", "SmolLM2", "Gemma 3")
 

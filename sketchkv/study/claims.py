@@ -60,7 +60,7 @@ def gather(found):
 
 
 def at_an_eighth(found):
-    """`loss[text][method]` (Found), `slots[method]`, `best[text]` of the pretrained model; `embedded` of the embedded one."""
+    """`loss[text][method]` (Found), `slots[method]` of the pretrained model; `embedded` of the embedded one."""
     table = found.frame("pretrained_losses")
     table = table[table["share"].between(*EIGHTH)]
     loss = {
@@ -75,7 +75,6 @@ def at_an_eighth(found):
     return Claim(
         loss=loss,
         slots=table.groupby("method").max_cache_size.first().to_dict(),
-        best={text: min(rows, key=rows.__getitem__) for text, rows in loss.items()},
         n=int(table.n.min()),
         tokens=found.facts["pretrained_tokens"],
         embedded={name: float(percent(value)) for name, value in front.items()},
@@ -111,13 +110,13 @@ def past(found):
 def keys(found):
     """Recall beside exact scores and beside compact, paired: `exact[text]` and `compact[text]`, percent more than they lose;
     `tail[text]`: what recall loses more without its tail, empty where that was not measured; `tenth`: percent of the
-    attention that a tenth of the tokens holds, chosen anew for each query and by past attention."""
+    attention that a tenth of the tokens holds, chosen anew for each query and by past attention, in `tenth_n` documents."""
     facts = found.facts
     exact, compact = (
         {text: _ends(facts, f"pretrained_{text}_recall_over_{other}") for text in TEXTS}
         for other in ("decayed", "compact")
     )
-    tenth = found.frame("pretrained_attended").query("of == 0.1").set_index("chosen").mass
+    tenth = found.frame("pretrained_attended").query("of == 0.1").set_index("chosen")
     return Claim(
         exact=exact,
         compact=compact,
@@ -126,7 +125,8 @@ def keys(found):
             for text in TEXTS
             if f"pretrained_{text}_recall_alone_over_recall_mean" in facts
         },
-        tenth=[100 * tenth[way] for way in ("each query", "foresight")],
+        tenth=[100 * tenth.mass[way] for way in ("each query", "foresight")],
+        tenth_n=int(tenth.n.min()),
         ahead=all(each.high < 0 for each in exact.values()),
     )
 
@@ -224,12 +224,13 @@ def speed(found):
 
 
 def prompts(found):
-    """Time of a prompt of `tokens` beside that of the full cache: `ratio[cache]`, and `chunk[cache]`, (tokens, ratio) where fewer
+    """Time of a prompt of `tokens`, the first measured, beside that of the full cache: `ratio[cache]`, and `chunk[cache]`, (tokens, ratio) where fewer
     evictions were measured, too."""
     rows = found.frame("speed_rows").row.str.extract(
         r"^prompt of (?P<tokens>\d+), (?P<cache>\w+)(?:, once per (?P<chunk>\d+))? / prompt of \d+, DynamicCache$"
     )
     rows = rows.assign(ratio=found.frame("speed_rows")["median"]).dropna(subset="tokens")
+    rows = rows[rows.tokens == rows.tokens.iloc[0]]
     whole, cut = rows[rows.chunk.isna()], rows.dropna(subset="chunk")
     return Claim(
         tokens=int(rows.tokens.astype(int).iloc[0]),
@@ -239,8 +240,8 @@ def prompts(found):
 
 
 def peers(found):
-    """Prompts cut once: `rows`, (rule, code, Found), the least loss first, the `best` of all and of `ours`; `apart`: the largest difference
-    of one rule in both codes."""
+    """Prompts cut once: `rows`, (rule, code, Found), the least loss first; the `best` of all and of `ours`; `apart`: the
+    largest difference of one rule in both codes."""
     table = found.frame("peers_losses")
     table = table[table.kept == table.kept.max()].sort_values("loss")
     rows = [

@@ -236,7 +236,7 @@ def at_equal_bytes(losses):
     return fig, (
         f"On code an index of the keys loses {ahead} exact scores of past attention do. Every method holds an eighth of the "
         "bytes of the full cache, all it needs included; recall keeps what it brings back in host memory, which is not counted. "
-        "int4: the same tokens in 4 bits, so more of them; plain sums: exact scores without decay. "
+        "int4: in 4 bits, so with more tokens; plain sums: exact scores without decay. "
         f"SmolLM2-135M-Instruct, n = {int(at.n.min())} documents of each kind, 95 % intervals over documents."
     )
 

@@ -117,7 +117,7 @@ def test_the_first_difference_is_marked():
         "small": {"tokens": ["a", "x", "c"], "bytes": 50},
     }
     shown = explore.compared(made)
-    assert "small holds 25% of the bytes of full and parts from it after 1 tokens" in shown
+    assert "small holds 25 % of the bytes of full and parts from it after 1 tokens" in shown
     assert shown.count('class="differs"') == 2 and shown.count('class="after"') == 2
     made["small"]["tokens"] = ["a", "b", "c"]
     assert "writes the same 3 tokens" in explore.compared(made)

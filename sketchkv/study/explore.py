@@ -157,7 +157,7 @@ def compared(made):
         kinds = ["kept"] * same + ["differs"] + ["after"] * len(pairs)
         spans = [(text, kind, kind) for text, kind in zip(each["tokens"], kinds)]
         columns += f"<div><b>{name}</b>, {each['bytes']:,} bytes{marked(spans)}</div>"
-    title = f"{second} holds {other['bytes'] / one['bytes']:.0%} of the bytes of {first} and {ends}"
+    title = f"{second} holds {100 * other['bytes'] / one['bytes']:.0f} % of the bytes of {first} and {ends}"
     return page(title, f'<div class="pair">{columns}</div>')
 
 
@@ -230,14 +230,18 @@ def lamp(counts, products):
     fig, (table, error, index) = plt.subplots(1, 3, figsize=(13, 4.4))
     table.imshow(counts["table"], aspect="auto", interpolation="nearest")
     table.set(xlabel="counter", ylabel="row", yticks=range(len(counts["table"])))
-    table.set_title(f"{counts['collided']:.0%} of the items share\na counter in every row", loc="left")
+    table.set_title(
+        f"{100 * counts['collided']:.0f} % of the items share\na counter in every row", loc="left"
+    )
     table.grid(False)
     truth, over = np.array(counts["truth"]), np.array(counts["estimate"]) - counts["truth"]
     error.plot(truth, over, "o", color=figures.PALETTE[0], alpha=0.5)
     error.axhline(counts["bound"], color="#b2182b", label="e / width")
     error.set(xlabel="true count", ylabel="estimate less truth", xscale="log")
     error.legend()
-    error.set_title(f"{(over > counts['bound']).mean():.1%} of the errors\nexceed the bound", loc="left")
+    error.set_title(
+        f"{100 * (over > counts['bound']).mean():.1f} % of the errors\nexceed the bound", loc="left"
+    )
     index.plot(products["truth"], products["estimate"], "o", color=figures.PALETTE[2], alpha=0.5)
     ends = [min(products["truth"]), max(products["truth"])]
     index.plot(ends, ends, color="0.5", linewidth=1)
@@ -289,9 +293,13 @@ def bars(sizes):
     fig, axis = plt.subplots(figsize=(8, 3.4))
     (names, colours), full = zip(*BARS.values()), sizes["full"]
     drawn = axis.barh(names, [sizes[name] / 2**30 for name in BARS], color=colours)
-    axis.bar_label(drawn, [f"{sizes[n] / 2**30:,.2f} GiB, {sizes[n] / full:.0%}" for n in BARS], padding=4)
+    axis.bar_label(
+        drawn, [f"{sizes[n] / 2**30:,.2f} GiB, {100 * sizes[n] / full:.0f} %" for n in BARS], padding=4
+    )
     axis.invert_yaxis()
     axis.margins(x=0.3)
     axis.set(xlabel="GiB")
-    axis.set_title(f"Compact holds {sizes['compact'] / full:.0%} of the full cache's bytes", loc="left")
+    axis.set_title(
+        f"Compact holds {100 * sizes['compact'] / full:.0f} % of the full cache's bytes", loc="left"
+    )
     return fig

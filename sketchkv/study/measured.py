@@ -115,6 +115,14 @@ TABLES = {
     "pretrained_sweep": SWEEP,
     "pretrained_attention": ATTENTION,
 }
+# Tables of the study, and of which of these each is made.
+SOURCES = {
+    "pretrained_losses": "pretrained_quality",
+    "pretrained_longer": "pretrained_quality",
+    "pretrained_answers": "pretrained_recall",
+    "pretrained_swept": "pretrained_sweep",
+    "pretrained_attended": "pretrained_attention",
+}
 
 
 # What is measured, in order

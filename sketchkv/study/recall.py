@@ -198,6 +198,6 @@ def caption(found, cap, length, labels):
     return (
         f"{f'An index finds {far.right.recall}, ' if 'recall' in far.index else ''}{kept}. The full cache answers {full}; "
         f"{len(lost)} of {len(scored)} caches without an index answer none"
-        f"{f' (upper limit {lost.high.max():.0%})' if len(lost) else f', {labels[best]} most'}. Filled: facts more than {cap} "
+        f"{f' (upper limit {100 * lost.high.max():.0f} %)' if len(lost) else f', {labels[best]} most'}. Filled: facts more than {cap} "
         f"tokens back; hollow: nearer ones. Bars: exact binomial 95 % intervals; three tasks, texts of {length} tokens."
     )

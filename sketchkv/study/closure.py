@@ -32,7 +32,8 @@ def reach(source):
     """The files of this package that Python code `source` imports, directly or not."""
     finder = ModuleFinder(path=[str(PACKAGE.parent)])
     finder.scan_code(compile(source, "", "exec"), finder.add_module("__main__"))
-    files = (Path(module.__file__) for module in finder.modules.values() if module.__file__)
+    named = (getattr(module, "__file__", None) for module in finder.modules.values())
+    files = (Path(name) for name in named if name)
     return [file for file in files if file.is_relative_to(PACKAGE)]
 
 

@@ -1,5 +1,6 @@
 """One layer of a bounded cache: it stores new tokens, attends to what is stored, and evicts when it is full."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -223,10 +224,15 @@ def _fits(held, batch, like):
         )
 
 
+@lru_cache(16)
+def _slot_nbytes(codec, dtype, widths):
+    one = Slots((1, 1), 1, widths, codec(dtype, torch.device("cpu")))
+    return one.nbytes(*one.arrays)
+
+
 def _allocated(layer, shape, widths, like):
     """Empty slots of a layer, and what its policy and summary hold."""
-    one = Slots((1, 1), 1, widths, layer.codec(like[0], torch.device("cpu")))
-    needed = shape.numel() * layer.capacity * one.nbytes(*one.arrays)
+    needed = shape.numel() * layer.capacity * _slot_nbytes(layer.codec, like[0], widths)
     remedy = f"lower max_cache_size, evict_every or the batch ({layer.capacity} slots per head and layer)"
     memory(needed, like[1], remedy)
     slots = Slots(shape, layer.capacity, widths, layer.codec(*like))

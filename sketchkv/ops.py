@@ -38,6 +38,10 @@ class Eager:
         """Stores new tokens in the layer's slots; returns the slots as a slice."""
         return layer.slots.append(keys, values, tokens.positions, tokens.first)
 
+    def through(self, layer, query, key, value, tokens, form):
+        """A pass through the layer."""
+        return layer.attend(query, key, value, tokens, form)
+
     def attend(self, layer, query, tokens, form):
         """Attention of the newest tokens over all slots and the summary, and what the policy observes of it.
 

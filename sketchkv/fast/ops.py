@@ -19,10 +19,12 @@ from sketchkv.fast import (
     eviction,
     prompt,
     recalled,
+    replay,
     storage,
     survivors,
     token,
 )
+from sketchkv.fast.launch import power
 from sketchkv.layer import BoundedLayer
 from sketchkv.ops import Eager
 from sketchkv.policies import AttentionMass, Policy
@@ -79,6 +81,11 @@ class Fused(Eager):
     def recalled(self, layer, query, key, value, tokens, form):
         """A whole step of a layer with an index (`sketchkv.recall`), or None."""
         return recalled.step(layer, query, key, value, tokens, form)
+
+    def through(self, layer, query, key, value, tokens, form):
+        if replay.suits(layer, query, form) and _adds_up(layer) and _leaves_at_once(layer):
+            return replay.attend(layer, query, key, value, tokens, form)
+        return super().through(layer, query, key, value, tokens, form)
 
     def attend(self, layer, query, tokens, form):
         slots, policy = layer.slots, layer.policy
@@ -197,6 +204,10 @@ class Fused(Eager):
             summary.fold(*taken, slots["positions"].gather(-1, index))
         storage.compact(slots, evicted)
 
+    def look(self, layer, tokens):
+        if not (layer.nan.is_cuda and torch.cuda.is_current_stream_capturing()):  # a later eviction looks
+            super().look(layer, tokens)
+
     def _evict_many(self, layer, tokens):
         """Those that stay go back to the steady slots."""
         slots, summary = layer.slots, layer.summary
@@ -217,15 +228,15 @@ class Fused(Eager):
 fused = Fused()
 
 
-@lru_cache(16)
-def _weights_of(decay, count, device):
-    return AttentionMass(decay).weights(count, device)[None]
+@lru_cache
+def _weights_of(decay, most, device):
+    return AttentionMass(decay).weights(most, device)[None]
 
 
 def _weights(policy, count, device):
-    """`policy.weights`, float32 `[1, count]`, once for all layers."""
+    """`policy.weights`, float32 `[1, count]`, once for all layers: so few tables that none is made while a pass is recorded."""
     if type(policy).weights is AttentionMass.weights:
-        return _weights_of(policy.decay, count, device)
+        return _weights_of(policy.decay, power(count), device)[:, -count:]
     return policy.weights(count, device)[None]
 
 

@@ -1,0 +1,142 @@
+"""A prompt passes through many layers that are alike: what the device does in one of them is recorded as a CUDA graph, and replayed
+in the others.
+
+While texts are few and not long, Python and a dozen launches for each eviction cost the host several times what the kernels cost
+the device. A graph writes where it was recorded, in a copy of a layer: what comes is copied there, and the layer's new state back.
+Recordings last as long as the pass, so that a prompt needs none of its length before.
+"""
+
+from copy import deepcopy
+from functools import lru_cache
+from threading import Lock
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sketchkv.layer import BoundedLayer
+from sketchkv.policies import AttentionMass, Window
+from sketchkv.sketch_policy import Sketch
+
+MOST = (
+    2**23
+)  # numbers in the queries of a pass: with more, the device is the one to wait for, and what is copied takes memory
+POLICIES = AttentionMass, Sketch, Window  # all state of which is in their tensors
+
+_recording = Lock()
+_passes = (
+    WeakIdKeyDictionary()
+)  # the positions of a pass that is under way: {kind of layer: its recording, None before}
+
+
+def attend(layer, query, key, value, tokens, form):
+    """`BoundedLayer.attend` of a layer that can be recorded: the first of a kind runs as it is, which compiles what it needs, the
+    second is recorded."""
+    recordings = _passes.setdefault(tokens.positions, {})
+    kind = _kind(layer, query, key, value, form)
+    if kind not in recordings:
+        recordings[kind] = None
+        return layer.attend(query, key, value, tokens, form)
+    if recordings[kind] is None:
+        recordings[kind] = Recording(layer, (query, key, value), tokens, form)
+    return recordings[kind].replay(layer, query, key, value)
+
+
+def suits(layer, query, form):
+    """Whether such a pass through the layer can be recorded, and is worth it."""
+    return (
+        query.is_cuda
+        and query.device.index == torch.cuda.current_device()
+        and query.shape[2] > layer.evict_every
+        and query.numel() <= MOST
+        and layer.prefill_chunk is not None
+        and type(layer) is BoundedLayer
+        and type(layer.policy) in POLICIES
+        and form.sinks is None
+        and not torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _kind(layer, query, key, value, form):
+    """Layers of one kind do the same on the device."""
+    policy = [
+        (n, x) for n, x in vars(layer.policy).items() if isinstance(x, (int, float, str)) and n != "layer"
+    ]
+    settings = layer.num_sinks, layer.recent_window, layer.evict_every, layer.prefill_chunk, layer.codec
+    given = query.shape, query.dtype, query.device, key.shape, value.shape, form
+    return (
+        *given,
+        layer.max_cache_size,
+        *settings,
+        layer.summary is None,
+        type(layer.policy),
+        *policy,
+        *_counts(layer),
+    )
+
+
+def _counts(layer):
+    return layer.seen, layer.evicted, layer.slots.used, layer.slots.kept
+
+
+def _count(layer, counts):
+    layer.seen, layer.evicted, layer.slots.used, layer.slots.kept = counts
+
+
+def _tensors(layer):
+    """All that a pass changes on the device."""
+    own = layer.summary.tensors() if layer.summary else ()
+    return [x for x in (layer.nan, *layer.slots.tensors(), *layer.policy.tensors(), *own) if x.numel()]
+
+
+def _bytes(tensors):
+    """Alike in kind, so that one launch copies them."""
+    return [x.view(torch.uint8) for x in tensors]
+
+
+class Recording:
+    """A pass through a copy of a layer, which has memory of its own."""
+
+    def __init__(self, layer, given, tokens, form):
+        self.given, begun = [torch.empty_like(x) for x in given], _counts(layer)
+        memory = {id(x): torch.empty_like(x) for x in _tensors(layer)}
+        self.layer = deepcopy(layer, memory | {id(layer.ops): layer.ops})
+
+        def run():
+            if begun[0] == 0:
+                self.layer.reset()
+            _count(self.layer, begun)
+            return self.layer.attend(*self.given, tokens, form)
+
+        self.run, self.output = captured(run)
+        self.counts, self.state = _counts(self.layer), _bytes(_tensors(self.layer))
+
+    def replay(self, layer, *given):
+        """What `layer.attend` gives and does."""
+        state = _bytes(_tensors(layer))
+        torch._foreach_copy_(self.given, given)
+        if layer.seen:
+            torch._foreach_copy_(self.state, state)
+        self.run()
+        torch._foreach_copy_(state, self.state)
+        _count(layer, self.counts)
+        layer.waiting = False
+        # Side by side in memory, as the model wants the heads.
+        return self.output.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def captured(run):
+    """(what does again on the device what `run` does there, what `run` returned); nothing is done yet."""
+    graph, (pool, side) = torch.cuda.CUDAGraph(), _memory(torch.cuda.current_stream())
+    with _recording, torch.cuda.stream(side):
+        graph.capture_begin(pool.id, "relaxed")
+        try:
+            output = run()
+        finally:
+            graph.capture_end()
+    return graph.replay, output
+
+
+@lru_cache(None)
+def _memory(stream):
+    """Where recordings that are replayed on a stream, one after the other, keep what they need in between."""
+    return torch.cuda.MemPool(), torch.cuda.Stream(stream.device)

@@ -1,12 +1,11 @@
 """One layer of a bounded cache: it stores new tokens, attends to what is stored, and evicts when it is full."""
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from sketchkv.checks import memory
+from sketchkv.checks import memory, slot_nbytes
 from sketchkv.ops import eager
 from sketchkv.slots import Slots
 
@@ -102,9 +101,8 @@ class BoundedLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx):
         if self.slots is None:
             return
-        for tensor in (
-            self.slots.tensors() + self.policy.tensors() + (self.summary.tensors() if self.summary else [])
-        ):
+        own = self.summary.tensors() if self.summary else []
+        for tensor in self.slots.tensors() + self.policy.tensors() + own:
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def crop(self, *_):
@@ -224,15 +222,9 @@ def _fits(held, batch, like):
         )
 
 
-@lru_cache(16)
-def _slot_nbytes(codec, dtype, widths):
-    one = Slots((1, 1), 1, widths, codec(dtype, torch.device("cpu")))
-    return one.nbytes(*one.arrays)
-
-
 def _allocated(layer, shape, widths, like):
     """Empty slots of a layer, and what its policy and summary hold."""
-    needed = shape.numel() * layer.capacity * _slot_nbytes(layer.codec, like[0], widths)
+    needed = shape.numel() * layer.capacity * slot_nbytes(layer.codec, like[0], widths)
     remedy = f"lower max_cache_size, evict_every or the batch ({layer.capacity} slots per head and layer)"
     memory(needed, like[1], remedy)
     slots = Slots(shape, layer.capacity, widths, layer.codec(*like))

@@ -125,9 +125,8 @@ class Eager:
 
     def look(self, layer, tokens):
         """Raises ValueError if an importance was NaN, on CUDA now and then."""
-        if layer.nan.device.type == "cpu" or (
-            tokens.clock is None and layer.evicted // layer.evict_every % CHECK_EVERY == 0
-        ):
+        due = tokens.clock is None and layer.evicted // layer.evict_every % CHECK_EVERY == 0
+        if due or layer.nan.device.type == "cpu":
             layer.check()
 
 

@@ -107,7 +107,7 @@ class Recording:
             _count(self.layer, begun)
             return self.layer.attend(*self.given, tokens, form)
 
-        self.run, self.output = captured(run)
+        self.graph, self.output = captured(run)
         self.counts, self.state = _counts(self.layer), _bytes(_tensors(self.layer))
 
     def replay(self, layer, *given):
@@ -116,7 +116,7 @@ class Recording:
         torch._foreach_copy_(self.given, given)
         if layer.seen:
             torch._foreach_copy_(self.state, state)
-        self.run()
+        self.graph.replay()
         torch._foreach_copy_(state, self.state)
         _count(layer, self.counts)
         layer.waiting = False
@@ -125,18 +125,26 @@ class Recording:
 
 
 def captured(run):
-    """(what does again on the device what `run` does there, what `run` returned); nothing is done yet."""
-    graph, (pool, side) = torch.cuda.CUDAGraph(), _memory(torch.cuda.current_stream())
-    with _recording, torch.cuda.stream(side):
-        graph.capture_begin(pool.id, "relaxed")
+    """(a graph of what `run` does on the device, what `run` returned); nothing is done there yet."""
+    with _recording:
+        keeper, side = _memory(torch.cuda.current_stream())
+        return _captured(run, side, keeper.pool())
+
+
+def _captured(run, side, pool=None):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        graph.capture_begin(pool, "relaxed")
         try:
             output = run()
         finally:
             graph.capture_end()
-    return graph.replay, output
+    return graph, output
 
 
 @lru_cache(None)
 def _memory(stream):
-    """Where recordings that are replayed on a stream, one after the other, keep what they need in between."""
-    return torch.cuda.MemPool(), torch.cuda.Stream(stream.device)
+    """Where recordings that are replayed on a stream, one after the other, keep what they need in between: a graph that does
+    nothing of use keeps the memory from one pass to the next."""
+    side = torch.cuda.Stream(stream.device)
+    return _captured(lambda: torch.zeros(1, device=stream.device), side)[0], side

@@ -29,14 +29,15 @@ def _factors(depth, seed, device):
     """What `CarterWegmanHash` draws. Once: what comes from the host takes a GPU longer than all else that a layer allocates."""
     generator = torch.Generator().manual_seed(seed)
     drawn = [torch.randint(least, PRIME, (depth,), generator=generator) for least in (1, 0)]
-    return [each.to(device, non_blocking=True) for each in drawn]
+    return torch.stack(drawn).to(device, non_blocking=True)
 
 
 @lru_cache(16)
 def _directions(dim, bits, seed, device):
-    """What `SimHash` draws, once."""
+    """What `SimHash` draws, and powers of two."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(dim, bits, generator=generator).to(device, non_blocking=True)
+    drawn = torch.randn(dim, bits, generator=generator).to(device, non_blocking=True)
+    return drawn, 2 ** torch.arange(bits, device=device, dtype=torch.int32)
 
 
 class CarterWegmanHash:
@@ -55,7 +56,7 @@ class CarterWegmanHash:
     def __init__(self, width, depth, seed=0, device=None):
         self.width, self.depth = whole("width", width, 1, PRIME), whole("depth", depth, 1, MOST_ROWS)
         self.seed = checked_seed(seed)
-        self.a, self.b = (drawn.clone() for drawn in _factors(self.depth, self.seed, device))
+        self.a, self.b = _factors(self.depth, self.seed, device).clone()
 
     def __call__(self, items):
         """Indices in [0, width), int64 `[..., depth, n]`, of int32 or int64 `items` `[..., n]`.
@@ -100,8 +101,7 @@ class SimHash:
     """
 
     def __init__(self, dim, bits, seed=0, device=None):
-        self.projection = _directions(dim, bits, seed, device).clone()
-        self.powers = 2 ** torch.arange(bits, device=device, dtype=torch.int32)
+        self.projection, self.powers = (drawn.clone() for drawn in _directions(dim, bits, seed, device))
 
     def __call__(self, vectors):
         """Codes, int64 `[...]`, of `vectors` `[..., dim]`."""

@@ -41,6 +41,12 @@ def model():
     return sketchkv.enable(model)
 
 
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch):
+    """No test profits from another's passes."""
+    monkeypatch.setattr(replay, "_several", set())
+
+
 def again(run):
     """`replay.captured` where there are no graphs."""
     output = run()

@@ -260,7 +260,7 @@ def append(key, value, slots, tokens, seen):
         near = torch.empty(2, batch, kv_heads, rows + count, dim, **kind).unbind()
         places = torch.empty(batch, kv_heads, rows + count, dtype=torch.int32, device=key.device)
         span = seen, sizes["NEWEST"], sizes["SINKS"], rows
-        fine = Fine(*near, places, slots.positions, tokens.first, *span)
+        fine = Fine(near[0], near[1], places, slots.positions, tokens.first, *span)
     left = (*coarse, slots.positions) if fine is None else (fine.keys, fine.values, fine.places)
     held = (
         stored(slots, "keys", "bounds"),

@@ -24,7 +24,6 @@ from sketchkv.fast import (
     survivors,
     token,
 )
-from sketchkv.fast.launch import power
 from sketchkv.layer import BoundedLayer
 from sketchkv.ops import Eager
 from sketchkv.policies import AttentionMass, Policy
@@ -36,6 +35,7 @@ from sketchkv.slots import Plain
 from sketchkv.summary import Summary
 
 FEW_SLOTS = 1024
+MOST_TOGETHER = 2**14  # queries of which a table says how much they count
 
 
 class Fused(Eager):
@@ -229,14 +229,14 @@ fused = Fused()
 
 
 @lru_cache
-def _weights_of(decay, most, device):
-    return AttentionMass(decay).weights(most, device)[None]
+def _weights_of(decay, device):
+    return AttentionMass(decay).weights(MOST_TOGETHER, device)[None]
 
 
 def _weights(policy, count, device):
-    """`policy.weights`, float32 `[1, count]`, once for all layers: so few tables that none is made while a pass is recorded."""
-    if type(policy).weights is AttentionMass.weights:
-        return _weights_of(policy.decay, power(count), device)[:, -count:]
+    """`policy.weights`, float32 `[1, count]`, of one table for all layers and passes: none is made while a pass is recorded."""
+    if type(policy).weights is AttentionMass.weights and count <= MOST_TOGETHER:
+        return _weights_of(policy.decay, device)[:, -count:]
     return policy.weights(count, device)[None]
 
 

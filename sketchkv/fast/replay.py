@@ -17,26 +17,25 @@ from sketchkv.layer import BoundedLayer
 from sketchkv.policies import AttentionMass, Window
 from sketchkv.sketch_policy import Sketch
 
-MOST = (
-    2**23
-)  # numbers in the queries of a pass: with more, the device is the one to wait for, and what is copied takes memory
+# Numbers in the queries of a pass: with more, it is the device that takes long, and copies would take memory.
+MOST = 2**23
 POLICIES = AttentionMass, Sketch, Window  # all state of which is in their tensors
 
 _recording = Lock()
-_passes = (
-    WeakIdKeyDictionary()
-)  # the positions of a pass that is under way: {kind of layer: its recording, None before}
+_passes = WeakIdKeyDictionary()  # {positions of a pass: {kind of layer: its recording, None before}}
+_several: set = set()  # kinds, but for the text, of which a pass brought several layers
 
 
 def attend(layer, query, key, value, tokens, form):
-    """`BoundedLayer.attend` of a layer that can be recorded: the first of a kind runs as it is, which compiles what it needs, the
-    second is recorded."""
-    recordings = _passes.setdefault(tokens.positions, {})
-    kind = _kind(layer, query, key, value, form)
-    if kind not in recordings:
+    """`BoundedLayer.attend` of a layer that can be recorded. The second of a kind is, and the first if others will come; before
+    that it runs as it is, which compiles kernels and fills tables."""
+    recordings, like = _passes.setdefault(tokens.positions, {}), _kind(layer, query, form)
+    kind = like, query.shape, _counts(layer)
+    if kind not in recordings and like not in _several:
         recordings[kind] = None
         return layer.attend(query, key, value, tokens, form)
-    if recordings[kind] is None:
+    if recordings.get(kind) is None:
+        _several.add(like)
         recordings[kind] = Recording(layer, (query, key, value), tokens, form)
     return recordings[kind].replay(layer, query, key, value)
 
@@ -56,22 +55,19 @@ def suits(layer, query, form):
     )
 
 
-def _kind(layer, query, key, value, form):
-    """Layers of one kind do the same on the device."""
-    policy = [
-        (n, x) for n, x in vars(layer.policy).items() if isinstance(x, (int, float, str)) and n != "layer"
-    ]
-    settings = layer.num_sinks, layer.recent_window, layer.evict_every, layer.prefill_chunk, layer.codec
-    given = query.shape, query.dtype, query.device, key.shape, value.shape, form
-    return (
-        *given,
-        layer.max_cache_size,
-        *settings,
-        layer.summary is None,
-        type(layer.policy),
-        *policy,
-        *_counts(layer),
-    )
+def _kind(layer, query, form):
+    """Layers of one kind do the same on the device, for the same text."""
+    slots, codec = layer.slots, layer.slots.codec
+    caps = layer.max_cache_size, layer.num_sinks, layer.recent_window, layer.evict_every, layer.prefill_chunk
+    sizes = query.shape[1], query.dtype, query.device, slots.shape[1], slots.widths
+    parts = layer.policy, layer.summary, codec, getattr(codec, "ring", None)
+    return form, caps, sizes, str(getattr(codec, "bits", "")), *map(_numbers, parts)
+
+
+def _numbers(thing):
+    """What was asked for, of a policy and the like."""
+    given = getattr(thing, "__dict__", {}).items()
+    return type(thing), *((n, x) for n, x in given if isinstance(x, (int, float, str)) and n != "layer")
 
 
 def _counts(layer):

@@ -168,7 +168,7 @@ def attend(
         rows, group, used, dim, block, query.device, tuning.get("splits")
     )
     counter = received if filled is None else filled
-    means = (received,) * 3 if summary is None else (summary.keys, summary.values, summary.counts)
+    means = [received] * 3 if summary is None else [summary.keys, summary.values, summary.counts]
     groups = max(16, power(group))
     shared = dict(GROUP=group, GROUPS=groups, SPLITS=splits, ADD=add, FINISH=128, GROWS=filled is not None)
     rotation, (rests, sizes) = slots.codec.rotations["keys"], rests_of(slots)
@@ -181,7 +181,7 @@ def attend(
         slots.positions,
         tuple(rests),
         counter,
-        means,
+        tuple(means),
         received,
         output,
         *buffers,

@@ -1,5 +1,6 @@
 """One layer of a bounded cache: it stores new tokens, attends to what is stored, and evicts when it is full."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class BoundedLayer(CacheLayerMixin):
 
     # The interface of a transformers cache layer
 
+    @torch.inference_mode(False)  # tensors that may be written to inside of it and outside
     def lazy_initialization(self, key_states, value_states):
         shape, widths = key_states.shape[:2], (key_states.shape[-1], value_states.shape[-1])
         like = key_states.dtype, key_states.device
@@ -56,9 +58,7 @@ class BoundedLayer(CacheLayerMixin):
 
         self.ops = suited(self.ops, like[1], self.codec)
         self.slots = self.home = None  # frees what another batch took
-        with torch.inference_mode(False):  # tensors that may be written to inside of it and outside
-            slots = _allocated(self, shape, widths, like)
-        self.slots = self.home = slots
+        self.slots = self.home = _allocated(self, shape, widths, like)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -110,7 +110,10 @@ class BoundedLayer(CacheLayerMixin):
             "a bounded cache cannot give back tokens it has evicted: use greedy search, sampling or beam search"
         )
 
-    batch_repeat_interleave = batch_select_indices = crop
+    def batch_select_indices(self, *_):
+        raise NotImplementedError("the batch of a bounded cache is fixed: reset() it and begin with all rows")
+
+    batch_repeat_interleave = batch_select_indices
 
     # What makes it bounded
 
@@ -194,13 +197,12 @@ class BoundedLayer(CacheLayerMixin):
 
     def nbytes(self):
         """Bytes of the tensors held: {"kv", "sketch", "policy"}, without what layers share."""
-        held = {"kv": 0, "sketch": 0, "policy": 0}
+        held = Counter(kv=0, sketch=0, policy=0)
         if self.slots is not None:
             held["kv"] = self.slots.nbytes(*self.slots.kv) + sum(t.nbytes for t in self.slots.codec.tensors())
-            for part in (self.policy.nbytes(self.slots), self.summary.nbytes() if self.summary else {}):
-                for kind, count in part.items():
-                    held[kind] += count
-        return held
+            held.update(self.policy.nbytes(self.slots))
+            held.update(self.summary.nbytes() if self.summary else {})
+        return dict(held)
 
     def shared(self):
         """Tensors that layers share, which count once: {identity: (kind, bytes)}."""

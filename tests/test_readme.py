@@ -38,7 +38,7 @@ def test_the_numbers_are_those_of_the_results():
     names = {
         ".compact": "compact",
         ".recall": "recall",
-        "AttentionMass": "decayed mean",
+        "AttentionMass": "exact scores",
         "policy=Sketch": "sketch 512x4",
         "Window": "StreamingLLM",
     }

@@ -176,12 +176,13 @@ def test_four_keys_are_told_in_the_words_of_the_table(written):
     table = pd.read_csv(ROOT / "data" / "results" / "pretrained_answers.csv")
     counted = table[table.counts & (table.task == "four_keys")].groupby("method")[["right", "n"]].sum()
     full, compact = counted.loc["full cache"], counted.loc["compact"]
-    said = f"the full cache answers {full.right} of {full.n}, `recall` {counted.right['recall']}, "
+    recall, alone = (counted.right[name] for name in ("recall", "recall without its tail"))
+    said = f"the full cache answers {full.right} of {full.n}, `recall` {recall} ({alone} without its tail), "
     assert said in written[0] and f"`compact` {compact.right}." in written[0]
 
 
 def test_what_the_tail_adds_is_told_once_it_was_measured(committed):
-    said = "Without the one token for the others it is"
+    said = "Without its tail it is"
     path = committed / "data" / "results" / "facts_11_pretrained.json"
     stored = sources.read_json(path)
     facts = {name: value for name, value in stored["facts"].items() if "recall_alone" not in name}

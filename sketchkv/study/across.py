@@ -180,7 +180,7 @@ def _far(_, folder):
 
 
 def _slope(found, _):
-    low, high = (found.facts[f"speed_slope_{end}"] for end in ("low", "high"))
+    low, high = found.frame("speed_rows").set_index("row").loc["compact, slope per doubling", ["low", "high"]]
     return below([(max(low, -high), max(high, -low))], LEVEL)
 
 

@@ -44,8 +44,12 @@ class Found(NamedTuple):
             else str(self)
         )
 
+    def added(self):
+        """Of a loss: as `short`, or that it is too small to be measured."""
+        return "nothing measurable" if self.low <= 0 <= self.high else self.short()
+
     def _digits(self):
-        return 0 if self.mean >= 20 else 1
+        return 0 if self.mean >= 20 else 1 if abs(self.mean) >= 0.1 else 2
 
 
 def gather(found):
@@ -244,6 +248,7 @@ def peers(found):
     largest difference of one rule in both codes."""
     table = found.frame("peers_losses")
     table = table[table.kept == table.kept.max()].sort_values("loss")
+    codes = table.pivot(index="method", columns="code", values="loss")
     rows = [
         (row.method, row.code, Found(*map(percent, (row.loss, row.low, row.high))))
         for row in table.itertuples()
@@ -253,7 +258,7 @@ def peers(found):
         best=rows[0],
         ours=next(row for row in rows if row[1] == "ours"),
         kept=int(table.kept.iloc[0]),
-        apart=percent(found.facts["peers_apart"]),
+        apart=percent((codes.ours - codes.kvpress).abs().max()),
         n=int(table.n.min()),
     )
 

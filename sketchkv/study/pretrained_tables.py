@@ -216,6 +216,7 @@ def at_equal_bytes(losses):
     fig, axes = plt.subplots(1, 2, sharey=True)
     for axis, text in zip(axes, ("prose", "code")):
         rows = at[at.text == text].set_index("method").reindex(order)
+        rows = rows[["percent", "low", "high"]].clip(lower=0.1)
         for place, (method, row) in enumerate(rows.iterrows()):
             color = COLOURS[method] if method in NAMED else GREY
             axis.errorbar(
@@ -227,7 +228,7 @@ def at_equal_bytes(losses):
                 capsize=2,
             )
         axis.set(title=text, xscale="log", xlim=(0.08, 90))
-        axis.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
+        axis.set_xticks([0.1, 1, 10], ["≤ 0.1", "1", "10"])
         axis.minorticks_off()
     axes[0].set_yticks(range(len(order)), [SHORT.get(method, method) for method in order])
     fig.supxlabel("perplexity above the full cache, %", fontsize=plt.rcParams["axes.labelsize"])

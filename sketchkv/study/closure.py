@@ -32,8 +32,8 @@ def reach(source):
     """The files of this package that Python code `source` imports, directly or not."""
     finder = ModuleFinder(path=[str(PACKAGE.parent)])
     finder.scan_code(compile(source, "", "exec"), finder.add_module("__main__"))
-    files = (Path(module.__file__) for module in finder.modules.values() if module.__file__)
-    return [file for file in files if file.is_relative_to(PACKAGE)]
+    files = (vars(module)["__file__"] for module in finder.modules.values())
+    return [Path(file) for file in files if file and Path(file).is_relative_to(PACKAGE)]
 
 
 def _fingerprint(files):

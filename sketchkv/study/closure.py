@@ -32,8 +32,9 @@ def reach(source):
     """The files of this package that Python code `source` imports, directly or not."""
     finder = ModuleFinder(path=[str(PACKAGE.parent)])
     finder.scan_code(compile(source, "", "exec"), finder.add_module("__main__"))
-    files = (vars(module)["__file__"] for module in finder.modules.values())
-    return [Path(file) for file in files if file and Path(file).is_relative_to(PACKAGE)]
+    named = (getattr(module, "__file__", None) for module in finder.modules.values())
+    files = (Path(name) for name in named if name)
+    return [file for file in files if file.is_relative_to(PACKAGE)]
 
 
 def _fingerprint(files):

@@ -5,11 +5,12 @@ import numbers
 import operator
 import os
 import warnings
+from functools import lru_cache
 from typing import Any, TypeGuard
 
 import torch
 
-from sketchkv.slots import MOST_TOKENS, Plain
+from sketchkv.slots import MOST_TOKENS, Plain, Slots
 
 
 def whole(name, value, least, most=None):
@@ -59,6 +60,13 @@ def device(value):
         return torch.device("cpu" if value is None else value)
     except (RuntimeError, TypeError):
         raise ValueError(f"device must be one of torch's, such as 'cpu' or 'cuda', got {value!r}") from None
+
+
+@lru_cache(16)
+def slot_nbytes(codec, dtype, widths):
+    """Bytes of one slot; codec: a function of (dtype, device), as of `SketchCache`."""
+    slots = Slots((1, 1), 1, widths, codec(dtype, torch.device("cpu")))
+    return slots.nbytes(*slots.arrays)
 
 
 def memory(needed, device, remedy):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from sketchkv.checks import memory
+from sketchkv.checks import memory, slot_nbytes
 from sketchkv.ops import eager
 from sketchkv.slots import Slots
 
@@ -101,9 +101,8 @@ class BoundedLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx):
         if self.slots is None:
             return
-        for tensor in (
-            self.slots.tensors() + self.policy.tensors() + (self.summary.tensors() if self.summary else [])
-        ):
+        own = self.summary.tensors() if self.summary else []
+        for tensor in self.slots.tensors() + self.policy.tensors() + own:
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def crop(self, *_):
@@ -227,8 +226,7 @@ def _fits(held, batch, like):
 
 def _allocated(layer, shape, widths, like):
     """Empty slots of a layer, and what its policy and summary hold."""
-    one = Slots((1, 1), 1, widths, layer.codec(like[0], torch.device("cpu")))
-    needed = shape.numel() * layer.capacity * one.nbytes(*one.arrays)
+    needed = shape.numel() * layer.capacity * slot_nbytes(layer.codec, like[0], widths)
     remedy = f"lower max_cache_size, evict_every or the batch ({layer.capacity} slots per head and layer)"
     memory(needed, like[1], remedy)
     slots = Slots(shape, layer.capacity, widths, layer.codec(*like))

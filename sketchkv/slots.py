@@ -194,6 +194,5 @@ class Slots:
 
 def gather(array, index):
     """What is at `index` (`[batch, num_kv_heads, n]`) in `array` (`[batch, num_kv_heads, slots, ...]`)."""
-    return array.gather(
-        2, index[..., None].expand(*index.shape, array.shape[-1]) if array.ndim == 4 else index
-    )
+    index = index[..., None].expand(*index.shape, array.shape[-1]) if array.ndim == 4 else index
+    return array.gather(2, index)

@@ -125,8 +125,8 @@ def test_every_question_is_a_row_that_some_group_measures(tiny, monkeypatch):
     monkeypatch.setattr(steps, "most", lambda fits: 1.0)
     for name in ("write_gguf", "LlamaCpp", "_agree"):
         monkeypatch.setattr(llama_cpp, name, MagicMock())
+    monkeypatch.setattr(llama_cpp, "version", lambda: "0")
     monkeypatch.setattr(llama_cpp, "_counted", lambda run, clock, took: took.append(1.0))
-    monkeypatch.setattr(llama_cpp.sources, "read_json", lambda path: {"version": "0"})
     monkeypatch.setattr(timing.Table, "slope", lambda self, row, *a: self.add(row, "1", [0.0]))
     table = timing.Table(quiet=True)
 

@@ -91,6 +91,7 @@ def machine(commit=None):
         torch=torch.__version__,
         transformers=transformers.__version__,
         triton=getattr(triton, "__version__", None),
+        node_llama_cpp=llama_cpp.version(),
         threads=torch.get_num_threads(),
     )
     if torch.cuda.is_available():

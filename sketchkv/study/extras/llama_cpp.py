@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,12 @@ from sketchkv.study.steps import CYCLE
 
 MODULES = sources.ROOT / "build" / "llama"  # where node-llama-cpp is installed
 SCRIPT = Path(__file__).with_suffix(".mjs")
+
+
+def version():
+    """Of node-llama-cpp; None where it is not installed."""
+    package = MODULES / "node_modules" / "node-llama-cpp" / "package.json"
+    return sources.read_json(package)["version"] if package.is_file() else None
 
 
 def write_gguf(model, path):
@@ -55,7 +62,7 @@ class LlamaCpp:
 
     def __init__(self, path, threads, context, modules=MODULES):
         command = "node", str(SCRIPT), str(path), str(threads), str(context)
-        self.process = subprocess.Popen(
+        self.process: Any = subprocess.Popen(
             command, cwd=modules, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self.cpu = 0.0  # seconds that its threads took for what was asked so far
@@ -81,11 +88,12 @@ class LlamaCpp:
 def beside(bench, seen, cap=512):
     """Cycles of compiled steps of compact, with float32 weights and with 16 bits, and of llama.cpp's full cache.
 
-    Time on the clock and time of all threads: others on the machine stretch the first, and hardly the second.
+    By the clock and in CPU time of all threads: what else runs on the machine stretches the first more than the second.
     """
-    version = sources.read_json(MODULES / "node_modules/node-llama-cpp/package.json")["version"]
+    if version() is None:
+        raise RuntimeError("llama.cpp is not there: `make bench-llama` installs it")
     threads, ids = torch.get_num_threads(), bench.ids(seen)[0].tolist()
-    bench.begin(llama=version, threads=threads, seen=seen, methods=[bench.method("compact", cap)])
+    bench.begin(llama=version(), threads=threads, seen=seen, methods=[bench.method("compact", cap)])
     with tempfile.TemporaryDirectory() as folder:
         write_gguf(bench.plain, path := Path(folder, "model.gguf"))
         with LlamaCpp(path, threads, seen + CYCLE) as peer:
@@ -98,18 +106,20 @@ def beside(bench, seen, cap=512):
                     ours()
 
             theirs = f"llama.cpp, 16-bit weights, {seen} seen"
-            rows = {f"compact, cap {cap}, compiled, {seen} seen": (ours, time.process_time)}
-            rows[f"compact, cap {cap}, compiled, 16-bit weights, {seen} seen"] = halved, time.process_time
-            rows[theirs] = lambda: peer.ask(steps=steps), lambda: peer.cpu
-            took = {row: [] for row in rows}
+            rows: dict[str, tuple] = {
+                f"compact, cap {cap}, compiled, {seen} seen": (ours, time.process_time),
+                f"compact, cap {cap}, compiled, 16-bit weights, {seen} seen": (halved, time.process_time),
+                theirs: (lambda: peer.ask(steps=steps), lambda: peer.cpu),
+            }
+            took: dict[str, list] = {row: [] for row in rows}
             bench.time({row: _counted(run, clock, took[row]) for row, (run, clock) in rows.items()})
     for row, seconds in took.items():
         kept = len(bench.table.samples[row])
-        bench.table.add(f"{row}, all threads", "ms", [1e3 * each / CYCLE for each in seconds[-kept:]])
+        bench.table.add(f"{row}, CPU time", "ms", [1e3 * each / CYCLE for each in seconds[-kept:]])
     for row in rows:
         if row != theirs:
             bench.table.ratio(row, theirs)
-            bench.table.ratio(f"{row}, all threads", f"{theirs}, all threads")
+            bench.table.ratio(f"{row}, CPU time", f"{theirs}, CPU time")
 
 
 def _counted(run, clock, took):

@@ -25,7 +25,7 @@ export MALLOC_TRIM_THRESHOLD_ := 1073741824
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 
 .DEFAULT_GOAL := help
-.PHONY: help env reproduce site lab test test-models test-oldest lint bench bench-peers model models smollm2 gemma3 django-docs clean FORCE
+.PHONY: help env reproduce site lab test test-models test-oldest lint bench bench-peers bench-llama model models smollm2 gemma3 django-docs clean FORCE
 
 help:  ## show this list
 	@sed -nE 's/^([a-z][^ :]*).*:.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | sed 's/%/NAME/' | expand -t 26
@@ -102,6 +102,11 @@ bench-peers: $(READY) smollm2 django-docs  ## cut prompts of SmolLM2 by kvpress 
 	test -x build/peers/bin/python || $(PYTHON) -m venv build/peers
 	build/peers/bin/python -m pip install --disable-pip-version-check -q -r sketchkv/study/extras/kvpress.txt
 	$(BIN)/python -m sketchkv.study.cut_once build/peers/bin/python
+
+bench-llama: $(READY)  ## measure llama.cpp beside a step of ours, on the CPU; needs node and npm
+	npm install --prefix build/llama --ignore-scripts --no-audit --no-fund node-llama-cpp@3.21.1
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps gguf==0.19.0
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m sketchkv.study.bench cpu_llama
 
 model: $(READY)  ## train the embedded model again
 	$(BIN)/python -m sketchkv.training

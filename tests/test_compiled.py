@@ -69,6 +69,23 @@ def test_padded_texts(gpt2, padding):
 
 
 @needs_compiler
+def test_autocast_is_of_the_models_weights(ids):
+    """Their products are in 16 bits, what the cache holds and computes is as without."""
+    model, ids = enable(build("llama")).to(DEVICE), ids[:, :50].to(DEVICE)
+    logits, caches = [], [SketchCache.compact(model.config, max_cache_size=30) for _ in range(2)]
+    for cache, halved in zip(caches, (False, True), strict=True):
+        with torch.no_grad():
+            model(ids[:, :30], past_key_values=cache)
+            with torch.autocast(DEVICE, torch.float16, enabled=halved):
+                for token in ids[:, 30:].split(1, 1):
+                    found = compiled_step(model)(token, cache)
+        logits.append(found.float())
+        assert cache.evicted_tokens > 0 and {layer.slots.dtype for layer in cache.layers} == {torch.float32}
+    apart = (logits[0] - logits[1]).abs().max() / logits[0].abs().max()
+    assert 0 < apart < 0.02
+
+
+@needs_compiler
 def test_changed_weights_are_compiled_anew(gpt2, ids):
     """Packed weights are a copy; a stale one would go unnoticed."""
     model, ids = gpt2.to(DEVICE), ids[:, :50].to(DEVICE)

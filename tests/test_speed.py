@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from unittest.mock import MagicMock
 
 import pandas as pd
 import pytest
@@ -9,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from sketchkv.study import bench, speed, steps, timing
+from sketchkv.study.extras import llama_cpp
 from sketchkv.study.steps import CYCLE, FULL, Bench
 
 
@@ -121,6 +123,10 @@ def test_every_question_is_a_row_that_some_group_measures(tiny, monkeypatch):
     monkeypatch.setattr(Bench, "ids", lambda self, *a: torch.ones(1, 1))
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     monkeypatch.setattr(steps, "most", lambda fits: 1.0)
+    for name in ("write_gguf", "LlamaCpp", "_agree"):
+        monkeypatch.setattr(llama_cpp, name, MagicMock())
+    monkeypatch.setattr(llama_cpp, "version", lambda: "0")
+    monkeypatch.setattr(llama_cpp, "_counted", lambda run, clock, took: took.append(1.0))
     monkeypatch.setattr(timing.Table, "slope", lambda self, row, *a: self.add(row, "1", [0.0]))
     table = timing.Table(quiet=True)
 

@@ -37,9 +37,10 @@ def _attend(
     layer: int,
 ) -> torch.Tensor:
     cache = _step.cache
-    key, value = cache.update(key, value, layer)
-    form = Form(scaling, None if softcap == 0 else softcap, sinks)
-    output = cache.layers[layer].attend(query, key, value, cache.passes.tokens, form)
+    with torch.autocast(query.device.type, enabled=False):  # a matter of the model's weights alone
+        key, value = cache.update(key, value, layer)
+        form = Form(scaling, None if softcap == 0 else softcap, sinks)
+        output = cache.layers[layer].attend(query, key, value, cache.passes.tokens, form)
     return output.transpose(1, 2).contiguous()
 
 
@@ -51,6 +52,7 @@ def _(query, key, value, sinks, scaling, softcap, layer):
 def attend(query, key, value, form, layer):
     """What a compiled step calls for attention: `[batch, 1, num_heads, width]` of `query`, `[batch, num_heads, 1, width]`,
     over the slots of `layer` and the new token."""
+    value = value.to(query.dtype)  # under autocast only what was rotated is in float32
     return torch.ops.sketchkv.attend(query, key, value, form.sinks, form.scaling, form.softcap or 0.0, layer)
 
 

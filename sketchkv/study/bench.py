@@ -19,6 +19,7 @@ import transformers
 
 from sketchkv.fast.launch import triton
 from sketchkv.study import sources
+from sketchkv.study.extras import llama_cpp
 from sketchkv.study.steps import Bench
 from sketchkv.study.timing import COLUMNS, Table, limited
 
@@ -45,6 +46,7 @@ MORE = {
         600,
         lambda t: _cpu(t).peers(1024, caps=(256,), fast=("sketch", "streaming", "h2o"), plain=("sketch",)),
     ),
+    "cpu_llama": (900, lambda t: llama_cpp.beside(_cpu(t), 3072)),
     "cpu_batch": (900, lambda t: _cpu(t, batch=8).peers(1024, plain=("compact",))),
     "gpu_peers": (400, lambda t: _gpu(t).peers(4096)),
     "gpu_steps_8": (300, lambda t: _gpu(t, batch=8).steps([1024, 8192, 32768])),
@@ -89,6 +91,7 @@ def machine(commit=None):
         torch=torch.__version__,
         transformers=transformers.__version__,
         triton=getattr(triton, "__version__", None),
+        node_llama_cpp=llama_cpp.version(),
         threads=torch.get_num_threads(),
     )
     if torch.cuda.is_available():

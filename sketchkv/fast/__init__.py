@@ -71,12 +71,12 @@ def compiled_call(model, config=None):
 
 def _is_step(cache, input_ids=None, position_ids=None, past_key_values=None, attention_mask=None, **given):
     """Whether a pass brings one token to a text, and is asked for nothing but logits."""
-    given = {name for name, value in given.items() if value is not None and value is not False}
+    asked = {name for name, value in given.items() if value is not None and value is not False}
     return (
         cache.seen_tokens > 0
         and input_ids is not None
         and input_ids.shape[1] == 1
         and position_ids is not None
         and position_ids.shape == input_ids.shape
-        and given <= {"use_cache", "return_dict", "logits_to_keep"}
+        and asked <= {"use_cache", "return_dict", "logits_to_keep"}
     )

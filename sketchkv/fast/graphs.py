@@ -50,8 +50,8 @@ class StepGraphs:
             raise ValueError(
                 f"a {type(cache).__name__} decides on the host while it decodes: decode with graph=False"
             )
-        self._model, self.state = weakref.ref(model), state(model)
-        self.cache, self.compiled = cache, compiled
+        self._model: Any = weakref.ref(model)  # recordings go with it, too
+        self.state, self.cache, self.compiled = state(model), cache, compiled
         self.warm, self.graphs, self.waits = set(), {}, False
         self.slots: Any = []  # that steps were recorded for
         self.counts: Any = None  # tokens seen and stored, as the device knows them

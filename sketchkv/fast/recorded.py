@@ -11,7 +11,9 @@ from sketchkv.support import text_config
 
 # Of `sketchkv.enable`, and those that do nothing unless hidden states are asked for.
 HARMLESS = ("sketchkv.attention", "transformers.utils.output_capturing")
-COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+aten = torch.ops.aten
+INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
+COPIES = (aten._to_copy, aten.copy_)
 DEPENDS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -75,8 +77,13 @@ class Waits(TorchDispatchMode):
     found = False
 
     def __torch_dispatch__(self, op, types, arguments=(), named=None):
-        result = op(*arguments, **(named or {}))
-        tensors = [x for x in (result, *arguments) if isinstance(x, torch.Tensor)]
-        crosses = op in COPIES and len({x.device.type for x in tensors}) > 1
-        self.found |= crosses or not DEPENDS.isdisjoint(op.tags)
+        result, kind = op(*arguments, **(named or {})), op.overloadpacket
+        if kind in COPIES:
+            self.found |= (
+                len({x.device.type for x in (result, *arguments) if isinstance(x, torch.Tensor)}) > 1
+            )
+        elif kind in INDEXING:  # by a mask, it counts
+            self.found |= any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in arguments[1])
+        else:
+            self.found |= not DEPENDS.isdisjoint(op.tags)
         return result

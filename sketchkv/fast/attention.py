@@ -229,15 +229,28 @@ def _combine(
         group = tl.arange(0, GROUPS)
         part = (row * GROUP + group[:, None]) * SPLITS + split[None, :]
         inside = (group[:, None] < GROUP) & (split[None, :] < SPLITS)
-        part_top = tl.load(tops + part, mask=inside, other=MASKED)
-        part_total = tl.load(totals + part, mask=inside, other=0.0)
-        top = tl.max(part_top, 1)
-        total = tl.sum(part_total * tl.exp2(part_top - top[:, None]), 1)
-        total = tl.where(group < GROUP, total, 1.0)
+        part_tops = tl.load(tops + part, mask=inside, other=MASKED)
+        part_totals = tl.load(totals + part, mask=inside, other=0.0)
+        all_tops = tl.max(part_tops, 1)
+        all_totals = tl.sum(part_totals * tl.exp2(part_tops - all_tops[:, None]), 1)
+        all_totals = tl.where(group < GROUP, all_totals, 1.0)
         received += row // kv_heads * r_batch + row % kv_heads * r_head
         scratch += row * GROUP * scratch_stride
         slot = (block - GROUP) * FINISH + tl.arange(0, FINISH)
-        _receive(scratch, received, slot, r_slot, used, scratch_stride, group, top, total, decay, GROUP, ADD)
+        _receive(
+            scratch,
+            received,
+            slot,
+            r_slot,
+            used,
+            scratch_stride,
+            group,
+            all_tops,
+            all_totals,
+            decay,
+            GROUP,
+            ADD,
+        )
     else:  # the output waits for nothing that the others do
         head = row * GROUP + block
         part_top = tl.load(tops + head * SPLITS + split, mask=split < SPLITS, other=MASKED)
@@ -253,12 +266,12 @@ def _combine(
             of_split = (head * SPLITS + index[:, None]) * HEAD_DIM + column[None, :]
             partly = tl.load(partial + of_split, mask=(index[:, None] < SPLITS) & written[None, :], other=0.0)
             sums += tl.sum(tl.exp2(share - top)[:, None] * partly, 0)
-        sums = (sums / total).to(output.dtype.element_ty)
+        result = (sums / total).to(output.dtype.element_ty)
         if TURN:  # values were turned when they were coded
-            back = tl.load(turn + column[None, :] * HEAD_DIM + column[:, None]).to(sums.dtype)
-            turned = tl.sum(sums.to(tl.float32)[:, None] * back.to(tl.float32), 0) * factor
-            sums = turned.to(sums.dtype)
-        tl.store(output + head * HEAD_DIM + column, sums, mask=written)
+            back = tl.load(turn + column[None, :] * HEAD_DIM + column[:, None]).to(result.dtype)
+            turned = tl.sum(result.to(tl.float32)[:, None] * back.to(tl.float32), 0) * factor
+            result = turned.to(result.dtype)
+        tl.store(output + head * HEAD_DIM + column, result, mask=written)
 
 
 def attend(query, keys, values, scaling, positions=None, received=None, decay=1.0, filled=None, **tuning):

@@ -16,11 +16,11 @@ import torch
 from sketchkv.fast.launch import usable
 from sketchkv.fast.ops import Fused, grows
 from sketchkv.fast.recalled import ready
-from sketchkv.fast.recorded import Waits, state
+from sketchkv.fast.recorded import Waits, pretended, state
 from sketchkv.passes import Tokens
 from sketchkv.recall import RecallLayer
 
-_one = threading.Lock()  # CUDA takes one recording at a time
+_one = threading.Lock()  # one recording at a time, pretended or not
 
 
 class StepGraphs:
@@ -121,7 +121,7 @@ class StepGraphs:
         """A step as it is, which tells whether others like it can be recorded; what is compiled can."""
         if self.compiled:
             return self._step()
-        with Waits() as waits:
+        with _one, pretended(), Waits() as waits:
             logits = self._step()
         self.waits |= waits.found
         return logits

@@ -1,5 +1,7 @@
 """Which steps may be recorded without being asked for: those of an untouched model, in which the host waits for nothing."""
 
+import threading
+from contextlib import contextmanager
 from itertools import chain
 
 import torch
@@ -69,6 +71,17 @@ def _plain(thing):
     if isinstance(thing, (list, tuple)):
         return [_plain(each) for each in thing]
     return thing if isinstance(thing, (bool, int, float, str)) else id(thing)
+
+
+@contextmanager
+def pretended():
+    """This thread is told that it is recorded: transformers leaves some checks out then."""
+    own, here = torch.cuda.is_current_stream_capturing, threading.get_ident()
+    torch.cuda.is_current_stream_capturing = lambda: threading.get_ident() == here or own()
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = own
 
 
 class Waits(TorchDispatchMode):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -13,7 +14,7 @@ from transformers.generation import BaseStreamer, GenerationMixin
 from sketchkv import H2O, AttentionMass, Random, Sketch, SketchCache, Summary, Window, disable, enable
 from sketchkv.fast import recorded
 from sketchkv.fast.graphs import StepGraphs
-from sketchkv.fast.recorded import Waits, state
+from sketchkv.fast.recorded import Waits, pretended, state
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GREEDY = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
@@ -179,7 +180,7 @@ def test_a_model_that_changes(llama, ids, steps):
         (negate, llama),
         (replace, llama),
         (scale, llama),
-        (int, other),
+        (lambda: None, other),
     ):
         with torch.no_grad():
             change()
@@ -239,8 +240,22 @@ def test_what_waits():
             wait()
         assert waits.found
     with Waits() as waits:
+        x[torch.tensor([0, 2], device=DEVICE)]  # an index, no mask
+    assert not waits.found
+    with Waits() as waits:
         x.to("meta")
     assert waits.found
+
+
+def test_checks_that_a_recording_leaves_out_do_not_count(gpt2, ids):
+    """GPT-2 looks for padding where it is given no mask, but not while it is recorded."""
+    model, token = gpt2.to(DEVICE), ids[:, :1].to(DEVICE)
+    with torch.no_grad(), Waits() as waits:
+        model(token)
+    assert waits.found
+    with torch.no_grad(), pretended(), Waits() as waits:
+        model(token)
+    assert not waits.found and torch.cuda.is_current_stream_capturing.__module__.startswith("torch")
 
 
 def test_an_error_in_the_middle(llama, ids, steps):
@@ -335,8 +350,6 @@ def test_other_caches_and_a_compile_config(llama, ids, steps):
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 def test_threads(llama, ids, steps):
-    from concurrent.futures import ThreadPoolExecutor
-
     texts = [ids[:, start : start + 50].to(DEVICE) for start in range(0, 32, 8)]
     expected = [as_it_is(llama, text, cache_of(llama), 40) for text in texts]
     with ThreadPoolExecutor(4) as pool:

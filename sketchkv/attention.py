@@ -49,7 +49,7 @@ def attention(module, query, key, value, attention_mask, *, scaling=None, softca
     if told != brought:
         raise ValueError(f"the pass was announced with {told} tokens and brings {brought}")
     with torch.no_grad():
-        output = layer.attend(query, key, value, tokens, form)
+        output = layer.ops.through(layer, query, key, value, tokens, form)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         output = _NoGradient.apply(output, query, key, value)
     return output.transpose(1, 2).contiguous(), None
@@ -93,22 +93,28 @@ def _names(kind):
 
 
 def _given(module, args, kwargs):
-    """What a forward pass is given, by name."""
-    return dict(zip(_names(module.__class__), args, strict=False)) | kwargs if args else kwargs
+    """The `SketchCache` that a forward pass is given, or None, and all that it is given, by name."""
+    if torch.compiler.is_compiling():  # a compiled step announces itself
+        return None, {}
+    given = dict(zip(_names(module.__class__), args, strict=False)) | kwargs if args else kwargs
+    cache = given.get("past_key_values")
+    return cache if isinstance(cache, SketchCache) else None, given
 
 
 def begin(module, args, kwargs):
     """Before the forward pass of a model: announces it to the `SketchCache` that it is given, if it is."""
-    if torch.compiler.is_compiling():  # a compiled step announces itself
-        return
-    given = _given(module, args, kwargs)
-    cache = given.get("past_key_values")
-    if not isinstance(cache, SketchCache):
+    cache, given = _given(module, args, kwargs)
+    if cache is None:
         return
     owners = [name for name, _ in cache.passes.owners]
     if not owners or id(module) in owners:  # not within another's pass: none is under way, or one broke off
         if given.get("use_cache") is False:
             raise ValueError("use_cache=False and a SketchCache exclude each other: leave one of them out")
+        if given.get("output_attentions", getattr(module.config, "output_attentions", False)):
+            raise ValueError(
+                "a SketchCache can't give attention maps, since layers hold other tokens: leave output_attentions out, "
+                "or leave out the cache on a model with attn_implementation='eager'"
+            )
         _check_model(module.config, cache)
     ids = given.get("input_ids")
     inputs = given.get("inputs_embeds") if ids is None else ids
@@ -134,8 +140,6 @@ def _check_model(config, cache):
 
 def end(module, args, kwargs, output):
     """After a forward pass that went well."""
-    if torch.compiler.is_compiling():
-        return
-    cache = _given(module, args, kwargs).get("past_key_values")
-    if isinstance(cache, SketchCache) and cache.passes.owners:
+    cache, _ = _given(module, args, kwargs)
+    if cache is not None and cache.passes.owners:
         cache.passes.end(module)

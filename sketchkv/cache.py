@@ -1,16 +1,16 @@
 """A transformers cache that never holds more than `max_cache_size` tokens per KV head."""
 
 import copy
+from collections import Counter
 from typing import Any
 
 from transformers.cache_utils import Cache
 
-from sketchkv.checks import Settings, alone, codec_of, per_layer, policies_of, rows, whole
+from sketchkv.checks import Settings, codec_of, fitting, per_layer, policies_of, rows, whole
 from sketchkv.devices import Compileable
 from sketchkv.layer import BoundedLayer
 from sketchkv.passes import Passes
 from sketchkv.policies import AttentionMass
-from sketchkv.slots import MOST_TOKENS
 from sketchkv.support import layer_windows, text_config
 
 
@@ -18,7 +18,7 @@ class SketchCache(Cache):
     """A bounded KV cache for `model.generate(..., past_key_values=cache)` on a model switched by `sketchkv.enable`.
 
     Layers that attend to the whole text keep `max_cache_size` tokens. Layers with a sliding window hold their window, or
-    the cap where that is smaller.
+    the cap where that is smaller; policy, evictions, summary and index are not for them.
 
     config: the model's configuration (or the model).
     max_cache_size: tokens kept per sequence, layer and KV head after an eviction; a list is one cap per layer.
@@ -26,17 +26,17 @@ class SketchCache(Cache):
         received.
     num_sinks: first tokens of a text, which are never evicted.
     recent_window: newest tokens, which are never evicted.
-    evict_every: tokens between evictions; as many slots are held beyond the cap, and count as memory.
+    evict_every: tokens between evictions; as many slots are held beyond the cap, and count as memory. An index has none.
     prefill_chunk: tokens between evictions while a prompt passes; None: as while decoding.
     attend_topk: attention runs over this many of the stored tokens alone, those ranked highest at the last eviction, and
-        over all that came since; a token left out stays stored, and the next eviction ranks it again. None: over all.
-    summary: a `sketchkv.summary.Summary`, into which evicted tokens are folded, or with an index a `sketchkv.tail.Tail`.
+        over all that came since; a token left out stays stored, and the next eviction ranks it again. None, or the cap: over all.
+    summary: a `sketchkv.summary.Summary`, into which evicted tokens are folded; with an index, a `sketchkv.tail.Tail`.
     bits: 8, 6, 5, 4, 3 or 2 holds keys and values quantized, 16 in float16; a pair is for keys and values; None: the model's
         dtype. Attention decodes one layer at a time: that working memory is not part of `nbytes`.
     codec: another way to store keys and values, a function of (dtype, device) that gives a `sketchkv.slots.Plain`.
     index: a `sketchkv.index.KeyIndex`: what is evicted is not forgotten, and each query asks for it (`sketchkv.recall`).
-    Raises ValueError for a value out of range or a cap that leaves no room beside sinks and recent window, TypeError for a
-    parameter that does not exist (one that did is named with its new spelling).
+    Raises ValueError for a value out of range or a cap that leaves no room beside sinks and recent window, TypeError for parts
+    that do not fit each other and for a parameter that does not exist (the error names who has it, or how it is spelled now).
     """
 
     layers: Any
@@ -62,15 +62,10 @@ class SketchCache(Cache):
         if former:
             from sketchkv.former import refuse
 
-            refuse(former)
+            refuse(SketchCache, former)
         config = text_config(config)
         windows = layer_windows(config)
-        if index is not None:
-            alone(index, summary, policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk)
-        elif summary is not None and (isinstance(summary, type) or not hasattr(summary, "fold")):
-            raise TypeError(
-                f"summary must be a sketchkv.summary.Summary, such as Summary(1), or None; got {summary!r}"
-            )
+        fitting(index, summary, windows, policy=policy, prefill_chunk=prefill_chunk, attend_topk=attend_topk)
         settings = Settings(
             num_sinks, recent_window, evict_every, prefill_chunk, attend_topk, codec_of(bits, codec)
         )
@@ -78,11 +73,10 @@ class SketchCache(Cache):
         self.prefill_chunk, self.evict_every = settings.prefill_chunk, settings.evict_every
         self.recordings = None  # of `sketchkv.fast.graphs`
         self.passes = Passes(config)
-        caps = per_layer("max_cache_size", max_cache_size, len(windows))
+        caps = settings.leave_room(per_layer("max_cache_size", max_cache_size, len(windows)))
         policies = policies_of(policy, len(windows))
         layers = []
         for number, (cap, window, own) in enumerate(zip(caps, windows, policies, strict=True)):
-            cap = settings.leave_room(whole("max_cache_size", cap, 1, MOST_TOKENS))
             layers.append(self.make_layer(cap, window, copy.deepcopy(own), settings, copy.deepcopy(summary)))
             layers[-1].policy.layer = number
         super().__init__(layers=layers)
@@ -123,23 +117,30 @@ class SketchCache(Cache):
 
     @classmethod
     def recall(cls, config, max_cache_size=512, top=256, store="host", *, fine_window=None, **changes):
-        """Fast memory holds an index of all tokens and `max_cache_size` of them; each step attends to sinks, the newest 64 and
-        the `top` that the index ranks highest for its queries, read from `store` if need be (`sketchkv.recall`). 6-bit keys and
-        5-bit values; `fine_window`, `changes` as of `compact`."""
+        """Fast memory holds an index of all tokens and `max_cache_size` of them; each step attends to sinks, the newest 64, the
+        `top` that the index ranks highest for its queries, read from `store` if need be (`sketchkv.recall`), and one token for
+        all others (`sketchkv.tail`). 6-bit keys and 5-bit values; `fine_window`, `changes` as of `compact`."""
         from sketchkv.index import KeyIndex
         from sketchkv.quantize import finely
+        from sketchkv.tail import Tail
 
-        settings = dict(bits=(6, 5), recent_window=64, index=KeyIndex(top=top, store=store))
-        return cls(config, max_cache_size, **finely(settings | changes, changes, fine_window, max_cache_size))
+        if "index" in changes and (top, store) != (256, "host"):
+            raise TypeError("give either index= or top=, store=: KeyIndex(top=..., store=...) takes both")
+        own = dict(bits=(6, 5), recent_window=64, index=KeyIndex(top=top, store=store), summary=Tail())
+        return cls(config, max_cache_size, **finely(own | changes, changes, fine_window, max_cache_size))
+
+    def get_seq_length(self: Any = None, layer_idx=0):
+        """`seen_tokens`. Without a cache to ask, what was handed to a model is the class: transformers asks this first."""
+        if self is None:
+            raise TypeError("past_key_values is the class: hand in a cache, SketchCache(model.config, 512)")
+        return super().get_seq_length(layer_idx)
 
     @property
     def seen_tokens(self):
         """Tokens that passed through the cache, padding included; the next token's position."""
         return self.layers[0].seen
 
-    is_open = property(
-        lambda self: self.passes.tokens is not None, doc="Whether a forward pass is under way."
-    )
+    is_open = property(lambda self: self.passes.tokens is not None, doc="Whether a pass is under way.")
 
     @property
     def evicted_tokens(self):
@@ -165,16 +166,15 @@ class SketchCache(Cache):
         quantized ones, and the means of the summary. "sketch": counters, hash parameters, projections and a signature per
         slot. "policy": positions and everything else that choosing needs. "host": the store, the one that "total" leaves out.
         """
-        held: dict[str, int] = {}
+        held: Counter[str] = Counter()
         shared: dict[int, tuple[str, int]] = {}
         for layer in self.layers:
-            for kind, count in layer.nbytes().items():
-                held[kind] = held.get(kind, 0) + count
+            held.update(layer.nbytes())
             shared |= layer.shared()
         for kind, count in shared.values():
             held[kind] += count
         held["policy"] += 0 if self.passes.first is None else self.passes.first.nbytes
-        return held | {"total": sum(held.values()) - held.get("host", 0)}
+        return dict(held, total=held.total() - held["host"])
 
     def traffic(self):
         """Of a cache with an index, since the last reset: bytes "written" to the store, "fetched" into slots by steps and
@@ -195,8 +195,10 @@ class SketchCache(Cache):
         self.passes.forget()
 
     def reorder_cache(self, beam_idx):
+        """Row i becomes what row `beam_idx[i]` was, int64 `[batch]` (beam search)."""
         if self.layers[0].slots is not None:
-            rows(beam_idx, self.layers[0].slots.shape[0])
+            batch = self.layers[0].slots.shape[0]
+            rows(beam_idx, batch, batch)
         super().reorder_cache(beam_idx)
         self.passes.reorder(beam_idx)
 

@@ -5,11 +5,12 @@ import numbers
 import operator
 import os
 import warnings
+from functools import lru_cache
 from typing import Any, TypeGuard
 
 import torch
 
-from sketchkv.slots import MOST_TOKENS, Plain
+from sketchkv.slots import MOST_TOKENS, Plain, Slots
 
 
 def whole(name, value, least, most=None):
@@ -61,6 +62,13 @@ def device(value):
         raise ValueError(f"device must be one of torch's, such as 'cpu' or 'cuda', got {value!r}") from None
 
 
+@lru_cache(16)
+def slot_nbytes(codec, dtype, widths):
+    """Bytes of one slot; codec: a function of (dtype, device), as of `SketchCache`."""
+    slots = Slots((1, 1), 1, widths, codec(dtype, torch.device("cpu")))
+    return slots.nbytes(*slots.arrays)
+
+
 def memory(needed, device, remedy):
     """Raises ValueError, with the remedy, if `needed` bytes are more than all memory of the device: allocators' own messages
     name neither, and a CPU's process may be killed without one."""
@@ -76,17 +84,28 @@ def memory(needed, device, remedy):
         )
 
 
+def told(value):
+    """What an error tells of a wrong value: the dtype and shape of a tensor, the class of anything else."""
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
 def _boolean(value):
     return "bool" in str(getattr(value, "dtype", type(value)))
 
 
-def rows(index, count):
-    """Raises ValueError unless `index` is a tensor of whole numbers in [0, count): rows of a batch to go on with."""
+def rows(index, count, length=None):
+    """Raises ValueError unless `index` is a tensor of whole numbers in [0, count), of so many if `length` is given: rows of a
+    batch to go on with."""
     sound = isinstance(index, torch.Tensor) and index.dim() == 1 and index.dtype in (torch.int32, torch.int64)
-    if not sound or (
-        index.device.type == "cpu" and index.numel() and not 0 <= index.min() <= index.max() < count
-    ):
-        raise ValueError(f"rows must be an int64 tensor [n] of numbers from 0 to {count - 1}, got {index!r}")
+    if sound and index.device.type == "cpu" and index.numel():
+        sound = 0 <= index.min() <= index.max() < count
+    if not sound or length not in (None, len(index)):
+        raise ValueError(
+            f"rows must be an int64 tensor [{'n' if length is None else length}] of numbers from 0 to {count - 1}, "
+            f"got {index!r}"
+        )
 
 
 # Of a cache
@@ -117,21 +136,29 @@ class Settings:
             if not optional or getattr(self, name) is not None:
                 setattr(self, name, whole(name, getattr(self, name), least, MOST_TOKENS))
 
-    def leave_room(self, cap):
-        """`cap`, if there is something to choose below it. Raises ValueError where all is protected."""
+    def leave_room(self, caps):
+        """`caps`, one per layer, as ints, if there is something to choose below each. Raises ValueError where all is protected,
+        and for an `attend_topk` that chooses nothing, or more than there is."""
+        caps = [whole("max_cache_size", cap, 1, MOST_TOKENS) for cap in caps]
         least = self.num_sinks + self.recent_window
         beside = f"beside {self.num_sinks} sinks and a recent window of {self.recent_window}"
-        if cap <= least:
+        if min(caps) <= least:
             raise ValueError(
-                f"max_cache_size={cap} leaves nothing to choose {beside}: "
+                f"max_cache_size={min(caps)} leaves nothing to choose {beside}: "
                 f"raise the cap above {least} or lower num_sinks, recent_window"
             )
-        if self.attend_topk is not None and self.attend_topk <= least:
-            raise ValueError(
-                f"attend_topk={self.attend_topk} leaves nothing to choose {beside}, which are always attended to: "
-                f"raise it above {least}"
-            )
-        return cap
+        if self.attend_topk is not None:
+            if self.attend_topk <= least:
+                raise ValueError(
+                    f"attend_topk={self.attend_topk} leaves nothing to choose {beside}, which are always attended to: "
+                    f"raise it above {least}"
+                )
+            if self.attend_topk > max(caps):
+                raise ValueError(
+                    f"attend_topk={self.attend_topk} is more than max_cache_size={max(caps)}, all that an eviction leaves: "
+                    "lower it, or leave it out to attend to all"
+                )
+        return caps
 
 
 def codec_of(bits, codec):
@@ -148,23 +175,45 @@ def codec_of(bits, codec):
     return quantized(bits)
 
 
-def alone(index, summary, **others):
-    """Raises TypeError for what is no index and for a summary that does not go with one, ValueError for what an index leaves nothing to do."""
-    if isinstance(index, type) or not hasattr(index, "choose"):
+def fitting(index, summary, windows, **others):
+    """Raises TypeError for what is no index or no summary and for two that do not fit each other, ValueError for `others`
+    that an index leaves nothing to do, and where all layers have `windows` (None: a layer has none)."""
+    if index is None:
+        if not _made(summary, "fold"):
+            raise TypeError(
+                f"summary must be a sketchkv.summary.Summary, such as Summary(1), or None; got {summary!r}"
+            )
+        if hasattr(summary, "stand_for"):
+            raise TypeError(
+                "a Tail stands for what an index leaves out, and there is no index: take SketchCache.recall or give "
+                "index=sketchkv.index.KeyIndex(); a Summary() stands for what was evicted"
+            )
+        return
+    if not _made(index, "choose"):
         raise TypeError(
             f"index must be a sketchkv.index.KeyIndex, such as KeyIndex(top=256), or None; got {index!r}"
         )
-    if summary is not None and (isinstance(summary, type) or not hasattr(summary, "stand_for")):
+    if not _made(summary, "stand_for"):
         raise TypeError(
             "with an index nothing is evicted for good that a Summary could stand for: give summary=sketchkv.tail.Tail(), "
             f"which stands for what a query leaves out, or None; got {summary!r}"
+        )
+    if None not in windows:
+        raise ValueError(
+            "all layers of this model have sliding windows, and an index has nothing to bring back: take SketchCache.compact "
+            "or leave index= out"
         )
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise ValueError(
             f"index and {', '.join(given)} exclude each other: with an index the query decides what is attended to, "
-            "slots attended to longest ago are overwritten, and prompts pass exactly"
+            "slots attended to longest ago are overwritten, and prompts pass exactly (SketchCache.recall has what fits)"
         )
+
+
+def _made(part, method):
+    """Whether `part` is None, or an object and no class that has the method."""
+    return part is None or (not isinstance(part, type) and hasattr(part, method))
 
 
 def per_layer(name, value, count):
@@ -181,11 +230,9 @@ def checked_scores(scores, layer):
     """What a policy's `score` gave. Raises ValueError unless it is one real number per stored token."""
     shape = layer.slots["positions"].shape
     if not isinstance(scores, torch.Tensor) or scores.shape != shape or scores.is_complex():
-        got = type(scores).__name__
-        if isinstance(scores, torch.Tensor):
-            got = f"{scores.dtype} {list(scores.shape)}"
         raise ValueError(
-            f"{type(layer.policy).__name__}.score() must return one number per stored token, {list(shape)}; got {got}"
+            f"{type(layer.policy).__name__}.score() must return one number per stored token, {list(shape)}; "
+            f"got {told(scores)}"
         )
     return scores
 
@@ -217,11 +264,8 @@ MASK = (
 def checked_mask(mask, batch, tokens):
     """`mask` as bool, if it is one of `tokens` tokens, 0 or 1; values are looked at on a CPU only."""
     if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
-        given = (
-            f"a mask of shape {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
-        )
         raise ValueError(
-            f"SketchCache takes a 2-D attention_mask [batch, tokens so far] or none, got {given}: 4-D masks cannot say "
+            f"SketchCache takes a 2-D attention_mask [batch, tokens so far] or none, got {told(mask)}: 4-D masks cannot say "
             "which evicted tokens they mean"
         )
     if mask.shape != (batch, tokens):
@@ -264,11 +308,10 @@ def begins(mask, first, start):
 def checked_inputs(inputs, are_ids, seen):
     """Raises ValueError unless `inputs` are ids `[batch, n]` or embeddings `[batch, n, width]` of new tokens."""
     if not isinstance(inputs, torch.Tensor) or inputs.ndim != 3 - are_ids or 0 in inputs.shape:
-        given = list(inputs.shape) if isinstance(inputs, torch.Tensor) else type(inputs).__name__
         hint = f": the cache has seen {seen} tokens (cache.reset() forgets them)" if seen else ""
         raise ValueError(
             "with a SketchCache, input_ids must be a tensor [batch, tokens], or inputs_embeds "
-            f"[batch, tokens, width], with at least one new token; got {given}{hint}"
+            f"[batch, tokens, width], with at least one new token; got {told(inputs)}{hint}"
         )
 
 

@@ -12,7 +12,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from sketchkv.checks import flag, real, share, whole
+from sketchkv.checks import flag, real, share, told, whole
 from sketchkv.support import text_config
 
 
@@ -165,8 +165,7 @@ def _ids(given):
         given, mask = given["input_ids"], given.get("attention_mask")
     if not isinstance(given, torch.Tensor):
         raise TypeError(
-            f"input_ids must be a tensor [batch, tokens] or a tokenizer's output with return_tensors='pt', "
-            f"got {type(given).__name__}"
+            f"input_ids must be a tensor [batch, tokens] or a tokenizer's output with return_tensors='pt', got {told(given)}"
         )
     if given.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"input_ids must be int64 or int32, got {given.dtype}: use input_ids.long()")
@@ -180,16 +179,14 @@ def _ids(given):
 def _checked(model, input_ids, cache, new_tokens=0, attention_mask=None):
     """Token ids, mask and cache (a full one for None), once they are found to fit each other and the model."""
     if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
-        kind = model.__name__ if isinstance(model, type) else type(model).__name__
         raise TypeError(
-            f"model must be a causal language model of transformers, as from_pretrained() gives; got {kind}"
+            f"model must be a causal language model of transformers, as from_pretrained() gives; got {told(model)}"
         )
     ids, mask = _ids(input_ids)
     mask = mask if attention_mask is None else attention_mask
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.shape != ids.shape):
-        shape = list(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
         raise ValueError(
-            f"attention_mask must be a tensor of the shape of input_ids, {list(ids.shape)}; got {shape}"
+            f"attention_mask must be a tensor of the shape of input_ids, {list(ids.shape)}; got {told(mask)}"
         )
     if mask is not None:
         mask = mask.to(ids.device)
@@ -210,9 +207,8 @@ def _checked(model, input_ids, cache, new_tokens=0, attention_mask=None):
         )
     cache = DynamicCache(config=config) if cache is None else cache
     if not isinstance(cache, Cache):
-        kind = cache.__name__ if isinstance(cache, type) else type(cache).__name__
         raise TypeError(
-            f"cache must be a SketchCache or another transformers cache, made with (...); got {kind}"
+            f"cache must be a SketchCache or another transformers cache, made with (...); got {told(cache)}"
         )
     if cache.get_seq_length() > 0:
         raise ValueError("the cache already holds a text: call cache.reset() or make a new one")
@@ -225,9 +221,8 @@ def _checked(model, input_ids, cache, new_tokens=0, attention_mask=None):
 def _filled(given, config):
     """Values of `given`, those at their defaults from a GenerationConfig."""
     if not isinstance(config, GenerationConfig):
-        kind = type(config).__name__
         raise TypeError(
-            f"generation_config must be a transformers.GenerationConfig, got {kind}: use GenerationConfig(**...)"
+            f"generation_config must be a transformers.GenerationConfig, got {told(config)}: use GenerationConfig(**...)"
         )
     defaults = dict(do_sample=False, temperature=1.0)
     return [

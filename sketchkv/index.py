@@ -16,7 +16,7 @@ from torch.nn.functional import embedding_bag
 from sketchkv.checks import flag, whole
 from sketchkv.ops import order
 from sketchkv.quantize import TINY, Normal, matrix, normal_levels, rotation
-from sketchkv.store import as_store
+from sketchkv.store import as_store, pinned_if
 
 LARGEST = torch.finfo(torch.float16).max
 GROWTH = 1024  # tokens for which memory is taken at a time
@@ -29,7 +29,8 @@ class KeyIndex:
     """Estimates of query times key for every token seen, and the `top` tokens by them.
 
     Tokens are coded once, a block at a time: a block has one centre, the mean of its keys. The product of the
-    query and the centre is exact. Until a block is full, the keys of its tokens are held in half precision.
+    query and the centre is exact. Until a block is full, the keys of its tokens are held in half precision, where the
+    store is: they are written once a token and read once a block.
 
     top: tokens that `choose` returns for each query and KV head.
     bits: of a rotated coordinate, 1 (its sign), 2 or 4 (levels of a normal distribution).
@@ -54,8 +55,8 @@ class KeyIndex:
         num_sinks = whole("num_sinks", num_sinks, 0)
         if bits not in (1, 2, 4) or pooling not in POOLINGS or block % 16:
             raise ValueError(
-                f"top={top}, bits={bits}, pooling={pooling!r}, block={block}: top must be at least 1, "
-                f"bits 1, 2 or 4, pooling one of {POOLINGS}, block a multiple of 16"
+                f"bits={bits}, pooling={pooling!r}, block={block}: must be bits 1, 2 or 4, pooling one of {POOLINGS}, "
+                "block a multiple of 16"
             )
         self.top, self.bits, self.pooling, self.block, self.num_sinks = top, bits, pooling, block, num_sinks
         self.store, self.exact_prompts = as_store(store), flag("exact_prompts", exact_prompts)
@@ -81,7 +82,7 @@ class KeyIndex:
         # Rounded at once, so that codes do not depend on the chunks in which a text comes.
         held, self.seen = self.seen - self.coded, self.seen + count
         if held + count >= self.block:
-            keys = torch.cat([self.pending[:, :, :held], keys.to(self.pending.dtype)], 2)
+            keys = torch.cat([self.open(held, keys.device), keys.to(self.pending.dtype)], 2)
             full = keys.shape[2] // self.block * self.block
             self.code(keys[:, :, :full])
             keys, held = keys[:, :, full:], 0
@@ -94,10 +95,14 @@ class KeyIndex:
             raise ValueError(f"{head_dim} channels can't be packed: head_dim must be a multiple of 8")
         device, self.shape, self.capacity, self.arrays = keys.device, shape, 0, {}
         dtype = torch.float16 if keys.dtype.itemsize > 2 else keys.dtype
-        self.pending = keys.new_zeros(batch, heads, self.block, head_dim, dtype=dtype)
+        self.pending = self.store.zeros(batch, heads, self.block, head_dim, dtype=dtype, device=device)
         self.rotation = rotation(head_dim, device)
         self.coder, self.centres = (Normal(bits, device) for bits in (self.bits, CENTRE_BITS))
         self.levels = levels_of_bytes(self.bits, device)
+
+    def open(self, count, device):
+        """The first `count` keys of the open block. All are copied at once, behind the kernels that write them."""
+        return self.pending.to(device)[:, :, :count]
 
     def positions(self, count):
         """Of the first `count` tokens, int32 `[batch or 1, 1, count]`, -1 for padding."""
@@ -106,7 +111,7 @@ class KeyIndex:
 
     def code(self, keys):
         """Codes the keys of full blocks, `[batch, kv_heads, n * block, head_dim]`."""
-        blocks, tokens = keys.float().unflatten(2, (-1, self.block)), keys.shape[2]
+        blocks, tokens = keys.to(self.rotation.device).float().unflatten(2, (-1, self.block)), keys.shape[2]
         positions = self.positions(self.coded + tokens)[:, :, self.coded :]
         member = (positions >= self.num_sinks).unflatten(2, (-1, self.block))[..., None]
         for name, rows in self.encode(blocks, member).items():
@@ -145,7 +150,7 @@ class KeyIndex:
         """
         query = query.float().unflatten(1, (self.shape[1], -1))
         group, flat = query.shape[2:4], query.flatten(2, 3)
-        found = flat @ self.pending[:, :, : self.seen - self.coded].float().transpose(-1, -2)
+        found = flat @ self.open(self.seen - self.coded, query.device).float().transpose(-1, -2)
         return (torch.cat([self.estimate(flat), found], -1) if self.coded else found).unflatten(2, group)
 
     def estimate(self, query):
@@ -155,11 +160,8 @@ class KeyIndex:
         """
         query = query @ matrix(self.rotation, torch.float32)
         base = query @ self.centre().transpose(-1, -2)
-        return self.likeness(query).unflatten(-1, (-1, self.block)).add_(base[..., None]).flatten(-2)
-
-    def likeness(self, query):
-        """Rotated query times centred key, `[batch, kv_heads, m, coded]`."""
-        return lookup(self, query) * self.used("factor").float()[:, :, None]
+        centred = lookup(self, query) * self.used("factor").float()[:, :, None]
+        return centred.unflatten(-1, (-1, self.block)).add_(base[..., None]).flatten(-2)
 
     def centre(self):
         """Centres of the full blocks, rotated, float32 `[batch, kv_heads, blocks, head_dim]`."""
@@ -198,8 +200,8 @@ class KeyIndex:
     # Upkeep
 
     def nbytes(self):
-        """Bytes held, room for tokens to come and the open block's keys included."""
-        return sum(tensor.nbytes for tensor in self._tensors())
+        """Bytes held, room for tokens to come included. The open block's keys (`pending`) lie with the store."""
+        return sum(tensor.nbytes for tensor in self._tensors() if tensor is not self.pending)
 
     def shared(self):
         """Tensors that all indexes of a device share."""
@@ -216,6 +218,13 @@ class KeyIndex:
 
     def _tensors(self):
         return [self.pending, *self.arrays.values()] if self.shape else []
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        if self.shape:  # of a copy
+            self.pending = pinned_if(
+                self.rotation.is_cuda and self.pending.device.type == "cpu", self.pending
+            )
 
 
 @torch.inference_mode(False)
@@ -288,36 +297,3 @@ def levels_of_bytes(bits, device):
     """The levels that each of the 256 bytes stands for, `[256, 8 / bits]`, in the order of `pack`."""
     codes = torch.arange(256, device=device)[:, None] >> torch.arange(0, 8, bits, device=device) & 2**bits - 1
     return normal_levels(bits).float().to(device)[codes]
-
-
-class BothSigns(KeyIndex):
-    """The signs of the query, too, and not its coordinates: SimHash (Charikar 2002) with lengths."""
-
-    def likeness(self, query):
-        alike = lookup(self, query.sign()) / (query.shape[-1] * self.coder.levels[-1])
-        length = self.used("factor").float()[:, :, None] * (2 / torch.pi * query.shape[-1] ** 0.5)
-        return (alike * (torch.pi / 2)).sin_() * length * query.norm(dim=-1, keepdim=True)
-
-
-class PageBounds(KeyIndex):
-    """The largest product with a vector that keeps within the bounds of a page's keys (Quest)."""
-
-    page = 16
-
-    def encode(self, blocks, member):
-        pages = blocks.flatten(2, 3).unflatten(2, (-1, self.page))
-        return {"least": pages.amin(3).half(), "most": pages.amax(3).half()}
-
-    def estimate(self, query):
-        least, most = (self.used(name, self.page).float().transpose(-1, -2) for name in ("least", "most"))
-        return (query.clamp(min=0) @ most + query.clamp(max=0) @ least).repeat_interleave(self.page, -1)
-
-
-class ExactKeys(KeyIndex):
-    """The keys themselves: what an index could reach at best, at the bytes of the keys."""
-
-    def encode(self, blocks, member):
-        return {"keys": blocks.flatten(2, 3)}
-
-    def estimate(self, query):
-        return query @ self.used("keys").transpose(-1, -2)

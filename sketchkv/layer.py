@@ -1,11 +1,12 @@
 """One layer of a bounded cache: it stores new tokens, attends to what is stored, and evicts when it is full."""
 
+from collections import Counter
 from typing import Any
 
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from sketchkv.checks import memory
+from sketchkv.checks import memory, slot_nbytes
 from sketchkv.ops import eager
 from sketchkv.slots import Slots
 
@@ -49,6 +50,7 @@ class BoundedLayer(CacheLayerMixin):
 
     # The interface of a transformers cache layer
 
+    @torch.inference_mode(False)  # tensors that may be written to inside of it and outside
     def lazy_initialization(self, key_states, value_states):
         shape, widths = key_states.shape[:2], (key_states.shape[-1], value_states.shape[-1])
         like = key_states.dtype, key_states.device
@@ -56,9 +58,7 @@ class BoundedLayer(CacheLayerMixin):
 
         self.ops = suited(self.ops, like[1], self.codec)
         self.slots = self.home = None  # frees what another batch took
-        with torch.inference_mode(False):  # tensors that may be written to inside of it and outside
-            slots = _allocated(self, shape, widths, like)
-        self.slots = self.home = slots
+        self.slots = self.home = _allocated(self, shape, widths, like)
         self.is_initialized = True
 
     def update(self, key_states, value_states, *args, **kwargs):
@@ -101,9 +101,8 @@ class BoundedLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx):
         if self.slots is None:
             return
-        for tensor in (
-            self.slots.tensors() + self.policy.tensors() + (self.summary.tensors() if self.summary else [])
-        ):
+        own = self.summary.tensors() if self.summary else []
+        for tensor in self.slots.tensors() + self.policy.tensors() + own:
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
     def crop(self, *_):
@@ -111,7 +110,10 @@ class BoundedLayer(CacheLayerMixin):
             "a bounded cache cannot give back tokens it has evicted: use greedy search, sampling or beam search"
         )
 
-    batch_repeat_interleave = batch_select_indices = crop
+    def batch_select_indices(self, *_):
+        raise NotImplementedError("the batch of a bounded cache is fixed: reset() it and begin with all rows")
+
+    batch_repeat_interleave = batch_select_indices
 
     # What makes it bounded
 
@@ -195,13 +197,12 @@ class BoundedLayer(CacheLayerMixin):
 
     def nbytes(self):
         """Bytes of the tensors held: {"kv", "sketch", "policy"}, without what layers share."""
-        held = {"kv": 0, "sketch": 0, "policy": 0}
+        held = Counter(kv=0, sketch=0, policy=0)
         if self.slots is not None:
             held["kv"] = self.slots.nbytes(*self.slots.kv) + sum(t.nbytes for t in self.slots.codec.tensors())
-            for part in (self.policy.nbytes(self.slots), self.summary.nbytes() if self.summary else {}):
-                for kind, count in part.items():
-                    held[kind] += count
-        return held
+            held.update(self.policy.nbytes(self.slots))
+            held.update(self.summary.nbytes() if self.summary else {})
+        return dict(held)
 
     def shared(self):
         """Tensors that layers share, which count once: {identity: (kind, bytes)}."""
@@ -225,8 +226,7 @@ def _fits(held, batch, like):
 
 def _allocated(layer, shape, widths, like):
     """Empty slots of a layer, and what its policy and summary hold."""
-    one = Slots((1, 1), 1, widths, layer.codec(like[0], torch.device("cpu")))
-    needed = shape.numel() * layer.capacity * one.nbytes(*one.arrays)
+    needed = shape.numel() * layer.capacity * slot_nbytes(layer.codec, like[0], widths)
     remedy = f"lower max_cache_size, evict_every or the batch ({layer.capacity} slots per head and layer)"
     memory(needed, like[1], remedy)
     slots = Slots(shape, layer.capacity, widths, layer.codec(*like))

@@ -38,6 +38,10 @@ class Eager:
         """Stores new tokens in the layer's slots; returns the slots as a slice."""
         return layer.slots.append(keys, values, tokens.positions, tokens.first)
 
+    def through(self, layer, query, key, value, tokens, form):
+        """A pass through the layer."""
+        return layer.attend(query, key, value, tokens, form)
+
     def attend(self, layer, query, tokens, form):
         """Attention of the newest tokens over all slots and the summary, and what the policy observes of it.
 
@@ -121,9 +125,8 @@ class Eager:
 
     def look(self, layer, tokens):
         """Raises ValueError if an importance was NaN, on CUDA now and then."""
-        if layer.nan.device.type == "cpu" or (
-            tokens.clock is None and layer.evicted // layer.evict_every % CHECK_EVERY == 0
-        ):
+        due = tokens.clock is None and layer.evicted // layer.evict_every % CHECK_EVERY == 0
+        if due or layer.nan.device.type == "cpu":
             layer.check()
 
 

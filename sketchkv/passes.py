@@ -23,9 +23,7 @@ class Tokens(NamedTuple):
     positions: Any  # int32 [batch, n], or [1, n] if all rows are alike; -1 for padding
     first: Any = 0  # position of each row's first real token, int32 [batch, 1, 1], or 0 for all
     padded: bool = False  # whether a row has padding, in this pass or before
-    clock: Any = (
-        None  # int32 [1], the one new token's position, in a step that is recorded to run at other positions
-    )
+    clock: Any = None  # int32 [1], the one new token's position, in a step recorded to run at others
 
     def part(self, block):
         """The tokens of a slice."""
@@ -43,8 +41,6 @@ class Passes:
 
     config: of the decoder.
     """
-
-    after: Any = None  # called when a pass went through every layer, for a cache that does something then
 
     def __init__(self, config):
         self.length = Length(config)
@@ -120,8 +116,6 @@ class Passes:
                 if len(self.told) == FOLD:
                     self.digest()
             self.tokens = None
-            if self.after is not None:
-                self.after()
 
     def _tokens(self, inputs, token_ids, attention_mask, position_ids):
         batch, count = inputs.shape[:2]

@@ -14,9 +14,7 @@ class Policy:
     """Base of all policies."""
 
     uses_attention = False  # whether `observe` wants attention: without, a layer need not compute it
-    recordable = (
-        True  # whether the same operations on the device serve every eviction, with nothing that Python draws
-    )
+    recordable = True  # whether the same operations serve every eviction, with nothing that Python draws
     layer = 0  # index of the layer it serves, set by the cache
 
     def allocate(self, slots):

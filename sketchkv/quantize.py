@@ -27,7 +27,8 @@ def quantized(bits, newest=0, sinks=0, finer=4):
     """The codec that holds keys and values in so many bits: a function of (dtype, device).
 
     bits: one of `BITS`, or a pair of them for keys and values.
-    newest: of so many tokens, and of the first `sinks`, what rounding took is held as well (`sketchkv.ring`); 0: of none.
+    newest: of so many tokens, and of the first `sinks`, what rounding took is held as well (`sketchkv.ring`); 0, or where 16
+        bits round nothing: of none.
     finer: in so many bits, one of `BITS`.
     Raises ValueError for another number.
     """
@@ -70,7 +71,8 @@ def finely(settings, given, window, max_cache_size):
     if window is None:
         window = 0 if cap < LEAST_FINE else min(MOST_FINE, cap // FINE_SHARE)
     # With an index, a token that is held finely must be one that is always in a slot.
-    window = whole("fine_window", window, 0, settings["recent_window"] if settings.get("index") else cap)
+    most = settings.get("recent_window", 16) if settings.get("index") else cap
+    window = whole("fine_window", window, 0, most)
     return settings | {"codec": quantized(bits, window, settings.get("num_sinks", 4))}
 
 
@@ -158,7 +160,9 @@ class Quantized(Plain):
         member = (slots["positions"] >= first)[..., None] & keys.isfinite().all(-1, keepdim=True)
         total = keys.where(member, 0).sum(2, keepdim=True)
         self.centre.copy_(total / member.sum(2, keepdim=True).clamp(min=1))
-        arrays = slots.write("keys", keys, 0)
+        arrays = self.encode("keys", keys)
+        for name, coded in arrays.items():
+            slots.arrays[name][:, :, : slots.used] = coded
         if self.ring:
             self.ring.renew(slots, keys - self.decode("keys", arrays))
 

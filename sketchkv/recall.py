@@ -4,6 +4,7 @@ attention.
 """
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ class RecallLayer(BoundedLayer):
     sinks and the newest tokens. With `exact_prompts` a pass of one token is a step, be it of a prompt or not.
 
     Codec and index are apart: the codec codes a key around its own centre, the index around its block's, so
-    that the signs of a key are stored twice. The index holds the keys of its open block a second time.
+    that the signs of a key are stored twice. The keys of the index's open block lie with the store, a second time.
 
     index: a `sketchkv.index.KeyIndex` of the layer's own; its store is a template.
     summary: a `sketchkv.tail.Tail` of what a query leaves out, or None.
@@ -85,17 +86,22 @@ class RecallLayer(BoundedLayer):
     def nbytes(self):
         return super().nbytes() | {
             "index": self.index.nbytes() + self.store.beside(),
-            "host": self.store.nbytes(),
+            "host": self.store.nbytes() + (self.index.pending.nbytes if self.index.shape else 0),
         }
 
     def shared(self):
         own = {id(tensor): ("index", tensor.nbytes) for tensor in self.index.shared()}
         return own | super().shared()  # a rotation that the codec counts is the same
 
+    @property
+    def row(self):
+        """Bytes that a step writes outside of fast memory, for one KV head: a record, and a key of the open block."""
+        return self.store.record + self.index.pending[0, 0, 0].nbytes
+
     def advance(self):
         self.seen += 1
         self.index.seen = self.store.tokens = self.seen
-        self.moved["written"] += self.slots.shape[0] * self.slots.shape[1] * self.store.record
+        self.moved["written"] += self.slots.shape[0] * self.slots.shape[1] * self.row
         self.evicted = self.seen - self.slots.used
 
     def attend(self, query, key, value, tokens, form):
@@ -132,16 +138,15 @@ class RecallLayer(BoundedLayer):
     def _enter(self, raw, key, value, tokens, alone):
         """New tokens go to the store, to the index and, if there is room or one comes `alone`, to slots."""
         slots, count = self.slots, key.shape[2]
-        pairs = {"keys": key, "values": value}
-        parts = {name: (vectors, slots.codec.encode(name, vectors)) for name, vectors in pairs.items()}
-        slots.codec.keep(parts, tokens.positions, tokens.first)
-        coded = {name: array for _, arrays in parts.values() for name, array in arrays.items()}
+        coded = slots.coded(key, value, tokens.positions, tokens.first)
         self._write(self.seen, coded)
         if self.summary:
             at = tokens.positions[:, None]
             at = at.masked_fill(at < tokens.first + self.num_sinks, EMPTY)
             self.summary.take(key, value, at, passing=not (alone or self.exact_prompts))
         self.index.add(raw, tokens.positions if tokens.padded else None)
+        held = 1 if alone else min(count, self.index.seen - self.index.coded)
+        self.moved["written"] += self.index.pending[:, :, :held].nbytes
         at = torch.arange(slots.used, slots.used + count, device=slots.device)
         if slots.room >= count:
             slots.used += count
@@ -266,21 +271,30 @@ def refill(layer, tokens):
 
 
 def stream(layer, query, turned, tokens, form):
-    """Attention of n new tokens over the store, block by block, with a running maximum as in
-    FlashAttention (Dao et al. 2022, arXiv 2205.14135)."""
+    """Attention of n new tokens over the store, part by part, with a running maximum as in FlashAttention (Dao et al. 2022,
+    arXiv 2205.14135)."""
+    shape = (*layer.slots.shape, query.shape[1] // layer.slots.shape[1], query.shape[2], 1)
+    most = turned.new_full(shape, torch.finfo(torch.float32).min, dtype=torch.float32)
+    total = output = torch.zeros_like(most)
+    for logits, take in parts(layer, query, turned, tokens, form):
+        higher = torch.maximum(most, logits.amax(-1, keepdim=True))
+        weights, kept = (logits - higher).exp_(), (most - higher).exp_()
+        most, total = higher, total * kept + weights.sum(-1, keepdim=True)
+        output = output * kept + take(weights)
+    return (output / total).flatten(1, 2).to(query.dtype)
+
+
+def parts(layer, query, turned, tokens, form):
+    """What n new tokens attend to, of the store block by block: yields (logits `[batch, num_kv_heads, group, n, m]`, what gives
+    the values that their weights take)."""
     (batch, heads), count, device = layer.slots.shape, query.shape[2], query.device
     number = torch.arange(layer.seen - count, layer.seen, device=device)[:, None]
     first = torch.as_tensor(tokens.first, device=device).view(-1, 1, 1, 1)
     allowed = None if layer.exact_prompts else allowed_to(layer, query, turned, tokens, form, number, first)
-    shape, least = (batch, heads, query.shape[1] // heads, count, 1), torch.finfo(torch.float32).min
-    # A learned sink of the model's is one logit more, which gives nothing.
-    most = turned.new_full(shape, least, dtype=torch.float32)
-    if form.sinks is not None:
-        most = form.sink_column(batch, heads, count).view(shape).contiguous()
-    total = torch.full_like(most, float(form.sinks is not None))
-    output = most.new_zeros(*shape[:-1], layer.slots.widths[1])
+    if form.sinks is not None:  # a learned logit of the model's, which gives nothing
+        yield form.sink_column(batch, heads, count).view(batch, heads, -1, count, 1), torch.zeros_like
     ring = getattr(layer.slots.codec, "ring", None)
-    fine = Fine(layer, ring, tokens, count) if ring else None
+    fine = Fine(layer, ring, tokens, first) if ring else None
     for start in range(0, layer.seen, READ):
         token = torch.arange(start, min(start + READ, layer.seen), device=device)
         keys, values = layer.vectors(token)
@@ -291,39 +305,37 @@ def stream(layer, query, turned, tokens, form):
         near = fine.near(token) if fine and fine.touches(start) else None
         if near:
             logits = torch.where(near.seen, layer.logits(turned, keys + near.keys, form), logits)
-        logits = logits.masked_fill_(~visible[:, :, None], least)
-        higher = torch.maximum(most, logits.amax(-1, keepdim=True))
-        weights, kept = (logits - higher).exp_(), (most - higher).exp_()
-        total = total * kept + weights.sum(-1, keepdim=True)
-        output = output * kept + weights @ values.float()[:, :, None]
-        if near:
-            output += (weights * near.seen) @ near.values.float()[:, :, None]
-        most = higher
-    if layer.summary and layer.summary.means and allowed is not None:
+        logits.masked_fill_(~visible[:, :, None], torch.finfo(torch.float32).min)
+        yield logits, partial(taken, values=values, near=near)
+    if layer.summary and allowed is not None:
         token = torch.arange(layer.seen, device=device)
         attended = (allowed & (token <= number) & (token >= first)).sum(-1)
         logits, values = layer.summary.passing(turned, layer.real(tokens) - attended, form)
-        higher = torch.maximum(most, logits)
-        weights, kept = (logits - higher).exp_(), (most - higher).exp_()
-        total, output = total * kept + weights, output * kept + weights * values
-    return (output / total).flatten(1, 2).to(query.dtype)
+        yield logits, values.mul
+
+
+def taken(weights, values, near):
+    """What the weights `[batch, num_kv_heads, group, n, m]` of a block take from its values `[batch, num_kv_heads, m, width]`."""
+    output = weights @ values.float()[:, :, None]
+    return output + (weights * near.seen) @ near.values.float()[:, :, None] if near else output
 
 
 class Fine:
-    """What the codes lack of the tokens near to the last `count`, those of a pass, while the store streams by."""
+    """What the codes lack of the tokens near to those of a pass, while the store streams by."""
 
-    def __init__(self, layer, ring, tokens, count):
-        self.layer, self.ring, self.tokens, self.count = layer, ring, tokens, count
+    def __init__(self, layer, ring, tokens, first):
+        self.layer, self.ring, self.tokens, self.sinks = layer, ring, tokens, first + ring.sinks
+        self.start = layer.seen - tokens.positions.shape[1]
         self.span, self.rests = ring.before(layer.slots.dtype)
 
     def touches(self, start):
         """Whether tokens from number `start` on, `READ` of them, may be near to one of the pass."""
-        oldest = self.layer.seen - self.count - self.ring.newest
+        oldest = self.start - self.ring.newest
         return self.tokens.padded or start < self.ring.sinks or start + READ > oldest
 
     def near(self, token):
         """`sketchkv.ring.Near` of the tokens of these numbers (int64 `[n]`), each of which is where it is."""
-        layer, ring, own = self.layer, self.ring, token - (self.layer.seen - self.count)
+        layer, ring, own = self.layer, self.ring, token - self.start
         positions = layer.index.positions(layer.seen)[:, :, token]
         row = ring.row(positions, self.span)
         passing = (own >= 0) & (positions >= 0) & (self.rests["keys"].shape[2] > ring.rows)
@@ -332,10 +344,8 @@ class Fine:
         keys, values = (
             gather(self.rests[name], row).masked_fill(~present[..., None], 0) for name in ("keys", "values")
         )
-        first = torch.as_tensor(self.tokens.first, device=token.device).view(-1, 1, 1, 1)
-        return Near(
-            token, keys, values, present, positions, self.tokens.positions, ring.newest, first + ring.sinks
-        )
+        queries = self.tokens.positions
+        return Near(token, keys, values, present, positions, queries, ring.newest, self.sinks)
 
 
 def allowed_to(layer, query, turned, tokens, form, number, first):

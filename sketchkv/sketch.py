@@ -1,6 +1,7 @@
 """The Count-Min Sketch, and the hash functions it stands on."""
 
 import math
+from functools import lru_cache
 
 import torch
 
@@ -23,6 +24,22 @@ def _modulo_prime(x):
     return x.add_(high.bitwise_right_shift_(31)).bitwise_and_(PRIME)
 
 
+@lru_cache(16)
+def _factors(depth, seed, device):
+    """What `CarterWegmanHash` draws. Once: what comes from the host takes a GPU longer than all else that a layer allocates."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [torch.randint(least, PRIME, (depth,), generator=generator) for least in (1, 0)]
+    return torch.stack(drawn).to(device, non_blocking=True)
+
+
+@lru_cache(16)
+def _directions(dim, bits, seed, device):
+    """What `SimHash` draws, and powers of two."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(dim, bits, generator=generator).to(device, non_blocking=True)
+    return drawn, 2 ** torch.arange(bits, device=device, dtype=torch.int32)
+
+
 class CarterWegmanHash:
     """`depth` independent hash functions `((a x + b) mod p) mod width`, p = 2^31 - 1 (Carter & Wegman 1979).
 
@@ -39,9 +56,7 @@ class CarterWegmanHash:
     def __init__(self, width, depth, seed=0, device=None):
         self.width, self.depth = whole("width", width, 1, PRIME), whole("depth", depth, 1, MOST_ROWS)
         self.seed = checked_seed(seed)
-        generator = torch.Generator().manual_seed(self.seed)
-        self.a = torch.randint(1, PRIME, (self.depth,), generator=generator).to(device, non_blocking=True)
-        self.b = torch.randint(0, PRIME, (self.depth,), generator=generator).to(device, non_blocking=True)
+        self.a, self.b = _factors(self.depth, self.seed, device).clone()
 
     def __call__(self, items):
         """Indices in [0, width), int64 `[..., depth, n]`, of int32 or int64 `items` `[..., n]`.
@@ -86,9 +101,7 @@ class SimHash:
     """
 
     def __init__(self, dim, bits, seed=0, device=None):
-        generator = torch.Generator().manual_seed(seed)
-        self.projection = torch.randn(dim, bits, generator=generator).to(device, non_blocking=True)
-        self.powers = 2 ** torch.arange(bits, device=device, dtype=torch.int32)
+        self.projection, self.powers = (drawn.clone() for drawn in _directions(dim, bits, seed, device))
 
     def __call__(self, vectors):
         """Codes, int64 `[...]`, of `vectors` `[..., dim]`."""

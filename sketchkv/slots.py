@@ -124,19 +124,18 @@ class Slots:
         first: position of each row's first real token, int32 `[batch, 1, 1]`, or 0 for all.
         """
         start, count = self.used, keys.shape[2]
-        pairs = ("keys", keys), ("values", values)
-        coded = {name: (vectors, self.write(name, vectors, start)) for name, vectors in pairs}
-        self.codec.keep(coded, positions, first)
+        for name, coded in self.coded(keys, values, positions, first).items():
+            self.arrays[name].narrow(2, start, count).copy_(coded)
         self.positions.narrow(2, start, count).copy_(positions[:, None])
         self.used = start + count
         return slice(start, self.used)
 
-    def write(self, name, vectors, start):
-        """Stores keys or values in the slots from `start` on; returns what the codec made of them."""
-        arrays = self.codec.encode(name, vectors)
-        for part, coded in arrays.items():
-            self.arrays[part].narrow(2, start, coded.shape[2]).copy_(coded)
-        return arrays
+    def coded(self, keys, values, positions, first=0):
+        """{name of an array: tensor} of new tokens, of which the codec takes note. Parameters as of `append`."""
+        vectors = {"keys": keys, "values": values}
+        coded = {name: (each, self.codec.encode(name, each)) for name, each in vectors.items()}
+        self.codec.keep(coded, positions, first)
+        return coded["keys"][1] | coded["values"][1]
 
     def evict(self, evicted):
         """Frees the slots `evicted` (`[batch, num_kv_heads, n]`, distinct indices below `used`).
@@ -195,6 +194,5 @@ class Slots:
 
 def gather(array, index):
     """What is at `index` (`[batch, num_kv_heads, n]`) in `array` (`[batch, num_kv_heads, slots, ...]`)."""
-    return array.gather(
-        2, index[..., None].expand(*index.shape, array.shape[-1]) if array.ndim == 4 else index
-    )
+    index = index[..., None].expand(*index.shape, array.shape[-1]) if array.ndim == 4 else index
+    return array.gather(2, index)

@@ -101,6 +101,11 @@ class HostStore:
             self.pages[own] = self.pages[shared]
             self.table = torch.cat([self.table[:, :-1], own[:, None]], 1)
 
+    @staticmethod
+    def zeros(*shape, dtype, device):
+        """Of zeros, where the pages of a model on `device` lie."""
+        return torch.zeros(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
     def __getstate__(self):
         return {name: value for name, value in vars(self).items() if name != "pages"}
 
@@ -108,7 +113,7 @@ class HostStore:
         """A copy's pages lie in its own bytes, whether it was copied or pickled."""
         vars(self).update(state)
         if "bytes" in state:
-            self._hold(self.bytes)
+            self._hold(pinned_if(self.pinned, self.bytes))
 
     def close(self):
         """Gives the memory back."""
@@ -198,6 +203,11 @@ class FolderStore(HostStore):
             told = f"the store needs {size:,} bytes in {self.path!r}, and {free:,} are free"
             raise OSError(error.errno or errno.ENOSPC, f"{told}: make room or use another folder") from error
         return torch.frombuffer(mmap.mmap(self.file.fileno(), size), dtype=torch.uint8)
+
+
+def pinned_if(pinned, tensor):
+    """A tensor of the host, in memory that kernels can reach if it was `pinned` before it was copied."""
+    return tensor.pin_memory() if pinned and not tensor.is_pinned() else tensor
 
 
 def as_store(store):

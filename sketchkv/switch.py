@@ -5,6 +5,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from sketchkv.attention import PREFIX, attention, begin, end
+from sketchkv.checks import told
 from sketchkv.continued import unwatch, watch
 from sketchkv.support import refusal, text_config
 
@@ -70,7 +71,7 @@ def _models(model):
     models = [module for module in modules if isinstance(module, PreTrainedModel)]
     if not models:
         raise TypeError(
-            f"enable() takes a transformers model, such as AutoModelForCausalLM gives; got {type(model).__name__}"
+            f"enable() takes a transformers model, such as AutoModelForCausalLM gives; got {told(model)}"
         )
     return models
 

@@ -14,19 +14,14 @@ class Tail(Summary):
     text is long they are few.
     """
 
+    means: Any = None  # of a pass of several tokens, as each of them finds them: (keys, values, any taken)
+
     def __init__(self):
         super().__init__(1)
-
-    means: (
-        Any  # of a pass of several tokens, as each of them finds them: (keys, values, whether any was taken)
-    )
 
     def allocate(self, slots):
         super().allocate(slots)
         self.taken = torch.zeros_like(self.counts)  # tokens in the means
-        self.means = (
-            None  # of a pass of several tokens, as each of them finds them: (keys, values, any taken)
-        )
 
     def take(self, keys, values, positions, passing=False):
         """Takes in n new tokens, `[batch, num_kv_heads, n, width]`, those at positions `[batch or 1, 1, n]` below 0 not.

@@ -72,10 +72,7 @@ class WindowLayer(BoundedLayer):
 
 def replace(slots, index, keys, values, positions, first=0):
     """A new token takes the slot `index` (`[batch, num_kv_heads, 1]`) of each head; other parameters as of `append`."""
-    pairs = ("keys", keys), ("values", values)
-    coded = {name: (vectors, slots.codec.encode(name, vectors)) for name, vectors in pairs}
-    slots.codec.keep(coded, positions, first)
-    arrays = coded["keys"][1] | coded["values"][1] | {"positions": positions[:, None].expand_as(index)}
-    for name, new in arrays.items():
+    coded = slots.coded(keys, values, positions, first)
+    for name, new in (coded | {"positions": positions[:, None].expand_as(index)}).items():
         array = slots.arrays[name]
         array.scatter_(2, index[..., None].expand_as(new) if array.ndim == 4 else index, new.to(array.dtype))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
-from sketchkv import SketchCache, Window, enable
+from sketchkv import Sketch, SketchCache, Window, enable
 from sketchkv.index import KeyIndex
 from sketchkv.oracle import decode_and_watch, full_cache_logits
 from sketchkv.study import explore, notebooks, record, site, sources
@@ -117,7 +117,7 @@ def test_the_first_difference_is_marked():
         "small": {"tokens": ["a", "x", "c"], "bytes": 50},
     }
     shown = explore.compared(made)
-    assert "small holds 25% of the bytes of full and parts from it after 1 tokens" in shown
+    assert "small holds 25 % of the bytes of full and parts from it after 1 tokens" in shown
     assert shown.count('class="differs"') == 2 and shown.count('class="after"') == 2
     made["small"]["tokens"] = ["a", "b", "c"]
     assert "writes the same 3 tokens" in explore.compared(made)
@@ -155,9 +155,14 @@ def test_bytes_are_those_of_a_real_cache():
     model.half()
     sizes = explore.held(layers=2, kv_heads=2, head_dim=16, length=320, cap=96)
     assert sizes["full"] == 2 * 2 * 2 * 16 * 320 * 2
-    compact = SketchCache.compact(model.config, 96)
-    model.float()(ids, past_key_values=compact)
-    assert sizes["compact"] == pytest.approx(compact.nbytes()["total"], rel=0.15)
+    caches = {
+        "compact": SketchCache.compact(model.config, 96),
+        "sketch": SketchCache(model.config, 96, policy=Sketch(), bits=16),
+        "recall": SketchCache.recall(model.config),
+    }
+    for name, cache in caches.items():
+        model(ids, past_key_values=cache)
+        assert sizes[name] == cache.nbytes()["total"], name
     twice = explore.held(layers=2, kv_heads=2, head_dim=16, length=320, cap=96, batch=2)
     assert all(twice[name] == pytest.approx(2 * sizes[name], abs=2) for name in sizes)
     assert len(explore.bars(sizes).axes[0].patches) == 5

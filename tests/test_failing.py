@@ -717,6 +717,35 @@ def test_use_cache_false_excludes_our_cache(llama, text):
     assert llama(text, past_key_values=small(llama)).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_maps_are_refused_with_our_cache(text, implementation):
+    model = tiny()
+    model.set_attn_implementation(implementation)
+    enable(model)
+    maps = dict(output_attentions=True)
+    for call in (
+        lambda: model(text, past_key_values=small(model), **maps),
+        lambda: model.model(text, past_key_values=small(model), **maps),
+        lambda: model.generate(
+            text, past_key_values=small(model), return_dict_in_generate=True, **maps, **NEW
+        ),
+    ):
+        with pytest.raises(ValueError, match="can't give attention maps.*leave output_attentions out"):
+            call()
+    out = model(text, past_key_values=small(model), output_attentions=False, output_hidden_states=True)
+    assert len(out.hidden_states) == 3 and "attentions" not in out
+
+
+def test_attention_maps_that_the_configuration_asks_for(text):
+    model = tiny()
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    assert len(enable(model)(text).attentions) == 2
+    with pytest.raises(ValueError, match="can't give attention maps"):
+        model(text, past_key_values=small(model))
+    assert model(text, past_key_values=small(model), output_attentions=False).logits.isfinite().all()
+
+
 def test_a_used_cache_is_refused(llama, text):
     cache = small(llama)
     llama.generate(text[:, :60], past_key_values=cache, **NEW)

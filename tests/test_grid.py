@@ -60,12 +60,6 @@ def test_a_point_is_computed_once_per_parameters_source_and_model(tmp_path, quic
     assert log.read_text().split()[4:] == ["64"]
 
 
-@pytest.mark.parametrize("workers", [-1, 0, 1.5, "two", True])
-def test_a_number_of_workers_that_is_none_is_told(tmp_path, workers):
-    with pytest.raises(grid.GridError, match="give 1 or more"):
-        asked(tmp_path, [1], workers=workers)
-
-
 @pytest.mark.parametrize(
     "damage", [lambda t: t[: len(t) // 2], lambda t: t.replace("0.25", "0.75"), lambda t: "", lambda t: "[]"]
 )

@@ -190,6 +190,7 @@ SETTINGS = [
         lambda w, given: w.cache(attend_topk=given),
         *whole_numbers("attend_topk", 1, False),
         (12, ValueError, "raise it above 12"),
+        (33, ValueError, "more than max_cache_size=32.*lower it, or leave it out"),
         (HUGE, ValueError, "at most 2147483647"),
     ),
     *cases(
@@ -238,8 +239,9 @@ SETTINGS = [
         lambda w, given: w.cache(summary=given),
         *[
             (each, TypeError, r"must be a sketchkv.summary.Summary, such as Summary\(1\), or None")
-            for each in (1, True, "mean", Summary, [Summary()], {}, Window())
+            for each in (1, True, "mean", Summary, Tail, [Summary()], {}, Window())
         ],
+        (Tail(), TypeError, "what an index leaves out.*take SketchCache.recall or give index="),
     ),
     *cases(
         "policy",
@@ -283,6 +285,19 @@ SETTINGS = [
             for name in ("kind", "counters", "coarse_bits", "fine", "demote", "shared")
         ],
         ({"max_size": 3, "widht": 3}, TypeError, "no parameter 'max_size'"),
+        ({"widht": 3}, TypeError, "did you mean 'width'"),
+        *[
+            ({name: 3}, TypeError, rf"no parameter '{name}': write .*{taker}\({given}{name}=...\)")
+            for taker, given, names in (
+                ("SketchCache.compact", "..., ", ["fine_window"]),
+                ("SketchCache.recall", "..., ", ["fine_window", "top", "store"]),
+                ("policy=AttentionMass", "", ["decay", "mean", "value_norm"]),
+                ("summary=Summary", "", ["count", "spread", "protects"]),
+                ("index=KeyIndex", "", ["top", "store", "pooling", "block", "exact_prompts"]),
+                ("codec=quantized", "", ["newest", "finer"]),
+            )
+            for name in names
+        ],
     ),
     *cases(
         "compact",
@@ -292,6 +307,16 @@ SETTINGS = [
         ({"width": 3}, TypeError, "write policy=Sketch"),
         ({"summary": 1}, TypeError, "such as Summary"),
         ({"policy": "sketch"}, TypeError, "must be a sketchkv Policy"),
+        ({"top": 3}, TypeError, r"write SketchCache.recall\(..., top=...\)"),
+        ({"store": "host"}, TypeError, r"write SketchCache.recall\(..., store=...\)"),
+        ({"summary": Tail()}, TypeError, "take SketchCache.recall"),
+        ({"index": KeyIndex(16), "summary": None}, ValueError, "SketchCache.recall has what fits"),
+    ),
+    *cases(
+        "recall",
+        lambda w, given: SketchCache.recall(w.config, 400, index=KeyIndex(16), **given),
+        ({"top": 8}, TypeError, "give either index= or top=, store="),
+        ({"store": HostStore()}, TypeError, "give either index= or top=, store="),
     ),
     *cases(
         "compact config",
@@ -806,8 +831,11 @@ DECODING = [
         "beams",
         lambda w, given: w.used().reorder_cache(given),
         *[
-            (each, ValueError, r"rows must be an int64 tensor \[n\] of numbers from 0 to 1")
+            (each, ValueError, r"rows must be an int64 tensor \[2\] of numbers from 0 to 1")
             for each in (
+                torch.tensor([1]),
+                torch.tensor([0, 1, 1]),
+                torch.tensor([], dtype=torch.int64),
                 torch.tensor([0, 2]),
                 torch.tensor([-1, 0]),
                 torch.tensor([0.0, 1.0]),
@@ -835,6 +863,12 @@ DECODING = [
         "crop",
         lambda w, given: w.used().crop(given),
         (-1, NotImplementedError, "use greedy search, sampling or beam search"),
+    ),
+    *cases(
+        "another batch",
+        lambda w, given: getattr(w.used(), given[0])(given[1]),
+        (("batch_repeat_interleave", 2), NotImplementedError, "batch .* is fixed: reset"),
+        (("batch_select_indices", torch.tensor([1])), NotImplementedError, "batch .* is fixed: reset"),
     ),
 ]
 
@@ -925,6 +959,17 @@ MODEL_CALLS = [
         lambda w, given: w.model(w.ids, past_key_values=w.cache(), use_cache=given),
         (False, ValueError, "use_cache=False and a SketchCache exclude each other: leave one of them out"),
     ),
+    *[
+        case
+        for surface, call in (
+            ("model", lambda w, given: w.model(w.ids, past_key_values=given)),
+            ("decoder", lambda w, given: w.rotary.model(w.ids, past_key_values=given)),
+            ("model.generate", lambda w, given: w.model.generate(w.ids, past_key_values=given)),
+        )
+        for case in cases(
+            f"{surface} cache", call, (SketchCache, TypeError, r"hand in a cache, SketchCache\(")
+        )
+    ],
     *cases(
         "model.generate use_cache",
         lambda w, given: w.model.generate(w.ids, past_key_values=w.cache(), use_cache=given),
@@ -1255,7 +1300,7 @@ def test_sizes_that_are_right(world):
         dict(evict_every=1),
         dict(prefill_chunk=5),
         dict(attend_topk=13),
-        dict(attend_topk=HUGE // 10**4),
+        dict(attend_topk=32),
         dict(bits=(16, 2)),
         dict(bits=[8, 8]),
     ):

@@ -11,10 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 import sketchkv
-from sketchkv.study import measured, measuring, pretrained, pretrained_tables, written
+from sketchkv.study import measured, measuring, pretrained, pretrained_tables
 from sketchkv.study.methods import fit, full_nbytes, make_cache, nbytes
 from sketchkv.study.questions import DEPTHS, FORMS, TASKS, instances
-from sketchkv.texts import Documents
 
 TOKENS = 320
 
@@ -295,54 +294,20 @@ def test_questions_can_be_answered_from_the_text(task, form, letters):
         instances("riddle", letters, fillers, 0.5)
 
 
-@pytest.mark.parametrize("piece", ["written", "sweep", "attention"])
+@pytest.mark.parametrize("piece", ["sweep", "attention"])
 def test_other_pieces_are_measured_once(piece, weights, prepared, small, tmp_path, monkeypatch):
     groups = measured.groups(piece)
-    assert (
-        len({group["name"] for group in groups})
-        == len(groups)
-        == {"written": 5, "sweep": 144, "attention": 2}[piece]
-    )
+    assert len({group["name"] for group in groups}) == len(groups) == {"sweep": 144, "attention": 2}[piece]
     kept = [g | {"tokens": TOKENS, "ids": f"code_{TOKENS}"} for g in groups[:: max(1, len(groups) // 3)]]
     monkeypatch.setattr(measured, "groups", lambda piece: kept)
     monkeypatch.setattr(measuring, "WATCHED", ("streaming", "decayed"))
-    names = ["text", "a"], ["chat", "b"]
-    written_rows = measuring.ROWS_OF["pretrained_written"]
-    monkeypatch.setitem(
-        measuring.ROWS_OF,
-        "pretrained_written",
-        lambda lm, held, _, group, method: written_rows(lm, held, {group["ids"]: names}, group, method),
-    )
-    monkeypatch.setattr(written.rows, "__defaults__", (6,))
     assert start(weights, prepared, tmp_path).run(piece, 600)[1:] == (0, 0)
     table = pd.read_csv(tmp_path / f"pretrained_{piece}.csv")
     assert list(table.columns) == list(measured.TABLES[f"pretrained_{piece}"])
     if piece == "attention":
         assert {"each query", "foresight", "oracle", "decayed", "sinks"} <= set(table.chosen)
         assert table.mass.between(0, 1.001).all()
-    if piece == "written":
-        assert len(table) == 2 * 2 * table.name.nunique() and table.nll.gt(0).all()
-        assert (table[(table.name == "full") & (table["mode"] == "greedy")]["first"] == 6).all()
     assert start(weights, prepared, tmp_path).run(piece, 600) == (0, 0, 0)
-
-
-def test_what_the_full_cache_would_have_chosen(llama):
-    ids = torch.randint(1, VOCABULARY, (2, 40), generator=torch.Generator().manual_seed(8))
-    text = sketchkv.generate(llama, ids, max_new_tokens=6)
-    text[1, 43] = (text[1, 43] + 1) % VOCABULARY
-    nll, chosen = written.seen_by_full(llama, text, 40)
-    assert chosen[0].all() and chosen[1, :3].all() and not chosen[1, 3]
-    assert torch.allclose(nll, sketchkv.score(llama, text)[:, 39:], atol=1e-4)
-
-
-def test_half_of_the_prompts_are_chats_of_the_same_length(letters):
-    texts = [letters("A sentence of some length. " * 20)["input_ids"][:300]] * 4
-    ids, names = written.prompts(letters, Documents(torch.tensor(texts), list("abcd")))
-    assert ids.shape == (4, 300) and [kind for kind, _ in names] == ["text", "text", "chat", "chat"]
-    assert ids[0].tolist() == texts[0]
-    assert letters.decode(ids[3]).startswith("<user>") and letters.decode(ids[3]).endswith(
-        f"{written.QUESTION}<assistant>"
-    )
 
 
 def test_tables_of_the_notebook_are_means_over_documents():

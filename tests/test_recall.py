@@ -10,11 +10,12 @@ import pytest
 import torch
 import transformers
 from conftest import build
+from exact import ExactKeys
 
 import sketchkv
 from sketchkv import SketchCache, Window, generate, score
 from sketchkv.checks import Settings
-from sketchkv.index import ExactKeys, KeyIndex
+from sketchkv.index import KeyIndex
 from sketchkv.logits import Form
 from sketchkv.oracle import full_cache_logits
 from sketchkv.passes import Tokens
@@ -56,7 +57,7 @@ def assert_alike(codec, ids, both):
 
 def recall(model, cap=40, top=12, exact_prompts=True, store="host", **changes):
     index = KeyIndex(top=top, block=16, exact_prompts=exact_prompts, store=store)
-    settings = dict(recent_window=16, index=index) | (
+    settings = dict(recent_window=16, index=index, summary=None) | (
         {} if "codec" in changes else dict(bits=None, fine_window=0)
     )
     return SketchCache.recall(model.config, cap, **settings | changes)
@@ -431,16 +432,18 @@ def test_bytes_are_those_of_the_tensors_held(llama, ids, bits):
     told, layers = cache.nbytes(), cache.layers
     slots = sum(t.nbytes for layer in layers for t in layer.slots.tensors())
     shared = {id(t): t for layer in layers for t in layer.slots.codec.shared() + layer.index.shared()}
-    index = sum(t.nbytes for layer in layers for t in (layer.index.pending, *layer.index.arrays.values()))
+    index = sum(t.nbytes for layer in layers for t in layer.index.arrays.values())
     assert told["total"] == slots + index + sum(t.nbytes for t in shared.values())
     assert told["total"] == sum(told[kind] for kind in ("kv", "sketch", "policy", "index"))
-    assert told["host"] == sum(layer.store.pages.nbytes + layer.store.table.nbytes for layer in layers)
+    host = (t for layer in layers for t in (layer.store.pages, layer.store.table, layer.index.pending))
+    assert told["host"] == sum(t.nbytes for t in host)
     assert layers[0].slots.capacity == 40
     row = layers[0].store.record
     moved = cache.traffic()
     assert moved["fetched"] == moved["missing"] * row
     settled = 32 if bits else 0  # tokens that are coded twice
-    assert moved["written"] == 2 * 2 * 2 * (100 + settled) * row
+    key = 16 * 2  # of each token, for the open block of the index
+    assert moved["written"] == 2 * 2 * 2 * ((100 + settled) * row + 100 * key)
 
 
 def test_bad_combinations_are_told(llama):
@@ -457,6 +460,11 @@ def test_bad_combinations_are_told(llama):
             SketchCache.recall(llama.config, **changes)
     with pytest.raises(TypeError, match="KeyIndex"):
         SketchCache(llama.config, 400, index=256)
+    windows = transformers.MistralConfig(num_hidden_layers=2, sliding_window=4096)
+    with pytest.raises(
+        ValueError, match="all layers of this model have sliding windows.*take SketchCache.compact"
+    ):
+        SketchCache.recall(windows)
     SketchCache.recall(llama.config, max_cache_size=324)
     fine = recall(llama, codec=quantized((5, 4), newest=17))
     with pytest.raises(ValueError, match="raise recent_window to 17 or lower fine_window"):

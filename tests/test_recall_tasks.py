@@ -80,23 +80,27 @@ def test_one_pass_says_what_greedy_decoding_gives(gpt2):
         )
 
 
-def test_recall_with_a_full_cache_is_the_reference(stub, monkeypatch):
+def test_a_row_tells_what_a_cache_answers(stub, monkeypatch):
     ids = torch.randint(1, VOCABULARY, (3, 120), generator=torch.Generator().manual_seed(5))
-    full = recall.answer(stub, ids, [2, 3, 2], DynamicCache(config=stub.config))
-    monkeypatch.setattr(
-        recall, "scored_instances", lambda *a: (ids, [10, 20, 30], [2, 3, 2], ["a", "b", "c"], full)
+    monkeypatch.setattr(recall, "make_instances", lambda *a: (ids, [10, 20, 30], [2, 3, 2]))
+    expected = recall.answer(stub, ids, [2, 3, 2], DynamicCache(config=stub.config))
+    full, rows = (
+        recall.recall(method, task="needle", depth=0.1, length=120, instances=3) for method in (FULL, SMALL)
     )
-    same = recall.recall(FULL, task="needle", depth=0.1, length=120)
-    assert [r["loglik"] for r in same] == pytest.approx([r["loglik_full"] for r in same], abs=1e-5)
-    rows = recall.recall(SMALL, task="needle", depth=0.1, length=120)
-    assert set(rows[0]) == set(recall.COLUMNS) and [r["distance"] for r in rows] == [108, 97, 88]
-    assert all(r["evicted"] > 0 and r["loglik"] != r["loglik_full"] for r in rows)
+    assert [row["loglik"] for row in full] == pytest.approx([loglik for _, loglik in expected], abs=1e-5)
+    assert set(rows[0]) == set(recall.COLUMNS) and [row["distance"] for row in rows] == [108, 97, 88]
+    assert all(row["evicted"] > 0 for row in rows) and not any(row["evicted"] for row in full)
+    assert all(row["loglik"] != whole["loglik"] for row, whole in zip(rows, full))
 
 
 def test_shares_are_counted_near_and_far():
     rows = [
-        {"method": name, "distance": distance, "exact": int(name == "x" and distance == 10), "exact_full": 1}
-        for name in ("x", "y")
+        {
+            "method": name,
+            "distance": distance,
+            "exact": int(name == "full" or (name == "x" and distance == 10)),
+        }
+        for name in ("full", "x", "y")
         for distance in (10, 90)
         for _ in range(8)
     ]

@@ -172,6 +172,60 @@ def test_answers_of_recall_are_told_once_they_are_there(committed):
     )
 
 
+def test_four_keys_are_told_in_the_words_of_the_table(written):
+    table = pd.read_csv(ROOT / "data" / "results" / "pretrained_answers.csv")
+    counted = table[table.counts & (table.task == "four_keys")].groupby("method")[["right", "n"]].sum()
+    full, compact = counted.loc["full cache"], counted.loc["compact"]
+    said = f"the full cache answers {full.right} of {full.n}, `recall` {counted.right['recall']}, "
+    assert said in written[0] and f"`compact` {compact.right}." in written[0]
+
+
+def test_what_the_tail_adds_is_told_once_it_was_measured(committed):
+    said = "Without the one token for the others it is"
+    path = committed / "data" / "results" / "facts_11_pretrained.json"
+    stored = sources.read_json(path)
+    facts = {name: value for name, value in stored["facts"].items() if "recall_alone" not in name}
+    path.write_text(sources.to_json(stored | {"facts": facts}))
+    assert said not in report.compose(committed, committed / "report")[0]
+    for text, size in (("prose", 1), ("code", 2)):
+        ends = {"mean": size, "low": size / 2, "high": 2 * size}
+        facts |= {f"pretrained_{text}_recall_alone_over_recall_{end}": value for end, value in ends.items()}
+    path.write_text(sources.to_json(stored | {"facts": facts}))
+    markdown = report.compose(committed, committed / "report")[0]
+    assert f"{said} 1.0 % (0.5 to 2.0) higher and 2.0 % (1.0 to 4.0) higher" in markdown
+
+
+def test_what_was_measured_elsewhere_says_so(written):
+    lines = re.findall(r"^Source: .*$", written[0], re.M)
+    measured = [line for line in lines if "/11_pretrained.ipynb" in line]
+    assert len(lines) == 7 and len(measured) == 3
+    assert all(re.search(r"SmolLM2 on [^(]*: \[pretrained_\w+\.csv\]", line) for line in measured)
+    assert not any("embedded" in line for line in lines)
+
+
+def test_prompts_are_told_with_and_without_chunks():
+    table = pd.DataFrame({"row": ["prompt of 1024, compact / prompt of 1024, DynamicCache"], "median": [3.5]})
+    chunked = table.assign(
+        row="prompt of 1024, compact, once per 512 / prompt of 1024, DynamicCache", median=1.5
+    )
+    step = table.assign(row="compact, 1024 seen / DynamicCache, 1024 seen", median=0.5)
+
+    class Found:
+        def frame(self, name):
+            return pd.concat([step, table, chunked], ignore_index=True)
+
+    found = claims.prompts(Found())
+    assert (found.tokens, found.ratio, found.chunk) == (1024, {"compact": 3.5}, {"compact": (512, 1.5)})
+
+
+def test_percent_is_spelled_in_one_way():
+    """With a space, as in the report: Python's own format has none."""
+    written = [*(ROOT / "sketchkv" / "study").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+    assert not [
+        path.name for path in written if re.search(r":[a-z]?(\.\d)?%\}", path.read_text(encoding="utf-8"))
+    ]
+
+
 def test_what_was_not_measured_is_said(committed):
     for path in (committed / "data" / "results").glob("*"):
         if path.name.startswith(("facts_", "pretrained", "speed", "why", "summ")) and path.is_file():

@@ -112,7 +112,12 @@ def test_a_model_with_it_goes_on_after_reset_and_counts_its_bytes():
     assert caches[1].nbytes()["total"] - caches[0].nbytes()["total"] == 2 * 2 * heads * per_head
 
 
-def test_a_summary_of_evicted_tokens_does_not_go_with_an_index():
+def test_a_summary_goes_with_evictions_and_a_tail_with_an_index():
     config = build("llama").config
     with pytest.raises(TypeError, match=r"summary=sketchkv.tail.Tail\(\)"):
         SketchCache(config, 300, index=KeyIndex(), summary=Summary())
+    for make in (SketchCache, SketchCache.compact):
+        with pytest.raises(
+            TypeError, match=r"take SketchCache.recall or give index=sketchkv.index.KeyIndex\(\)"
+        ):
+            make(config, 300, summary=Tail())

@@ -8,8 +8,8 @@ each new token.
 
 import torch
 
-from sketchkv.fast.codes import bits_of, rests_of, ring_row, stored
-from sketchkv.fast.coding import code_of, put, vectors
+from sketchkv.fast.codes import bits_of, line_of, rests_of, ring_row, stored, vectors
+from sketchkv.fast.coding import enter
 from sketchkv.fast.launch import jit, kernel, pieces, tl
 from sketchkv.fast.prompt import Fine
 from sketchkv.quantize import TINY
@@ -24,21 +24,13 @@ def _enter(
     rotation,
     factor,
     middle,
+    stored,
     target,
-    codes,
-    scales,
-    levels,
-    bounds,
-    rest_codes,
-    rest_scales,
-    rest_levels,
-    rest_bounds,
+    rests,
     near,
     held,
     coarse,
     fine,
-    coarse_row,
-    fine_row,
     NEWEST: tl.constexpr,
     REST_BITS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -46,24 +38,21 @@ def _enter(
     BITS: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    """Keys or values of ROWS new tokens: coded, stored, and decoded again, with the ring's part and without."""
+    """Keys or values of ROWS new tokens: coded, stored, and decoded again, with the ring's part and without; coarse, fine: where
+    to, (pointer, rows)."""
     column = tl.arange(0, DIM)
     x = tl.load(new + index[:, None] * stride + column[None, :], mask=inside[:, None], other=0.0)
     kind = x.dtype
     x = (tl.dot(x, rotation, input_precision="ieee") * factor).to(kind).to(tl.float32) - middle[None, :]
-    code, level, scale = code_of(x, levels, bounds, LEAST, DIM, BITS)
-    put(codes, scales, code, scale, target, inside, ROWS, DIM, BITS)
-    told = level * scale.to(tl.float32)[:, None]
+    told = enter(x, stored, target, inside, ROWS, DIM, BITS, LEAST)
     whole = told + middle[None, :]
     back = tl.trans(rotation)
     vector = (tl.dot(whole.to(kind), back, input_precision="ieee") * factor).to(kind)
-    tl.store(coarse + coarse_row[:, None] * DIM + column[None, :], vector, mask=inside[:, None])
+    tl.store(coarse[0] + coarse[1][:, None] * DIM + column[None, :], vector, mask=inside[:, None])
     if NEWEST:
-        code, level, scale = code_of(x - told, rest_levels, rest_bounds, LEAST, DIM, REST_BITS)
-        put(rest_codes, rest_scales, code, scale, near, held & inside, ROWS, DIM, REST_BITS)
-        whole += level * scale.to(tl.float32)[:, None]
+        whole += enter(x - told, rests, near, held & inside, ROWS, DIM, REST_BITS, LEAST)
         vector = (tl.dot(whole.to(kind), back, input_precision="ieee") * factor).to(kind)
-        tl.store(fine + fine_row[:, None] * DIM + column[None, :], vector, mask=inside[:, None])
+        tl.store(fine[0] + fine[1][:, None] * DIM + column[None, :], vector, mask=inside[:, None])
 
 
 @kernel("count", "before", "end", "rows")
@@ -74,29 +63,12 @@ def _store(
     position,
     first,
     keys,
-    key_scales,
-    key_levels,
-    key_bounds,
     centre,
     values,
-    value_scales,
-    value_levels,
-    value_bounds,
     positions,
-    rest_keys,
-    rest_key_scales,
-    rest_key_levels,
-    rest_key_bounds,
-    rest_values,
-    rest_value_scales,
-    rest_value_levels,
-    rest_value_bounds,
-    span,
-    coarse_keys,
-    coarse_values,
-    fine_keys,
-    fine_values,
-    places,
+    rests,
+    coarse,
+    fine,
     k_batch,
     k_head,
     k_row,
@@ -138,10 +110,10 @@ def _store(
     if NEWEST:
         near, held = ring_row(at, begins, end, NEWEST, SINKS)
         near = line * (NEWEST + SINKS) + near
-        tl.store(places + fine_row, at, mask=inside)
+        tl.store(fine[2] + fine_row, at, mask=inside)
         if tl.program_id(1) == 0:
-            tl.store(span + 2 * batch, begins)
-            tl.store(span + 2 * batch + 1, end)
+            tl.store(rests[8] + 2 * batch, begins)
+            tl.store(rests[8] + 2 * batch + 1, end)
     rotation = tl.load(turn + column[:, None] * DIM + column[None, :]).to(key.dtype.element_ty)
     middle = tl.load(centre + line * DIM + column).to(tl.float32)
     _enter(
@@ -152,21 +124,13 @@ def _store(
         rotation,
         factor,
         middle,
-        target,
         keys,
-        key_scales,
-        key_levels,
-        key_bounds,
-        rest_keys,
-        rest_key_scales,
-        rest_key_levels,
-        rest_key_bounds,
+        target,
+        rests[:4],
         near,
         held,
-        coarse_keys,
-        fine_keys,
-        coarse_row,
-        fine_row,
+        (coarse[0], coarse_row),
+        (fine[0], fine_row),
         NEWEST,
         REST_BITS,
         ROWS,
@@ -182,21 +146,13 @@ def _store(
         rotation,
         factor,
         middle * 0.0,
-        target,
         values,
-        value_scales,
-        value_levels,
-        value_bounds,
-        rest_values,
-        rest_value_scales,
-        rest_value_levels,
-        rest_value_bounds,
+        target,
+        rests[4:8],
         near,
         held,
-        coarse_values,
-        fine_values,
-        coarse_row,
-        fine_row,
+        (coarse[1], coarse_row),
+        (fine[1], fine_row),
         NEWEST,
         REST_BITS,
         ROWS,
@@ -212,25 +168,12 @@ def _read(
     factor,
     first,
     keys,
-    key_scales,
-    key_levels,
     centre,
     values,
-    value_scales,
-    value_levels,
     positions,
-    rest_keys,
-    rest_key_scales,
-    rest_key_levels,
-    rest_values,
-    rest_value_scales,
-    rest_value_levels,
-    span,
-    coarse_keys,
-    coarse_values,
-    fine_keys,
-    fine_values,
-    places,
+    rests,
+    coarse,
+    fine,
     kv_heads,
     capacity,
     before,
@@ -271,13 +214,10 @@ def _read(
             held = (slot >= 0) & (row < NEWEST + SINKS)
             slot = tl.maximum(slot, 0)
     middle = tl.load(centre + line * DIM + column).to(tl.float32)
-    target = keys + line * capacity * (DIM * KEY_BITS // 8)
-    key = (
-        vectors(target, key_scales + line * capacity, key_levels, slot, held, DIM, KEY_BITS) + middle[None, :]
-    )
-    target = values + line * capacity * (DIM * VALUE_BITS // 8)
-    value = vectors(target, value_scales + line * capacity, value_levels, slot, held, DIM, VALUE_BITS)
-    kind = coarse_keys.dtype.element_ty
+    key = vectors(line_of(keys, line, capacity, DIM, KEY_BITS), slot, held, DIM, KEY_BITS) + middle[None, :]
+    value = vectors(line_of(values, line, capacity, DIM, VALUE_BITS), slot, held, DIM, VALUE_BITS)
+    to_keys, to_values = coarse
+    kind = to_keys.dtype.element_ty
     back = tl.load(turn + column[None, :] * DIM + column[:, None]).to(kind)
     target = line * (before + count) + row
     inside = held
@@ -285,16 +225,16 @@ def _read(
         if tile >= tiles:
             its = line * (NEWEST + SINKS) + row
             inside = row < NEWEST + SINKS
-            key += vectors(rest_keys, rest_key_scales, rest_key_levels, its, held, DIM, REST_BITS)
-            value += vectors(rest_values, rest_value_scales, rest_value_levels, its, held, DIM, REST_BITS)
+            key += vectors(rests[:4], its, held, DIM, REST_BITS)
+            value += vectors(rests[4:8], its, held, DIM, REST_BITS)
             target = line * (NEWEST + SINKS + count) + row
-            tl.store(places + target, tl.load(positions + slot, mask=held, other=-1), mask=inside)
-            coarse_keys, coarse_values = fine_keys, fine_values
+            tl.store(fine[2] + target, tl.load(positions + slot, mask=held, other=-1), mask=inside)
+            to_keys, to_values = fine[0], fine[1]
     target = target[:, None] * DIM + column[None, :]
     key = tl.dot(key.to(kind), back, input_precision="ieee") * factor
-    tl.store(coarse_keys + target, key.to(kind), mask=inside[:, None])
+    tl.store(to_keys + target, key.to(kind), mask=inside[:, None])
     value = tl.dot(value.to(kind), back, input_precision="ieee") * factor
-    tl.store(coarse_values + target, value.to(kind), mask=inside[:, None])
+    tl.store(to_values + target, value.to(kind), mask=inside[:, None])
 
 
 def append(key, value, slots, tokens, seen):
@@ -309,21 +249,28 @@ def append(key, value, slots, tokens, seen):
     """
     (batch, kv_heads), dim, before, count = slots.shape, slots.widths[0], slots.used, key.shape[2]
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    rests, sizes = rests_of(slots)
+    rests, sizes = rests_of(slots, "bounds")
     padded = isinstance(tokens.first, torch.Tensor)
     first = tokens.first if padded else slots.positions
     kind = dict(dtype=key.dtype, device=key.device)
-    coarse = torch.empty(2, batch, kv_heads, before + count, dim, **kind)
+    coarse = torch.empty(2, batch, kv_heads, before + count, dim, **kind).unbind()
     rows, fine = 0, None
     if sizes["NEWEST"]:
         rows = sizes["NEWEST"] + sizes["SINKS"] if before else 0
-        vectors = torch.empty(2, batch, kv_heads, rows + count, dim, **kind)
+        near = torch.empty(2, batch, kv_heads, rows + count, dim, **kind).unbind()
         places = torch.empty(batch, kv_heads, rows + count, dtype=torch.int32, device=key.device)
         span = seen, sizes["NEWEST"], sizes["SINKS"], rows
-        fine = Fine(vectors[0], vectors[1], places, slots.positions, tokens.first, *span)
-        left = vectors[0], vectors[1], places
-    else:
-        left = coarse[0], coarse[1], slots.positions
+        fine = Fine(near[0], near[1], places, slots.positions, tokens.first, *span)
+    left = (*coarse, slots.positions) if fine is None else (fine.keys, fine.values, fine.places)
+    held = (
+        stored(slots, "keys", "bounds"),
+        slots.codec.centre,
+        stored(slots, "values", "bounds"),
+        slots.positions,
+        tuple(rests),
+        coarse,
+        left,
+    )
     sizes |= bits_of(slots) | dict(PADDED=padded, DIM=dim, num_warps=4)
     if before:  # before the ring takes in new tokens
         tile = 16
@@ -332,14 +279,7 @@ def append(key, value, slots, tokens, seen):
             slots.codec.rotations["keys"],
             dim**-0.5,
             first,
-            *stored(slots, "keys"),
-            slots.codec.centre,
-            *stored(slots, "values"),
-            slots.positions,
-            *rests,
-            coarse[0],
-            coarse[1],
-            *left,
+            *held,
             kv_heads,
             slots.capacity,
             before,
@@ -350,7 +290,6 @@ def append(key, value, slots, tokens, seen):
             BLOCK=128,
             **sizes,
         )
-    rests, _ = rests_of(slots, "bounds")
     position = tokens.positions
     _store[(batch * kv_heads, pieces(count, 16))](
         key,
@@ -358,14 +297,7 @@ def append(key, value, slots, tokens, seen):
         slots.codec.rotations["keys"],
         position,
         first,
-        *stored(slots, "keys", "bounds"),
-        slots.codec.centre,
-        *stored(slots, "values", "bounds"),
-        slots.positions,
-        *rests,
-        coarse[0],
-        coarse[1],
-        *left,
+        *held,
         *key.stride()[:3],
         *value.stride()[:3],
         position.stride(0) if position.shape[0] > 1 else 0,
@@ -380,4 +312,4 @@ def append(key, value, slots, tokens, seen):
         LEAST=TINY,
         **sizes,
     )
-    return coarse[0], coarse[1], fine
+    return *coarse, fine

@@ -8,7 +8,7 @@ gives them and are turned here; the output is turned back.
 import torch
 
 from sketchkv.fast.attention import LOG2E, MASKED, PROGRAMS, _combine, _hide, _receive, scratchpad
-from sketchkv.fast.codes import bits_of, levels_of, rests_of, ring_row, stored
+from sketchkv.fast.codes import bits_of, levels_of, line_of, rests_of, ring_row, stored
 from sketchkv.fast.launch import kernel, pieces, power, tl
 
 
@@ -17,24 +17,12 @@ def _attend(
     query,
     turn,
     keys,
-    key_scales,
-    key_levels,
     centre,
     values,
-    value_scales,
-    value_levels,
     positions,
-    rest_keys,
-    rest_key_scales,
-    rest_key_levels,
-    rest_values,
-    rest_value_scales,
-    rest_value_levels,
-    span,
+    rests,
     filled,
     means,
-    value_means,
-    counts,
     received,
     output,
     scratch,
@@ -73,10 +61,8 @@ def _attend(
     if GROWS:
         used = tl.load(filled) + 1
     query += row // kv_heads * q_batch + row % kv_heads * GROUP * q_head
-    keys += row * capacity * (DIM * KEY_BITS // 8)
-    values += row * capacity * (DIM * VALUE_BITS // 8)
-    key_scales += row * capacity
-    value_scales += row * capacity
+    keys, key_scales, key_levels = line_of(keys, row, capacity, DIM, KEY_BITS)
+    values, value_scales, value_levels = line_of(values, row, capacity, DIM, VALUE_BITS)
     positions += row * capacity
     received += row * capacity
     scratch += row * GROUP * scratch_stride
@@ -94,19 +80,18 @@ def _attend(
     sums = tl.zeros([GROUPS, DIM], tl.float32)
     if SUMMARY:
         if split == 0:
-            first = tl.sum(wide * tl.load(means + row * DIM + column)[None, :], 1) + tl.log2(
-                tl.load(counts + row)
-            )
+            first = tl.sum(wide * tl.load(means[0] + row * DIM + column)[None, :], 1)
+            first += tl.log2(tl.load(means[2] + row))
             top = tl.maximum(top, first)
             total = tl.exp2(first - top)
-            sums = total[:, None] * tl.load(value_means + row * DIM + column)[None, :]
+            sums = total[:, None] * tl.load(means[1] + row * DIM + column)[None, :]
     if NEWEST:
-        rest_keys += row * (NEWEST + SINKS) * (DIM * REST_BITS // 8)
-        rest_values += row * (NEWEST + SINKS) * (DIM * REST_BITS // 8)
-        rest_key_scales += row * (NEWEST + SINKS)
-        rest_value_scales += row * (NEWEST + SINKS)
-        text_begin = tl.load(span + row // kv_heads * 2)
-        text_end = tl.load(span + row // kv_heads * 2 + 1)
+        rest_keys, rest_key_scales, rest_key_levels = line_of(rests[:3], row, NEWEST + SINKS, DIM, REST_BITS)
+        rest_values, rest_value_scales, rest_value_levels = line_of(
+            rests[3:6], row, NEWEST + SINKS, DIM, REST_BITS
+        )
+        text_begin = tl.load(rests[6] + row // kv_heads * 2)
+        text_end = tl.load(rests[6] + row // kv_heads * 2 + 1)
     start = split * per_split
     end = tl.minimum(start + per_split, used)
     for begin in range(start, end, BLOCK):
@@ -190,13 +175,13 @@ def attend(
     _attend[(rows, splits)](
         query,
         rotation,
-        *stored(slots, "keys"),
+        stored(slots, "keys"),
         slots.codec.centre,
-        *stored(slots, "values"),
+        stored(slots, "values"),
         slots.positions,
-        *rests,
+        tuple(rests),
         counter,
-        *means,
+        tuple(means),
         received,
         output,
         *buffers,

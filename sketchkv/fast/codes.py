@@ -40,6 +40,19 @@ def levels_of(codes, levels, slot, inside, column, DIM: tl.constexpr, BITS: tl.c
 
 
 @jit
+def line_of(stored, line, rows, DIM: tl.constexpr, BITS: tl.constexpr):
+    """Of `stored` keys or values, those of one KV head of one sequence, which has so many `rows`."""
+    return (stored[0] + line * rows * (DIM * BITS // 8), stored[1] + line * rows) + stored[2:]
+
+
+@jit
+def vectors(stored, slot, held, DIM: tl.constexpr, BITS: tl.constexpr):
+    """Vectors [rows, DIM], float32, of the codes in the slots `slot` that are `held`, zero elsewhere."""
+    level = levels_of(stored[0], stored[2], slot, held, tl.arange(0, DIM), DIM, BITS)
+    return level * tl.load(stored[1] + slot, mask=held, other=0.0).to(tl.float32)[:, None]
+
+
+@jit
 def ring_row(position, first, end, NEWEST: tl.constexpr, SINKS: tl.constexpr):
     """The row of `sketchkv.ring.Ring` where the tokens at `position` are, and whether they have one."""
     sink = position < first + SINKS
@@ -48,7 +61,8 @@ def ring_row(position, first, end, NEWEST: tl.constexpr, SINKS: tl.constexpr):
 
 
 def stored(slots, name, *tables):
-    """Codes, scales and levels of keys or values, and what else of their coder is asked for."""
+    """Codes, scales and levels of keys or values, and what else of their coder is asked for: one argument of a kernel, or three
+    and more."""
     coder = slots.codec.coders[name]
     return (
         slots.arrays[name],
@@ -81,8 +95,6 @@ def _importance(
     mass,
     positions,
     values,
-    value_scales,
-    value_levels,
     clock,
     scores,
     capacity,
@@ -111,9 +123,9 @@ def _importance(
             exposed = (1.0 - tl.exp2(exposed * log_decay)) / (1.0 - decay)
         score /= exposed
     if NORM:
-        codes = values + row * capacity * (DIM * VALUE_BITS // 8)
-        level = levels_of(codes, value_levels, slot, inside, tl.arange(0, DIM), DIM, VALUE_BITS)
-        scale = tl.load(value_scales + row * capacity + slot, mask=inside, other=0.0).to(tl.float32)
+        values = line_of(values, row, capacity, DIM, VALUE_BITS)
+        level = levels_of(values[0], values[2], slot, inside, tl.arange(0, DIM), DIM, VALUE_BITS)
+        scale = tl.load(values[1] + slot, mask=inside, other=0.0).to(tl.float32)
         score *= tl.abs(scale) * tl.sqrt(tl.sum(level * level, 1))
     tl.store(scores + row * used + slot, score, mask=inside)
 
@@ -125,7 +137,7 @@ def importance(policy, slots, tokens, end):
     _importance[(batch * kv_heads, pieces(used, 64))](
         slots.arrays["mass"],
         slots.positions,
-        *stored(slots, "values"),
+        stored(slots, "values"),
         slots.positions if tokens.clock is None else tokens.clock,
         scores,
         slots.capacity,
@@ -159,15 +171,9 @@ def _fold(
     evicted,
     positions,
     keys,
-    key_scales,
-    key_levels,
     centre,
     values,
-    value_scales,
-    value_levels,
     means,
-    value_means,
-    counts,
     capacity,
     COUNT: tl.constexpr,
     SIZE: tl.constexpr,
@@ -180,21 +186,16 @@ def _fold(
     index, column = tl.arange(0, SIZE), tl.arange(0, DIM)
     inside = index < COUNT
     slot = tl.load(evicted + row * COUNT + index, mask=inside, other=0)
-    at = row * capacity + slot
-    key = levels_of(
-        keys + row * capacity * (DIM * KEY_BITS // 8), key_levels, slot, inside, column, DIM, KEY_BITS
-    )
-    key = key * tl.load(key_scales + at, mask=inside, other=0.0).to(tl.float32)[:, None]
+    key = vectors(line_of(keys, row, capacity, DIM, KEY_BITS), slot, inside, DIM, KEY_BITS)
     key += tl.load(centre + row * DIM + column).to(tl.float32)[None, :]
-    codes = values + row * capacity * (DIM * VALUE_BITS // 8)
-    value = levels_of(codes, value_levels, slot, inside, column, DIM, VALUE_BITS)
-    value = value * tl.load(value_scales + at, mask=inside, other=0.0).to(tl.float32)[:, None]
+    value = vectors(line_of(values, row, capacity, DIM, VALUE_BITS), slot, inside, DIM, VALUE_BITS)
     finite = (tl.abs(key) < float("inf")) & (tl.abs(value) < float("inf"))
-    real = tl.load(positions + at, mask=inside, other=-1) >= 0
+    real = tl.load(positions + row * capacity + slot, mask=inside, other=-1) >= 0
     sound = (tl.min(finite.to(tl.int32), 1) > 0) & inside & real
+    of_keys, of_values, counts = means
     before = tl.load(counts + row)
-    _fold_in(key, sound, means, row, before, column, DIM)
-    _fold_in(value, sound, value_means, row, before, column, DIM)
+    _fold_in(key, sound, of_keys, row, before, column, DIM)
+    _fold_in(value, sound, of_values, row, before, column, DIM)
     tl.debug_barrier()  # all have read the count
     tl.store(counts + row, before + tl.sum(sound.to(tl.float32), 0))
 
@@ -205,12 +206,10 @@ def fold(summary, slots, evicted):
     _fold[(batch * kv_heads,)](
         evicted,
         slots.positions,
-        *stored(slots, "keys"),
+        stored(slots, "keys"),
         slots.codec.centre,
-        *stored(slots, "values"),
-        summary.keys,
-        summary.values,
-        summary.counts,
+        stored(slots, "values"),
+        (summary.keys, summary.values, summary.counts),
         slots.capacity,
         COUNT=count,
         SIZE=power(count),

@@ -2,7 +2,7 @@
 
 import torch
 
-from sketchkv.fast.codes import levels_of, rests_of, ring_row, stored
+from sketchkv.fast.codes import line_of, rests_of, ring_row, stored, vectors
 from sketchkv.fast.launch import jit, kernel, tl
 from sketchkv.index import CENTRE_BITS, LARGEST
 from sketchkv.quantize import CENTRE_AFTER, TINY
@@ -52,25 +52,23 @@ def put(codes, scales, code, scale, target, held, ROWS: tl.constexpr, DIM: tl.co
 
 
 @jit
-def vectors(codes, scales, levels, slot, held, DIM: tl.constexpr, BITS: tl.constexpr):
-    """Vectors [rows, DIM], float32, of the codes in the slots `slot` that are `held`, zero elsewhere."""
-    level = levels_of(codes, levels, slot, held, tl.arange(0, DIM), DIM, BITS)
-    return level * tl.load(scales + slot, mask=held, other=0.0).to(tl.float32)[:, None]
+def enter(
+    x, stored, target, held, ROWS: tl.constexpr, DIM: tl.constexpr, BITS: tl.constexpr, LEAST: tl.constexpr
+):
+    """Codes vectors x [ROWS, DIM], float32, into the slots `target` that are `held`; returns what their codes tell."""
+    codes, scales, levels, bounds = stored
+    code, level, scale = code_of(x, levels, bounds, LEAST, DIM, BITS)
+    put(codes, scales, code, scale, target, held, ROWS, DIM, BITS)
+    return level * scale.to(tl.float32)[:, None]
 
 
 @kernel("used", "end", "capacity")
 def _settle(
     first,
     keys,
-    key_scales,
-    key_levels,
-    key_bounds,
     centre,
     positions,
-    rest_keys,
-    rest_key_scales,
-    rest_key_levels,
-    rest_key_bounds,
+    rests,
     capacity,
     kv_heads,
     used,
@@ -89,31 +87,26 @@ def _settle(
     line = tl.program_id(0).to(tl.int64)
     slot, column = tl.arange(0, ROWS), tl.arange(0, DIM)
     inside = slot < used
-    keys += line * capacity * (DIM * KEY_BITS // 8)
-    key_scales += line * capacity
+    keys = line_of(keys, line, capacity, DIM, KEY_BITS)
     at = tl.load(positions + line * capacity + slot, mask=inside, other=-1)
     begins = 0
     if PADDED:
         begins = tl.load(first + line // kv_heads)
-    key = vectors(keys, key_scales, key_levels, slot, inside, DIM, KEY_BITS)
+    key = vectors(keys, slot, inside, DIM, KEY_BITS)
     key += tl.load(centre + line * DIM + column).to(tl.float32)[None, :]
     if NEWEST:
-        rest_keys += line * (NEWEST + SINKS) * (DIM * REST_BITS // 8)
-        rest_key_scales += line * (NEWEST + SINKS)
+        rests = line_of(rests, line, NEWEST + SINKS, DIM, REST_BITS)
         near, held = ring_row(at, begins, end, NEWEST, SINKS)
-        key += vectors(rest_keys, rest_key_scales, rest_key_levels, near, held, DIM, REST_BITS)
+        key += vectors(rests, near, held, DIM, REST_BITS)
     member = inside & (at >= begins + num_sinks) & (tl.min((tl.abs(key) < float("inf")).to(tl.int32), 1) > 0)
     total = tl.sum(tl.where(member[:, None], key, 0.0), 0)
     middle = (total / tl.maximum(tl.sum(member.to(tl.float32), 0), 1.0)).to(tl.float16)
     tl.debug_barrier()  # all have read what is overwritten
     tl.store(centre + line * DIM + column, middle)
     x = key - middle.to(tl.float32)[None, :]
-    code, level, scale = code_of(x, key_levels, key_bounds, LEAST, DIM, KEY_BITS)
-    put(keys, key_scales, code, scale, slot, inside, ROWS, DIM, KEY_BITS)
+    told = enter(x, keys, slot, inside, ROWS, DIM, KEY_BITS, LEAST)
     if NEWEST:
-        x -= level * scale.to(tl.float32)[:, None]
-        code, level, scale = code_of(x, rest_key_levels, rest_key_bounds, LEAST, DIM, REST_BITS)
-        put(rest_keys, rest_key_scales, code, scale, near, held, ROWS, DIM, REST_BITS)
+        enter(x - told, rests, near, held, ROWS, DIM, REST_BITS, LEAST)
 
 
 def settle(slots, tokens, seen, num_sinks):
@@ -123,10 +116,10 @@ def settle(slots, tokens, seen, num_sinks):
     padded = isinstance(tokens.first, torch.Tensor)
     _settle[(batch * kv_heads,)](
         tokens.first if padded else slots.positions,
-        *stored(slots, "keys", "bounds"),
+        stored(slots, "keys", "bounds"),
         slots.codec.centre,
         slots.positions,
-        *rests[:4],
+        tuple(rests[:4]),
         slots.capacity,
         kv_heads,
         slots.used,

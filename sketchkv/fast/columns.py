@@ -18,7 +18,7 @@ def _receive(
     query,
     keys,
     hidden,
-    fine_keys,
+    fine,
     positions,
     first,
     normaliser,
@@ -79,12 +79,11 @@ def _receive(
         own = slot >= before
         which = tl.where(own, rows + slot - before, which)
         held = (held | own) & (place >= 0)
-        fine_keys += line * (rows + count) * KEYS
-        fine = _tile(
-            fine_keys, tl.where(held, which, rows + count), column, KEYS, 1, rows + count, KEYS, KEY_WIDTH
-        )
+        fine_keys = fine[0] + line * (rows + count) * KEYS
+        which = tl.where(held, which, rows + count)
+        near = _tile(fine_keys, which, column, KEYS, 1, rows + count, KEYS, KEY_WIDTH)
         sink = held & (place < sinks_end)  # near to all queries
-        k = tl.where(sink[:, None], fine, k)
+        k = tl.where(sink[:, None], near, k)
         first_row = tl.where(sink, slot - before, first_row)
         place = tl.where(held & (place >= sinks_end), place, -1)
     passes = (count - start + ROWS - 1) // ROWS
@@ -103,9 +102,9 @@ def _receive(
             q = _tile(query + each * q_head, row, column, q_row, 1, count, KEYS, KEY_WIDTH)
             weight = tl.load(weights + row, mask=row < count, other=0.0)
             total = tl.load(normaliser + each * count + row, mask=row < count, other=0.0)
-            logits = capped(tl.dot(q, tl.trans(fine), input_precision="ieee") * scale, softcap, CAPPED)
-            near = close_to(place, slot - before, row, seen, sinks_end, NEWEST)
-            sums += tl.exp2(tl.where(near, logits, -float("inf")) - total[:, None]) * weight[:, None]
+            logits = capped(tl.dot(q, tl.trans(near), input_precision="ieee") * scale, softcap, CAPPED)
+            close = close_to(place, slot - before, row, seen, sinks_end, NEWEST)
+            sums += tl.exp2(tl.where(close, logits, -float("inf")) - total[:, None]) * weight[:, None]
     sums = tl.sum(sums, 0)
     address = received + line * r_head + slot
     if ADD:
@@ -134,16 +133,14 @@ def receive(
         query,
         keys,
         normaliser if hidden is None else hidden,
-        near[0],
-        near[3],
-        near[4],
+        *near,
         normaliser,
         weights,
         received,
         *query.stride()[:3],
         *keys.stride()[:3],
         weights.stride(0) if weights.shape[0] > 1 else 0,
-        near[3].stride(1),
+        near[1].stride(1),
         received.stride(1),
         kv_heads,
         count,

@@ -33,7 +33,7 @@ def usable(device):
 
 
 class Kernel:
-    """A Triton kernel: `kernel[grid](*tensors and numbers, **constants)`.
+    """A Triton kernel: `kernel[grid](*tensors, numbers and tuples of tensors, **constants)`.
 
     Triton looks at each argument of each launch anew, which takes the host longer than most of these kernels take the device.
     Here what it compiled is found by all that it depends on: dtypes, whether addresses are multiples of 16, numbers, constants.
@@ -51,16 +51,16 @@ class Kernel:
         return partial(self.launch, grid)
 
     def _layout(self, kinds):
-        """Places of tensors, and of numbers that the compiled code depends on."""
+        """Places of tensors, of numbers that the compiled code depends on, and of tuples."""
         named = [(place, kind) for place, kind in enumerate(kinds) if self.names[place] not in self.loose]
-        self.layouts[kinds] = tuple([p for p, k in named if k is kind] for kind in (torch.Tensor, int))
+        self.layouts[kinds] = tuple([p for p, k in named if k is kind] for kind in (torch.Tensor, int, tuple))
         return self.layouts[kinds]
 
     def launch(self, grid, *arguments, **constants):
         if INTERPRETED:
             return self.slow[grid](*arguments, **constants)
         kinds, device, values = tuple(map(type, arguments)), torch._C._cuda_getDevice(), list(arguments)
-        tensors, numbers = self.layouts.get(kinds) or self._layout(kinds)
+        tensors, numbers, tuples = self.layouts.get(kinds) or self._layout(kinds)
         key: Any = [device, kinds, *constants, *constants.values()]
         for place in numbers:  # what Triton looks at
             number = values[place]
@@ -68,6 +68,10 @@ class Kernel:
         for place in tensors:
             values[place] = pointer = arguments[place].data_ptr()
             key += arguments[place].dtype, pointer & 15
+        for place in tuples:
+            values[place] = pointers = tuple([tensor.data_ptr() for tensor in arguments[place]])
+            key += [tensor.dtype for tensor in arguments[place]]
+            key += [pointer & 15 for pointer in pointers]
         key = tuple(key)
         if key not in self.compiled:
             new = self.slow[grid](*arguments, **constants)

@@ -19,6 +19,7 @@ from sketchkv.fast import (
     eviction,
     prompt,
     recalled,
+    replay,
     storage,
     survivors,
     token,
@@ -34,6 +35,7 @@ from sketchkv.slots import Plain
 from sketchkv.summary import Summary
 
 FEW_SLOTS = 1024
+MOST_TOGETHER = 2**14  # queries of which a table says how much they count
 
 
 class Fused(Eager):
@@ -79,6 +81,11 @@ class Fused(Eager):
     def recalled(self, layer, query, key, value, tokens, form):
         """A whole step of a layer with an index (`sketchkv.recall`), or None."""
         return recalled.step(layer, query, key, value, tokens, form)
+
+    def through(self, layer, query, key, value, tokens, form):
+        if replay.suits(layer, query, form) and _adds_up(layer) and _leaves_at_once(layer):
+            return replay.attend(layer, query, key, value, tokens, form)
+        return super().through(layer, query, key, value, tokens, form)
 
     def attend(self, layer, query, tokens, form):
         slots, policy = layer.slots, layer.policy
@@ -197,6 +204,10 @@ class Fused(Eager):
             summary.fold(*taken, slots["positions"].gather(-1, index))
         storage.compact(slots, evicted)
 
+    def look(self, layer, tokens):
+        if not (layer.nan.is_cuda and torch.cuda.is_current_stream_capturing()):  # a later eviction looks
+            super().look(layer, tokens)
+
     def _evict_many(self, layer, tokens):
         """Those that stay go back to the steady slots."""
         slots, summary = layer.slots, layer.summary
@@ -217,15 +228,15 @@ class Fused(Eager):
 fused = Fused()
 
 
-@lru_cache(16)
-def _weights_of(decay, count, device):
-    return AttentionMass(decay).weights(count, device)[None]
+@lru_cache
+def _weights_of(decay, device):
+    return AttentionMass(decay).weights(MOST_TOGETHER, device)[None]
 
 
 def _weights(policy, count, device):
-    """`policy.weights`, float32 `[1, count]`, once for all layers."""
-    if type(policy).weights is AttentionMass.weights:
-        return _weights_of(policy.decay, count, device)
+    """`policy.weights`, float32 `[1, count]`, of one table for all layers and passes: none is made while a pass is recorded."""
+    if type(policy).weights is AttentionMass.weights and count <= MOST_TOGETHER:
+        return _weights_of(policy.decay, device)[:, -count:]
     return policy.weights(count, device)[None]
 
 

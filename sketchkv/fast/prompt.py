@@ -116,11 +116,7 @@ def _attend(
     beside,
     turn,
     means,
-    value_means,
-    counts,
-    fine_keys,
-    fine_values,
-    places,
+    fine,
     positions,
     first,
     output,
@@ -184,14 +180,14 @@ def _attend(
         top = tl.maximum(top, other)
         total = tl.exp2(other - top)
     if SUMMARY:  # one slot that stands for all that was evicted
-        mean = _mean(means + kv * KEYS, turn, key_column, KEYS, TURN)
+        mean = _mean(means[0] + kv * KEYS, turn, key_column, KEYS, TURN)
         other = tl.sum(q.to(tl.float32) * mean[None, :], 1) * scale
-        evicted = tl.log2(tl.load(counts + kv))
+        evicted = tl.log2(tl.load(means[2] + kv))
         other = capped(other + evicted / softcap, softcap, CAPPED)
         higher = tl.maximum(top, other)
         share = tl.exp2(other - higher)
         total = total * tl.exp2(top - higher) + share
-        mean = _mean(value_means + kv * VALUES, turn, value_column, VALUES, TURN)
+        mean = _mean(means[1] + kv * VALUES, turn, value_column, VALUES, TURN)
         sums = share[:, None] * mean[None, :]
         top = higher
     end = tl.minimum(before + begin + ROWS, used)
@@ -216,9 +212,9 @@ def _attend(
             top, total, sums = _add(logits, v, top, total, sums)
     if NEWEST:
         # What the ring held before, sinks among the new tokens, and those that came just before the queries.
-        places += kv * (rows + count)
-        fine_keys += kv * (rows + count) * KEYS
-        fine_values += kv * (rows + count) * VALUES
+        fine_keys = fine[0] + kv * (rows + count) * KEYS
+        fine_values = fine[1] + kv * (rows + count) * VALUES
+        places = fine[2] + kv * (rows + count)
         band = tl.maximum(begin - NEWEST + 1, 0) // BLOCK * BLOCK
         least = tl.maximum(sinks_end - SINKS - seen, 0) // BLOCK * BLOCK
         sunk = (tl.maximum(tl.minimum(sinks_end - seen, band) - least, 0) + BLOCK - 1) // BLOCK
@@ -274,14 +270,14 @@ def attend(
         normaliser if hidden is None else hidden,
         normaliser if beside is None else (beside * LOG2E).contiguous(),
         normaliser if turn is None else turn,
-        *((normaliser,) * 3 if summary is None else (summary.keys, summary.values, summary.counts)),
+        (normaliser,) * 3 if summary is None else (summary.keys, summary.values, summary.counts),
         *near,
         output,
         normaliser,
         *query.stride()[:3],
         *keys.stride()[:3],
         *values.stride()[:3],
-        near[3].stride(1),
+        near[1].stride(1),
         heads,
         count,
         used,
@@ -308,12 +304,16 @@ def attend(
 
 
 def parts_of(fine, unused):
-    """Tensors, numbers and sizes that kernels take of `Fine`; of None, any tensor."""
+    """Tensors (vectors and places in one), numbers and sizes that kernels take of `Fine`; of None, any tensor."""
     if fine is None:
-        return (unused,) * 5, (0, 0), dict(NEWEST=0, SINKS=0, PADDED=False)
+        return ((unused,) * 3, unused, unused), (0, 0), dict(NEWEST=0, SINKS=0, PADDED=False)
     padded = isinstance(fine.first, torch.Tensor)
-    tensors = fine.keys, fine.values, fine.places, fine.positions, fine.first if padded else fine.places
-    return tensors, (fine.seen, fine.rows), dict(NEWEST=fine.newest, SINKS=fine.sinks, PADDED=padded)
+    tensors = fine.keys, fine.values, fine.places
+    return (
+        (tensors, fine.positions, fine.first if padded else fine.places),
+        (fine.seen, fine.rows),
+        dict(NEWEST=fine.newest, SINKS=fine.sinks, PADDED=padded),
+    )
 
 
 def factors(scaling, softcap):

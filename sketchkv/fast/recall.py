@@ -66,7 +66,7 @@ def step(layer, query, key, value, tokens, form):
     slots.used = min(slots.used + 1, slots.capacity)
     layer.seen = store.tokens = layer.seen + 1
     chosen, missing = counted
-    now = dict(written=slots.shape[0] * slots.shape[1] * store.record, fetched=missing * store.record)
+    now = dict(written=slots.shape[0] * slots.shape[1] * layer.row, fetched=missing * store.record)
     now |= dict(chosen=chosen, missing=missing)
     layer.moved = {name: count + now.get(name, 0) for name, count in layer.moved.items()}
     return output

@@ -1,17 +1,13 @@
 """What a prompt leaves: it passes through slots as wide as itself, of which many are evicted at once. Here the others are
 chosen, by one selection of the highest ranks, and moved into the steady slots in one launch."""
 
-from functools import lru_cache
-
 import torch
 
-from sketchkv.fast.codes import bits_of, stored
-from sketchkv.fast.coding import vectors
+from sketchkv.fast.codes import bits_of, line_of, stored, vectors
 from sketchkv.fast.eviction import ranked
 from sketchkv.fast.launch import jit, kernel, pieces, power, tl
 from sketchkv.slots import Slots
 
-TOGETHER = 6  # arrays that one launch moves
 SHARE = 128  # slots that one program folds
 
 
@@ -30,35 +26,15 @@ def _copy(source, target, at, to, moved, fresh, blank, SIZE: tl.constexpr, WIDTH
 @kernel("capacity", "room", "count")
 def _move(
     index,
-    s0,
-    s1,
-    s2,
-    s3,
-    s4,
-    s5,
-    t0,
-    t1,
-    t2,
-    t3,
-    t4,
-    t5,
+    sources,
+    targets,
     capacity,
     room,
     count,
-    blank,
     CHOSEN: tl.constexpr,
-    N0: tl.constexpr,
-    N1: tl.constexpr,
-    N2: tl.constexpr,
-    N3: tl.constexpr,
-    N4: tl.constexpr,
-    N5: tl.constexpr,
-    W0: tl.constexpr,
-    W1: tl.constexpr,
-    W2: tl.constexpr,
-    W3: tl.constexpr,
-    W4: tl.constexpr,
-    W5: tl.constexpr,
+    COUNT: tl.constexpr,
+    SIZES: tl.constexpr,
+    WIDTHS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: BLOCK slots of one KV head of one sequence, the first `count` of which are moved."""
@@ -69,22 +45,13 @@ def _move(
     if CHOSEN:
         at = tl.load(index + line * count + slot, mask=moved, other=0)
     at, to = line * capacity + at, line * room + slot
-    _copy(s0, t0, at, to, moved, fresh, blank, N0, W0)
-    _copy(s1, t1, at, to, moved, fresh, 0, N1, W1)
-    _copy(s2, t2, at, to, moved, fresh, 0, N2, W2)
-    _copy(s3, t3, at, to, moved, fresh, 0, N3, W3)
-    _copy(s4, t4, at, to, moved, fresh, 0, N4, W4)
-    _copy(s5, t5, at, to, moved, fresh, 0, N5, W5)
+    for each in tl.static_range(COUNT):  # positions come first
+        empty = 0 if each else -1
+        _copy(sources[each], targets[each], at, to, moved, fresh, empty, SIZES[each], WIDTHS[each])
 
 
 def _bytes(array):
     return array.view(torch.uint8) if array.dtype == torch.bool else array
-
-
-@lru_cache
-def _widths(sizes):
-    widths = {f"W{place}": power(max(size, 1)) for place, size in enumerate(sizes)}
-    return {f"N{place}": size for place, size in enumerate(sizes)} | widths
 
 
 def move(slots, target, count, index=None):
@@ -92,31 +59,27 @@ def move(slots, target, count, index=None):
     `target`, other `Slots`, and empties the rest of these."""
     (batch, kv_heads), room = slots.shape, target.capacity
     names = sorted(target.arrays, key=lambda name: name != "positions")
-    for start in range(0, len(names), TOGETHER):
-        some = names[start : start + TOGETHER]
-        sources, targets = ([_bytes(held.arrays[name]) for name in some] for held in (slots, target))
-        sizes = tuple([x.shape[3] if x.ndim == 4 else 1 for x in sources])
-        missing = TOGETHER - len(some)
-        _move[(batch * kv_heads, pieces(room, 32))](
-            sources[0] if index is None else index,
-            *sources,
-            *sources[:1] * missing,
-            *targets,
-            *targets[:1] * missing,
-            slots.capacity,
-            room,
-            count,
-            0 if start else -1,
-            CHOSEN=index is not None,
-            **_widths(sizes + (0,) * missing),
-            BLOCK=32,
-            num_warps=4,
-        )
+    sources, targets = (tuple([_bytes(held.arrays[name]) for name in names]) for held in (slots, target))
+    sizes = tuple([x.shape[3] if x.ndim == 4 else 1 for x in sources])
+    _move[(batch * kv_heads, pieces(room, 32))](
+        sources[0] if index is None else index,
+        sources,
+        targets,
+        slots.capacity,
+        room,
+        count,
+        CHOSEN=index is not None,
+        COUNT=len(sizes),
+        SIZES=sizes,
+        WIDTHS=tuple([power(max(size, 1)) for size in sizes]),
+        BLOCK=32,
+        num_warps=4,
+    )
     target.used = target.kept = count
 
 
 def widened(slots, capacity):
-    """`Slots.widened`, in one launch for `TOGETHER` arrays."""
+    """`Slots.widened`, in one launch."""
     wide = Slots.__new__(Slots)
     wide.__dict__.update(slots.__dict__)
     wide.arrays = {
@@ -197,12 +160,8 @@ def _fold(
     best,
     positions,
     keys,
-    key_scales,
-    key_levels,
     centre,
     values,
-    value_scales,
-    value_levels,
     sums,
     added,
     capacity,
@@ -224,8 +183,8 @@ def _fold(
         )
     least = tl.min(least, 0)
     middle = tl.load(centre + line * DIM + column).to(tl.float32)
-    keys += line * capacity * (DIM * KEY_BITS // 8)
-    values += line * capacity * (DIM * VALUE_BITS // 8)
+    keys = line_of(keys, line, capacity, DIM, KEY_BITS)
+    values = line_of(values, line, capacity, DIM, VALUE_BITS)
     key_sum, value_sum = tl.zeros([DIM], tl.float32), tl.zeros([DIM], tl.float32)
     count = 0.0
     for begin in range(part * SHARE, tl.minimum(part * SHARE + SHARE, used), 32):
@@ -233,11 +192,8 @@ def _fold(
         inside = slot < used
         rank = tl.load(ranks + line * used + slot, mask=inside, other=0x7FFFFFFFFFFFFFFF)
         gone = (rank < least) & (tl.load(positions + line * capacity + slot, mask=inside, other=-1) >= 0)
-        key = (
-            vectors(keys, key_scales + line * capacity, key_levels, slot, gone, DIM, KEY_BITS)
-            + middle[None, :]
-        )
-        value = vectors(values, value_scales + line * capacity, value_levels, slot, gone, DIM, VALUE_BITS)
+        key = vectors(keys, slot, gone, DIM, KEY_BITS) + middle[None, :]
+        value = vectors(values, slot, gone, DIM, VALUE_BITS)
         finite = (tl.abs(key) < float("inf")) & (tl.abs(value) < float("inf"))
         gone = gone & (tl.min(finite.to(tl.int32), 1) > 0)
         key_sum += tl.sum(tl.where(gone[:, None], key, 0.0), 0)
@@ -280,9 +236,9 @@ def fold(summary, slots, ranks, best):
         ranks,
         best,
         slots.positions,
-        *stored(slots, "keys"),
+        stored(slots, "keys"),
         slots.codec.centre,
-        *stored(slots, "values"),
+        stored(slots, "values"),
         sums,
         added,
         slots.capacity,

@@ -12,13 +12,13 @@ from sketchkv.study.attention_analysis import attention_maps, states
 from sketchkv.study.baselines import at_budget
 from sketchkv.study.figures import PALETTE
 from sketchkv.study.methods import BOUNDED, LABELS
-from sketchkv.study.pictures import WIDTH, ticks, write
+from sketchkv.study.pictures import WIDTH, label_ends, ticks, write
 from sketchkv.study.recall import make_instances
 from sketchkv.study.sketch_validation import received
 from sketchkv.texts import documents
 
-NAMES = ("sketch_small", "decayed", "compact", "recall", "recall_tail")
-PAIRS = (("recall", "decayed"), ("recall_tail", "recall"), ("recall_tail", "compact"))
+NAMES = ("sketch_small", "decayed", "compact", "recall_alone", "recall")
+PAIRS = (("recall_alone", "decayed"), ("recall", "recall_alone"), ("recall", "compact"))
 JOURNEY = {
     "step": "tokens read",
     "past": "rank of the fact's token by decayed mean attention, exact, 1 is the highest",
@@ -43,21 +43,23 @@ def picture_of_losses(table, gained, seed=0):
     """Loss at each budget, a line a method."""
     found = stats.intervals(table, ["method", "budget"], "loss", seed)
     fig, axis = plt.subplots(figsize=(WIDTH, 4.0))
+    ends = {}
     for name, line in found.groupby("method", sort=False):
         style, end = figures.method_style(name), line.iloc[-1]
         mean, low, high = (stats.percent(line[part]) for part in ("mean", "low", "high"))
         axis.errorbar(line.budget, mean, [mean - low, high - mean], capsize=3, **style)
-        write(axis, LABELS[name], (end.budget, stats.percent(end["mean"])), (8, 0), style["color"])
+        ends[LABELS[name]] = end.budget, stats.percent(end["mean"]), style["color"]
     budgets = sorted(table.budget.unique())
     ticks(axis, budgets, words=lambda share: f"1/{1 / share:.0f}")
     axis.set(xlabel="bytes of fast memory, share of the full cache", ylabel="perplexity above full, %")
-    axis.set(xlim=(budgets[-1] * 1.2, budgets[0] / 1.9), ylim=(0, None))
-    past, tail = (gained[gained.method == name] for name in ("recall", "recall_tail"))
+    axis.set(xlim=(budgets[-1] * 1.2, budgets[0] / 1.9), ylim=(-3, None))
+    label_ends(axis, ends)
+    past, tail = (gained[gained.method == name] for name in ("recall_alone", "recall"))
     wins, n = int((past.verdict == "better than").sum()), gained.n.min()
     return fig, (
-        f"Asking the keys beats exact scores of the past at {wins} of {len(past)} sizes. By how much, paired: {_each(past)}. "
-        "Recall attends to nothing of what a query leaves out; with its tail, to the mean of all tokens, weighted as so many. "
-        f"How much more that gains than recall: {_each(tail[tail.other == 'recall'])}; than compact: "
+        f"Asking the keys beats exact scores of the past at {wins} of {len(past)} sizes, even without a tail. By how much, "
+        f"paired: {_each(past)}. Recall attends to one token more, its tail: the mean of all tokens, weighted as so many as a "
+        f"query leaves out. What the tail gains: {_each(tail[tail.other == 'recall_alone'])}; beside compact: "
         f"{_each(tail[tail.other == 'compact'])}. The store that recall reads from lies outside of fast memory. Bars: bootstrap "
         f"95 % intervals (n = {n} documents)."
     )
@@ -141,8 +143,8 @@ def picture_of_journey(table, cap, top, where):
     axis.set_xlim(first, last.step + 0.55 * (last.step - first))
     went = f"evicted after {gone.step.iloc[0]} tokens" if len(gone) else "still held"
     return fig, (
-        f"The query's index ranks the fact {last['index']} of {last.tokens}, past attention {last.past}. One token of it, in "
+        f"Asked by the query, the index ranks the fact {last['index']} of {last.tokens}, past attention {last.past}. One token of it, in "
         f"layer {where[0]}, head {where[1]}, the head that looks for it most: {went} by exact scores, and asked for by the last "
-        f"query, which gives it {last.attention:.0%} of its attention. An index that brings back the top {top} finds it: "
-        f"{'yes' if last['index'] <= top else 'no'}. One text of the development documents, an example and no measurement."
+        f"query, which gives it {100 * last.attention:.0f} % of its attention. An index that brings back the top {top} "
+        f"{'finds' if last['index'] <= top else 'misses'} it. One text of the development documents, an example and no measurement."
     )

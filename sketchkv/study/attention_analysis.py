@@ -141,33 +141,6 @@ def bound(maps, max_cache_size, num_sinks=4, recent_window=16, evict_every=16):
     return held / (tokens - starts[0])
 
 
-class _Watched(Policy):
-    """A policy that also notes the attention of the newest queries and the tokens it fell on."""
-
-    uses_attention = True
-
-    def __init__(self, policy):
-        self.policy = policy
-
-    def allocate(self, slots):
-        self.policy.layer = self.layer
-        self.policy.allocate(slots)
-
-    def enter(self, slots, new, token_ids):
-        self.policy.enter(slots, new, token_ids)
-
-    def observe(self, slots, attention):
-        self.positions = slots["positions"].long()
-        if self.policy.uses_attention:
-            self.policy.observe(slots, attention)
-
-    def score(self, slots, seen):
-        return self.policy.score(slots, seen)
-
-    def tensors(self):
-        return self.policy.tensors()
-
-
 @torch.no_grad()
 def compare(model, input_ids, maps, policies, max_cache_size, evict_every=16, **protection):
     """Feeds texts to a model whose cache evicts, and says how much of the full cache's attention falls on what it holds.
@@ -183,11 +156,8 @@ def compare(model, input_ids, maps, policies, max_cache_size, evict_every=16, **
             f"{tokens} tokens never fill a cache of {max_cache_size} that evicts every {evict_every}: take longer texts "
             "or a smaller max_cache_size"
         )
-    policies = policies if isinstance(policies, (list, tuple)) else [policies] * layers
-    watched = [_Watched(policy) for policy in policies]
-    cache = make_cache(
-        model.config, watched, max_cache_size=max_cache_size, evict_every=evict_every, **protection
-    )
+    protection |= {"max_cache_size": max_cache_size, "evict_every": evict_every}
+    cache = make_cache(model.config, policies, **protection)
     model(input_ids[:, : starts[0]], past_key_values=cache, use_cache=True, logits_to_keep=1)
     retained = torch.zeros(layers, len(input_ids), device=input_ids.device)
     nll = torch.zeros(len(input_ids), device=input_ids.device)
@@ -195,14 +165,15 @@ def compare(model, input_ids, maps, policies, max_cache_size, evict_every=16, **
         now = slice(start, min(start + evict_every, tokens))
         if now.start == now.stop:
             break
+        before = [layer.slots["positions"].long() for layer in cache.layers]
         logits = model(input_ids[:, now], past_key_values=cache, use_cache=True).logits
         targets = input_ids[:, now.start + 1 : now.stop + 1]
         predicted = logits[:, : targets.shape[1]].float().transpose(1, 2)
         nll += torch.nn.functional.cross_entropy(predicted, targets, reduction="none").sum(1)
-        for index, layer in enumerate(cache.layers):
+        for index, held in enumerate(before):
             full = maps[index][:, :, now]
-            held = layer.policy.positions[:, :, None].expand(*full.shape[:3], -1)
-            retained[index] += full.gather(-1, held).sum(-1).mean(1).sum(-1)
+            old = full.gather(-1, held[:, :, None].expand(*full.shape[:3], -1)).sum(-1)
+            retained[index] += (old + full[..., now].sum(-1)).mean(1).sum(-1)
     assert cache.evicted_tokens > 0
     return {
         "retained": (retained / (tokens - starts[0])).cpu(),

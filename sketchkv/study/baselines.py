@@ -24,9 +24,7 @@ PAIRS = (
     ),
     *(("sketch_summary", other) for other in ("decayed", "decayed_summary")),
     *(("compact", other) for other in (*PEERS, "decayed_int4", "decayed_summary")),
-    *(("decayed", other) for other in ("h2o", "plain_sums", "snapkv", "tova", "streaming", "random")),
-    *((f"decayed_{more}", "decayed") for more in ("int4", "int8", "summary")),
-    *(("sketch_int4", "decayed_int4"), ("h2o", "plain_sums"), ("streaming", "random")),
+    *(("sketch_int4", "decayed_int4"), ("h2o", "plain_sums")),
 )
 
 COLUMNS = {
@@ -118,11 +116,8 @@ def pareto(size, loss):
 
 def front(table):
     """Size and mean loss of each method at each budget, and which no other beats: a DataFrame (`FRONT_COLUMNS`)."""
-    sizes = table.groupby(["method", "budget"], sort=False, dropna=False)
-    sizes = sizes.agg(
-        share=("share", "first"), loss=("loss", "mean"), kl=("kl", "mean"), top1=("top1", "mean")
-    )
-    sizes = sizes.reset_index()
+    how = {"share": "first", "loss": "mean", "kl": "mean", "top1": "mean"}
+    sizes = table.groupby(["method", "budget"], sort=False, dropna=False, as_index=False).agg(how)
     # Caps are whole tokens: at one budget, a few bytes less are no merit.
     return sizes.assign(front=pareto(sizes.budget.fillna(sizes.share), sizes.loss))
 
@@ -147,9 +142,9 @@ def hypothesis(frame, seed=0):
     return pd.DataFrame(rows).sort_values("increase", ignore_index=True)
 
 
-def compare(frame, method, other, seed=0, value="loss"):
+def compare(frame, method, other, seed=0):
     """How much less `method` loses than `other` on the same documents: (mean, low, high), positive if it is better."""
-    by_document = frame.pivot(index="document", columns="method", values=value)
+    by_document = frame.pivot(index="document", columns="method", values="loss")
     return stats.paired_interval(by_document[other] - by_document[method], seed)
 
 
@@ -170,12 +165,6 @@ def words(names):
     """ "a, b and c": labels of methods, "none" without any."""
     names = [LABELS.get(name, name) for name in names]
     return (", ".join(names[:-1]) + " and " + names[-1] if len(names) > 1 else names[0]) if names else "none"
-
-
-def note(run, name, interval):
-    """The facts NAME_mean, NAME_low and NAME_high."""
-    for part, value in zip(("mean", "low", "high"), interval):
-        run.fact(f"{name}_{part}", float(value))
 
 
 def front_caption(sizes, pairs, table):

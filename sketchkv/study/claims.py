@@ -7,10 +7,9 @@ template says that it was not measured.
 from types import SimpleNamespace as Claim
 from typing import NamedTuple
 
-import numpy as np
 from scipy.stats import binomtest
 
-from sketchkv.study.stats import against
+from sketchkv.study.stats import against, percent
 
 EIGHTH = (0.12, 0.1251)  # shares of the bytes that count as an eighth
 TEXTS = ("prose", "code")
@@ -52,7 +51,7 @@ class Found(NamedTuple):
 def gather(found):
     """{name: Claim or None} of `report.Results`."""
     claims = {}
-    for part in (at_an_eighth, past, keys, parts, slot, forgotten, speed):
+    for part in (at_an_eighth, longer, past, keys, parts, slot, forgotten, speed, prompts, peers):
         try:
             claims[part.__name__] = part(found)
         except (KeyError, IndexError):
@@ -61,7 +60,7 @@ def gather(found):
 
 
 def at_an_eighth(found):
-    """`loss[text][method]` (Found), `slots[method]`, `best[text]` of the pretrained model; `embedded` of the embedded one."""
+    """`loss[text][method]` (Found), `slots[method]` of the pretrained model; `embedded` of the embedded one."""
     table = found.frame("pretrained_losses")
     table = table[table["share"].between(*EIGHTH)]
     loss = {
@@ -76,11 +75,20 @@ def at_an_eighth(found):
     return Claim(
         loss=loss,
         slots=table.groupby("method").max_cache_size.first().to_dict(),
-        best={text: min(rows, key=rows.__getitem__) for text, rows in loss.items()},
         n=int(table.n.min()),
         tokens=found.facts["pretrained_tokens"],
-        embedded={name: 100 * float(np.expm1(value)) for name, value in front.items()},
+        embedded={name: float(percent(value)) for name, value in front.items()},
     )
+
+
+def longer(found):
+    """`loss[text][method]` (Found) at an eighth of the bytes of a longer text."""
+    table = found.frame("pretrained_longer")
+    loss = {
+        text: {row.method: Found(row.percent, row.low, row.high) for row in part.itertuples()}
+        for text, part in table[table["share"].between(*EIGHTH)].groupby("text")
+    }
+    return Claim(loss=loss, n=int(table.n.min()), tokens=found.facts["pretrained_longer_tokens"])
 
 
 def past(found):
@@ -100,15 +108,25 @@ def past(found):
 
 
 def keys(found):
-    """Recall beside exact scores and beside compact, paired: `exact[text]` and `compact[text]`, percent more than they lose."""
+    """Recall beside exact scores and beside compact, paired: `exact[text]` and `compact[text]`, percent more than they lose;
+    `tail[text]`: what recall loses more without its tail, empty where that was not measured; `tenth`: percent of the
+    attention that a tenth of the tokens holds, chosen anew for each query and by past attention, in `tenth_n` documents."""
     facts = found.facts
     exact, compact = (
         {text: _ends(facts, f"pretrained_{text}_recall_over_{other}") for text in TEXTS}
         for other in ("decayed", "compact")
     )
+    tenth = found.frame("pretrained_attended").query("of == 0.1").set_index("chosen")
     return Claim(
         exact=exact,
         compact=compact,
+        tail={
+            text: _ends(facts, f"pretrained_{text}_recall_alone_over_recall")
+            for text in TEXTS
+            if f"pretrained_{text}_recall_alone_over_recall_mean" in facts
+        },
+        tenth=[100 * tenth.mass[way] for way in ("each query", "foresight")],
+        tenth_n=int(tenth.n.min()),
         ahead=all(each.high < 0 for each in exact.values()),
     )
 
@@ -145,6 +163,9 @@ def slot(found):
         loss=loss,
         helps=against(gains.loc["decayed none"]) == "worse than",
         several=against(gains.loc["decayed hash"]),
+        ways=[
+            row.verdict for row in found.frame("tried").itertuples() if row.what.startswith("4 summary slots")
+        ],
         cap=round(budget * tokens),
         tokens=tokens,
         n=scored.document.nunique(),
@@ -152,43 +173,87 @@ def slot(found):
 
 
 def forgotten(found):
-    """Answers to questions about a fact in the text: `right[method]`, `n[method]`, `share[method]` with an exact interval, and
-    the same of the first depths alone, `far`, and of the last, in words, `near`; only depths at which the full cache answers well enough count."""
+    """Right answers to questions about a fact in the text. Of a number ("needle"): `right[method]` of `n`, of the first half of
+    the text `far[method]` (right, n, share as Found), of the last depth `near[method]` of `near_n`. Of one of four keys: `keys[method]`
+    of `keys_n`. Only depths at which the full cache answers well enough count; `hard`: tasks that have none."""
     table = found.frame("pretrained_answers")
-    table = table[table.counts & (table.task == "needle")]
-    sums = table.groupby("method")[["right", "n"]].sum()
-    far = table[table.depth <= 0.5].groupby("method")[["right", "n"]].sum()
-    last = table[table.depth == table.depth.max()].set_index("method").sort_values("right", ascending=False)
+    counted = table[table.counts]
+    needle, keys = (counted[counted.task == task] for task in ("needle", "four_keys"))
+    sums, of_keys, far = (
+        part.groupby("method")[["right", "n"]].sum() for part in (needle, keys, needle[needle.depth <= 0.5])
+    )
+    last = needle[needle.depth == needle.depth.max()].set_index("method")
     return Claim(
         right=sums.right.to_dict(),
-        n=sums.n.to_dict(),
-        share={row.Index: _binomial(row.right, row.n) for row in sums.itertuples()},
+        n=int(sums.n["full cache"]),
         far={row.Index: (row.right, row.n, _binomial(row.right, row.n)) for row in far.itertuples()},
-        near=", ".join(f"{row.Index} answers {row.right} of {row.n}" for row in last.itertuples()),
+        near=last.right.to_dict(),
+        near_n=int(last.n.min()),
+        keys=of_keys.right.to_dict(),
+        keys_n=int(of_keys.n.max()) if len(of_keys) else 0,
+        hard=sorted({*table.task} - {*counted.task}),
     )
 
 
 def speed(found):
     """A decode step beside that of the full cache: `ratio[cache]` (least, most) where the study ran, `cards[device][cache]` at
-    the longest text elsewhere, `milliseconds[cache]` at the longest text."""
-    facts, table = found.facts, found.frame("speed_steps")
-    table = table[table["kind"] == "measured"]
+    the longest text elsewhere, `milliseconds[cache]` at the shortest and the longest text, `slope[cache]` for each doubling."""
+    table = found.frame("speed_steps")
+    table = table[table["kind"] == "measured"].replace({"cache": {"DynamicCache": "full"}})
     devices = list(dict.fromkeys(table.device))
     medians = {
-        device: part.pivot(index="context", columns="cache", values="median").rename(
-            columns={"DynamicCache": "full"}
-        )
+        device: part.pivot(index="context", columns="cache", values="median")
         for device, part in table.groupby("device")
     }
     ratios = {device: at.div(at["full"], axis=0).drop(columns="full") for device, at in medians.items()}
     here = devices[0]
+    slopes = found.frame("speed_rows").set_index("row")[["median", "low", "high"]]
+    slopes = 100 * slopes[slopes.index.str.endswith(", slope per doubling")]
     return Claim(
         device=here,
         ratio={cache: (column.min(), column.max()) for cache, column in ratios[here].items()},
         cards={device: ratios[device].iloc[-1].dropna().to_dict() for device in devices[1:]},
-        milliseconds=medians[here].iloc[-1].to_dict(),
+        milliseconds={cache: (column.iloc[0], column.iloc[-1]) for cache, column in medians[here].items()},
         contexts=(int(medians[here].index.min()), int(medians[here].index.max())),
-        slope=Found(*(100 * facts[f"speed_slope_{end}"] for end in ("median", "low", "high"))),
+        slope={
+            row[0].partition(",")[0].replace("DynamicCache", "full"): Found(*row[1:])
+            for row in slopes.itertuples()
+        },
+        n=int(table.n.min()),
+    )
+
+
+def prompts(found):
+    """Time of a prompt of `tokens`, the first measured, beside that of the full cache: `ratio[cache]`, and `chunk[cache]`, (tokens, ratio) where fewer
+    evictions were measured, too."""
+    rows = found.frame("speed_rows").row.str.extract(
+        r"^prompt of (?P<tokens>\d+), (?P<cache>\w+)(?:, once per (?P<chunk>\d+))? / prompt of \d+, DynamicCache$"
+    )
+    rows = rows.assign(ratio=found.frame("speed_rows")["median"]).dropna(subset="tokens")
+    rows = rows[rows.tokens == rows.tokens.iloc[0]]
+    whole, cut = rows[rows.chunk.isna()], rows.dropna(subset="chunk")
+    return Claim(
+        tokens=int(rows.tokens.astype(int).iloc[0]),
+        ratio=whole.set_index("cache").ratio.to_dict(),
+        chunk={row.cache: (int(row.chunk), row.ratio) for row in cut.itertuples()},
+    )
+
+
+def peers(found):
+    """Prompts cut once: `rows`, (rule, code, Found), the least loss first; the `best` of all and of `ours`; `apart`: the
+    largest difference of one rule in both codes."""
+    table = found.frame("peers_losses")
+    table = table[table.kept == table.kept.max()].sort_values("loss")
+    rows = [
+        (row.method, row.code, Found(*map(percent, (row.loss, row.low, row.high))))
+        for row in table.itertuples()
+    ]
+    return Claim(
+        rows=rows,
+        best=rows[0],
+        ours=next(row for row in rows if row[1] == "ours"),
+        kept=int(table.kept.iloc[0]),
+        apart=percent(found.facts["peers_apart"]),
         n=int(table.n.min()),
     )
 

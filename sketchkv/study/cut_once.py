@@ -19,7 +19,7 @@ from sketchkv.pretrained import model_folder
 from sketchkv.study import sources
 from sketchkv.study.measured import BENCHMARKS, TEXTS, digest
 from sketchkv.study.methods import LABELS, make_cache
-from sketchkv.study.stats import paired_interval
+from sketchkv.study.stats import ENDS, intervals
 from sketchkv.texts import documents as read_documents
 
 DOCUMENTS, TOKENS, PROMPT, KEPT = 16, 2048, 1536, (384, 192)
@@ -48,9 +48,7 @@ LOSSES = {
     "kept": COLUMNS["kept"],
     "code": COLUMNS["code"],
     "loss": "nats per token above the full cache, mean over documents",
-    "low": "lower end of its 95 % interval, documents resampled",
-    "high": "upper end",
-    "n": "documents",
+    **ENDS,
 }
 
 
@@ -96,19 +94,9 @@ def joined(theirs, own, names):
 
 def losses(table):
     """Loss of each rule by each code (`LOSSES`), the least first at each size."""
-    rows = [
-        (
-            NAMES[method],
-            kept,
-            code,
-            *paired_interval((part.nll - part.nll_full).to_numpy(copy=True)),
-            len(part),
-        )
-        for (method, kept, code), part in table.groupby(["method", "kept", "code"])
-    ]
-    return pd.DataFrame(rows, columns=list(LOSSES)).sort_values(
-        ["kept", "loss"], ascending=[False, True], ignore_index=True
-    )
+    found = intervals(table.assign(loss=table.nll - table.nll_full), ["method", "kept", "code"], "loss")
+    found = found.rename(columns={"mean": "loss"}).assign(method=found.method.map(NAMES))[list(LOSSES)]
+    return found.sort_values(["kept", "loss"], ascending=[False, True], ignore_index=True)
 
 
 def side_by_side(found):
@@ -116,16 +104,6 @@ def side_by_side(found):
     wide = found.pivot(index=["kept", "method"], columns="code", values="loss")
     wide["difference"] = wide.ours - wide.kvpress
     return wide.sort_values(["kept", "kvpress", "ours"], ascending=[False, True, True])
-
-
-def facts(found):
-    """How far both codes are apart, and what loses least at each size: {name: number or word}."""
-    numbers: dict = {"peers_documents": int(found.n.min())}
-    numbers["peers_apart"] = float(side_by_side(found).difference.abs().max())
-    for kept, part in found.groupby("kept"):
-        for where, best in (("best", part.iloc[0]), ("ours", part[part.code == "ours"].iloc[0])):
-            numbers |= {f"peers_{kept}_{where}": best.method, f"peers_{kept}_{where}_loss": float(best.loss)}
-    return numbers
 
 
 def by_kvpress(python, weights, ids, out):
@@ -145,12 +123,8 @@ def main(python):
     np.save(out / "ids.npy", docs.input_ids.numpy())
     theirs, versions = by_kvpress(python, weights, out / "ids.npy", out / "kvpress.csv")
     own = ours(enable(lm), docs.input_ids.to(lm.device))
-    keep(
-        theirs,
-        own,
-        docs,
-        {"kvpress": versions, "ours": sources.versions(), "commit": commit, "device": device_name(lm.device)},
-    )
+    versions = {"kvpress": versions, "ours": sources.versions()}
+    keep(theirs, own, docs, versions | {"commit": commit, "device": device_name(lm.device)})
 
 
 def device_name(device):

@@ -20,6 +20,7 @@ from sketchkv.study import attention_analysis, figures, pictures, sources
 from sketchkv.study.baselines import BOUNDED, LABELS
 from sketchkv.study.evaluate import evaluate
 from sketchkv.study.methods import full_nbytes, make_cache, nbytes
+from sketchkv.tail import Tail
 from sketchkv.texts import documents
 
 CACHES = ["compact", "decayed", "sketch", "streaming", "recall"]
@@ -30,14 +31,13 @@ STATES = {
     "evicted": "not seen",
     "coming": "yet to come",
 }
-LISTEN = 64  # tokens of two probes, from which bytes of any cap follow
 
 
 def cache_named(name, config, cap):
     """A cache of `CACHES` with `cap` slots; "recall" attends to sinks, the newest 16 and as many as then fit."""
     if name == "recall":
         index = KeyIndex(top=cap - 4 - 16, block=16, exact_prompts=False)
-        return SketchCache(config, cap, bits=(5, 4), index=index)
+        return SketchCache(config, cap, bits=(5, 4), index=index, summary=Tail())
     return make_cache(config, max_cache_size=cap, **BOUNDED[name])
 
 
@@ -157,7 +157,7 @@ def compared(made):
         kinds = ["kept"] * same + ["differs"] + ["after"] * len(pairs)
         spans = [(text, kind, kind) for text, kind in zip(each["tokens"], kinds)]
         columns += f"<div><b>{name}</b>, {each['bytes']:,} bytes{marked(spans)}</div>"
-    title = f"{second} holds {other['bytes'] / one['bytes']:.0%} of the bytes of {first} and {ends}"
+    title = f"{second} holds {100 * other['bytes'] / one['bytes']:.0f} % of the bytes of {first} and {ends}"
     return page(title, f'<div class="pair">{columns}</div>')
 
 
@@ -230,14 +230,18 @@ def lamp(counts, products):
     fig, (table, error, index) = plt.subplots(1, 3, figsize=(13, 4.4))
     table.imshow(counts["table"], aspect="auto", interpolation="nearest")
     table.set(xlabel="counter", ylabel="row", yticks=range(len(counts["table"])))
-    table.set_title(f"{counts['collided']:.0%} of the items share\na counter in every row", loc="left")
+    table.set_title(
+        f"{100 * counts['collided']:.0f} % of the items share\na counter in every row", loc="left"
+    )
     table.grid(False)
     truth, over = np.array(counts["truth"]), np.array(counts["estimate"]) - counts["truth"]
     error.plot(truth, over, "o", color=figures.PALETTE[0], alpha=0.5)
     error.axhline(counts["bound"], color="#b2182b", label="e / width")
     error.set(xlabel="true count", ylabel="estimate less truth", xscale="log")
     error.legend()
-    error.set_title(f"{(over > counts['bound']).mean():.1%} of the errors\nexceed the bound", loc="left")
+    error.set_title(
+        f"{100 * (over > counts['bound']).mean():.1f} % of the errors\nexceed the bound", loc="left"
+    )
     index.plot(products["truth"], products["estimate"], "o", color=figures.PALETTE[2], alpha=0.5)
     ends = [min(products["truth"]), max(products["truth"])]
     index.plot(ends, ends, color="0.5", linewidth=1)
@@ -254,35 +258,24 @@ def held(layers, kv_heads, head_dim, length, batch=1, cap=0):
     """Bytes of keys and values for a model of this shape, in half precision: {"full", "compact", "sketch", "recall",
     "host"}, the last the store of recall outside fast memory.
 
-    cap: slots per KV head, 0 for a quarter of the length; recall has 512 whatever the length. Measured on one layer at two
-    sizes: bytes grow linearly with slots and tokens.
+    cap: slots per KV head, 0 for a quarter of the length; recall has 512 whatever the length.
     """
     heads = dict(num_attention_heads=kv_heads, num_key_value_heads=kv_heads, head_dim=head_dim)
-    config = LlamaConfig(num_hidden_layers=1, hidden_size=8 * kv_heads, vocab_size=8, **heads)
-    times, cap = layers * batch, cap or length // 4
+    config = LlamaConfig(num_hidden_layers=layers, hidden_size=8 * kv_heads, vocab_size=8, **heads)
 
-    def line(size, at):
-        small, large = size(LISTEN), size(2 * LISTEN)
-        return small + (large - small) * (at - LISTEN) / LISTEN
+    def total(method, slots, **more):
+        size = nbytes(config, length, torch.half, method=method, max_cache_size=slots, **more)
+        return batch * size["total"]
 
-    def bounded(method, **more):
-        more |= {"dtype": torch.half, "method": method}
-        return int(times * line(lambda slots: nbytes(config, max_cache_size=slots, **more)["total"], cap))
-
-    def indexed(tokens):
-        index = KeyIndex()
-        index.growth = LISTEN  # no room ahead: it is not held for long
-        index.add(torch.zeros(1, kv_heads, tokens, head_dim, dtype=torch.half), torch.arange(tokens)[None])
-        return index.nbytes()
-
-    empty, recall = torch.zeros(1, kv_heads, 0, head_dim, dtype=torch.half), SketchCache.recall(config)
-    recall.layers[0].lazy_initialization(empty, empty)
+    layer = SketchCache.recall(config).layers[0]
+    empty = torch.zeros(1, kv_heads, 0, head_dim, dtype=torch.half, device="meta")
+    layer.lazy_initialization(empty, empty)
     return {
-        "full": times * full_nbytes(config, length),
-        "compact": bounded("compact"),
-        "sketch": bounded("sketch", bits=16),
-        "recall": int(times * (recall.nbytes()["total"] + line(indexed, length))),
-        "host": times * recall.layers[0].store.record * kv_heads * length,
+        "full": batch * full_nbytes(config, length),
+        "compact": total("compact", cap or length // 4),
+        "sketch": total("sketch", cap or length // 4, bits=16),
+        "recall": total("recall", 512, top=256, store="device"),
+        "host": batch * layers * kv_heads * layer.store.record * length,
     }
 
 
@@ -300,9 +293,13 @@ def bars(sizes):
     fig, axis = plt.subplots(figsize=(8, 3.4))
     (names, colours), full = zip(*BARS.values()), sizes["full"]
     drawn = axis.barh(names, [sizes[name] / 2**30 for name in BARS], color=colours)
-    axis.bar_label(drawn, [f"{sizes[n] / 2**30:,.2f} GiB, {sizes[n] / full:.0%}" for n in BARS], padding=4)
+    axis.bar_label(
+        drawn, [f"{sizes[n] / 2**30:,.2f} GiB, {100 * sizes[n] / full:.0f} %" for n in BARS], padding=4
+    )
     axis.invert_yaxis()
     axis.margins(x=0.3)
     axis.set(xlabel="GiB")
-    axis.set_title(f"Compact holds {sizes['compact'] / full:.0%} of the full cache's bytes", loc="left")
+    axis.set_title(
+        f"Compact holds {100 * sizes['compact'] / full:.0f} % of the full cache's bytes", loc="left"
+    )
     return fig

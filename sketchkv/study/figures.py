@@ -14,37 +14,36 @@ SIZE = (7.0, 4.4)  # inches: one size for all, whose smallest type is 8 pixels h
 FONTS = ["DejaVu Sans", "Verdana"]  # the second is as wide, where a reader lacks that of matplotlib
 HEAVY = 300_000  # bytes of an SVG above which its points and lines become a picture inside it
 
-# A method keeps its colour (an index into PALETTE) and marker in every figure. Those that share a figure with a legend have
-# different colours; of one colour, all have different markers.
+# A method keeps its colour (an index into PALETTE) and marker in every figure: one colour a family, one marker each.
 METHODS = {
-    "sketch": (0, "o"),
-    "sketch_int4": (0, "p"),
-    "h2o": (1, "s"),
-    "decayed_int8": (1, "D"),
-    "plain_sums": (1, "h"),
-    "decayed": (2, ">"),
-    "decayed_int4": (2, "<"),
-    "streaming": (3, "D"),
-    "streaming_int4": (3, "s"),
+    "compact": (0, "*"),
+    "streaming": (1, "D"),
+    "streaming_int4": (1, "s"),
+    "window": (1, "^"),
+    "recall": (2, "*"),
+    "recall_alone": (9, "*"),
+    "sketch": (3, "o"),
+    "sketch_small": (3, ">"),
+    "sketch_int4": (3, "p"),
     "sketch_summary": (3, "P"),
-    "random": (4, "v"),
-    "kivi2": (4, "p"),
+    "decayed": (4, ">"),
+    "decayed_int8": (4, "D"),
+    "decayed_int4": (4, "<"),
+    "decayed_summary": (4, "^"),
+    "plain_sums": (4, "h"),
+    "h2o": (5, "s"),
     "lru": (5, "P"),
-    "decayed_summary": (5, "^"),
     "int4": (5, "v"),
+    "kivi2": (5, "p"),
     "key_norm": (6, "X"),
     "kivi4": (6, "v"),
+    "expected": (6, "P"),
     "tova": (7, "<"),
     "int8": (7, "s"),
+    "random": (7, "v"),
     "oracle": (8, "*"),
-    "window": (8, "^"),
     "kivi8": (8, "X"),
     "snapkv": (9, "h"),
-    "sketch_small": (0, ">"),
-    "compact": (9, "*"),
-    "recall": (3, "*"),
-    "recall_tail": (4, "*"),
-    "expected": (6, "P"),
 }
 FULL_CACHE = {"color": "#333333", "marker": "o"}  # the reference, in no competitor's colour
 

@@ -8,7 +8,6 @@ from sacrebleu.metrics import BLEU
 from sketchkv import score
 from sketchkv.decode import generate
 from sketchkv.study import stats
-from sketchkv.study.baselines import note
 from sketchkv.study.methods import LABELS
 
 # Of one text against one other; a text without any 4-gram in common must not count as nothing at all.
@@ -35,19 +34,16 @@ INTERVAL_COLUMNS = {
 }
 
 
-def continuation(model, prompts, cache, new_tokens, *, do_sample=False, seed=0, by_hand=True, **how):
+def continuation(model, prompts, cache, new_tokens, *, do_sample=False, seed=0, by_hand=True):
     """Continues `prompts` `[batch, tokens]`, all of one length, by exactly `new_tokens`: an end-of-text token ends nothing.
     Returns the new tokens, int64 `[batch, new_tokens]` on the CPU.
 
     Greedy, or sampled at temperature 1 after `seed`: each step draws the same random numbers whatever the cache, so that
-    texts differ only where probabilities do. by_hand: through `sketchkv.decode.generate`, which gets `how`; otherwise
-    `model.generate`.
+    texts differ only where probabilities do. by_hand: through `sketchkv.decode.generate`; otherwise `model.generate`.
     """
     torch.manual_seed(seed)
     if by_hand:
-        tokens = generate(
-            model, prompts, cache, new_tokens, do_sample=do_sample, chunk_size=prompts.shape[1], **how
-        )
+        tokens = generate(model, prompts, cache, new_tokens, do_sample=do_sample, chunk_size=prompts.shape[1])
     else:
         tokens = model.generate(
             prompts,
@@ -126,18 +122,3 @@ def caption(found, cap, prompt_tokens, new_tokens):
         f"Bars: bootstrap 95 % intervals (n = {found.n.iloc[0]} prompts of {prompt_tokens} tokens, continued by "
         f"{new_tokens}, cap {cap})."
     )
-
-
-def note_all(run, table, found, **numbers):
-    """The facts generation_*."""
-    for name, value in numbers.items():
-        run.fact(f"generation_{name}", value)
-    for row in found.itertuples():
-        note(run, f"generation_nll_{row.method}", (row.mean, row.low, row.high))
-        run.fact(
-            f"generation_nll_{row.method}_verdict",
-            "above" if row.low > 0 else "below" if row.high < 0 else "open",
-        )
-    for (mode, name), part in table.groupby(["mode", "method"]):
-        for value in ("first", "equal", "bleu_full", "bleu_true", "repeated"):
-            run.fact(f"generation_{value}_{name}_{mode}", float(part[value].mean()))

@@ -59,10 +59,8 @@ def losses(model, docs, make_caches, skip, batch=16):
     rows, names = [], iter(docs.names)
     for ids in docs.input_ids.to(model.device).split(batch):
         size = max(1, TOKENS // len(ids))
-        full, here = (
-            score(model, ids, DynamicCache(config=model.config), chunk_size=size),
-            [*islice(names, len(ids))],
-        )
+        full = score(model, ids, DynamicCache(config=model.config), chunk_size=size)
+        here = list(islice(names, len(ids)))
         for name, make in make_caches.items():
             cache = make()
             lost = (score(model, ids, cache, chunk_size=size) - full)[:, skip:].mean(1)

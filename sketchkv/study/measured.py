@@ -1,6 +1,7 @@
 """What is measured of SmolLM2-135M-Instruct, and how: groups of a method at one size, on all texts of a kind."""
 
 import hashlib
+import itertools
 import json
 from functools import lru_cache
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from sketchkv.corpus import DATA
-from sketchkv.study import methods, written
+from sketchkv.study import methods
 from sketchkv.study.methods import fit, full_nbytes
 from sketchkv.study.questions import DEPTHS, FORMS, TASKS, instances
 from sketchkv.study.sweep import configurations
@@ -29,7 +30,7 @@ COUNTS = 20  # right answers of the full cache, of 30, from which a cell counts
 
 NAMES = (
     *("compact", "recall", "decayed", "sketch", "streaming", "h2o", "snapkv", "tova", "expected"),
-    *("decayed_int4", "streaming_int4", "plain_sums", "sketch_small"),
+    *("decayed_int4", "streaming_int4", "plain_sums", "sketch_small", "recall_alone"),
 )
 BOUNDED = {name: methods.BOUNDED[name] for name in NAMES}
 WHOLE = {name: methods.WHOLE[name] for name in ("kivi4", "kivi2")}
@@ -38,7 +39,6 @@ ASKED = ("full", "compact", "recall", "decayed", "streaming", "kivi2", "sketch")
 LONGER = ("recall", "compact", "decayed", "streaming")
 ASKED_LONGER = ("full", "recall", "compact", "streaming")
 LONG_TASKS = ("needle", "four_keys")
-WRITERS = ("full", "recall", "compact", "decayed", "streaming")
 SHORT, SHORT_DOCUMENTS = 1024, 8  # texts in which the sweep's caps of 64 to 256 tokens are caps
 WATCHED = ("streaming", "plain_sums", "decayed", "sketch", "tova")  # what their rules keep of the attention
 LABELS = methods.LABELS | {"near": f"no cache, the newest {NEAR} tokens"}
@@ -88,7 +88,6 @@ RECALL = {
     "loglik": "mean log-likelihood of the answer, nats per token",
     **_ORIGIN,
 }
-WRITTEN = {"tokens": "tokens of the prompt", **_COMMON, **written.COLUMNS, **_ORIGIN}
 SWEEP = {
     "tokens": "tokens of the document",
     **_COMMON,
@@ -113,9 +112,16 @@ ATTENTION = {
 TABLES = {
     "pretrained_quality": QUALITY,
     "pretrained_recall": RECALL,
-    "pretrained_written": WRITTEN,
     "pretrained_sweep": SWEEP,
     "pretrained_attention": ATTENTION,
+}
+# Tables of the study, and of which of these each is made.
+SOURCES = {
+    "pretrained_losses": "pretrained_quality",
+    "pretrained_longer": "pretrained_quality",
+    "pretrained_answers": "pretrained_recall",
+    "pretrained_swept": "pretrained_sweep",
+    "pretrained_attended": "pretrained_attention",
 }
 
 
@@ -149,9 +155,6 @@ def groups(piece):
             for name in asked
             for task in tasks
         ]
-    elif piece == "written":
-        common = {"table": "pretrained_written", "tokens": LENGTH, "ids": f"written_{LENGTH}"}
-        order = [(name, SHARES[0] if name in BOUNDED else None) for name in WRITERS]
     elif piece == "sweep":
         common = {"table": "pretrained_sweep", "tokens": SHORT, "ids": f"code_{LENGTH}", "share": None}
         return [common | {"name": c["configuration"], "method": sweep_method(c)} for c in configurations()]
@@ -165,7 +168,7 @@ def groups(piece):
 
 PIECES = (
     *("quality", "quality-prose", "quality-code", "quality-8192", "recall-4096", "recall-8192"),
-    *("written", "sweep", "attention"),
+    *("sweep", "attention"),
 )
 
 
@@ -209,38 +212,31 @@ def digest(*parts):
 # Token ids, prepared where texts and tokenizer are
 
 
-def prepare(
-    path, tokenizer, *, documents=DOCUMENTS, length=LENGTH, longer=(LONG_DOCUMENTS, LONG), count=INSTANCES
-):
+def prepare(path, tokenizer):
     """Writes the token ids of all documents and instances to `path` (npz). Held-out and development documents are apart."""
     from sketchkv.texts import documents as read
 
     held, names = {}, {}
     for text, dataset in TEXTS.items():
-        for number, tokens in filter(None, [(documents, length), longer]):
+        for number, tokens in ((DOCUMENTS, LENGTH), (LONG_DOCUMENTS, LONG)):
             found = read(dataset, tokenizer, "test", number, tokens)
             held[f"{text}_{tokens}"], names[f"{text}_{tokens}"] = found.input_ids, found.names
-    for split, number in (("test", count), ("development", min(count, DEVELOPMENT))):
-        fillers = read(TEXTS["prose"], tokenizer, split, number, length)
-        depths = DEPTHS if split == "test" else (0.5,)
-        names[f"{split}_{length}"] = fillers.names
-        for task in TASKS:
-            for form in FORMS:
-                made = [instances(task, tokenizer, fillers.input_ids, depth, form) for depth in depths]
-                held[f"{split}_{length}_{task}_{form}"] = torch.stack([ids for ids, _, _ in made], 1)
-                names[f"{split}_{length}_{task}_{form}"] = [made[0][1], max(tail for _, _, tail in made)]
-    if longer:  # as many facts in fewer texts
-        fillers = read(TEXTS["prose"], tokenizer, "test", None, longer[1])
-        texts = fillers.input_ids[torch.arange(count) % len(fillers.names)]
-        for task in LONG_TASKS:
-            for form in FORMS:
-                made = [instances(task, tokenizer, texts, depth, form) for depth in DEPTHS]
-                held[f"test_{longer[1]}_{task}_{form}"] = torch.stack([ids for ids, _, _ in made], 1)
-                names[f"test_{longer[1]}_{task}_{form}"] = [made[0][1], max(tail for _, _, tail in made)]
-        names[f"test_{longer[1]}"] = fillers.names[:count]
-    asked = read(TEXTS["prose"], tokenizer, "test", documents, length)
-    held[f"written_{length}"], names[f"written_{length}"] = written.prompts(tokenizer, asked)
-    shared = set(names[f"test_{length}"]) & set(names[f"development_{length}"])
+
+    def ask(split, fillers, tasks, depths):
+        for task, form in itertools.product(tasks, FORMS):
+            made = [instances(task, tokenizer, fillers, depth, form) for depth in depths]
+            name = f"{split}_{fillers.shape[1]}_{task}_{form}"
+            held[name] = torch.stack([ids for ids, _, _ in made], 1)
+            names[name] = [made[0][1], max(tail for _, _, tail in made)]
+
+    for split, number, depths in (("test", INSTANCES, DEPTHS), ("development", DEVELOPMENT, (0.5,))):
+        fillers = read(TEXTS["prose"], tokenizer, split, number, LENGTH)
+        names[f"{split}_{LENGTH}"] = fillers.names
+        ask(split, fillers.input_ids, TASKS, depths)
+    fillers = read(TEXTS["prose"], tokenizer, "test", None, LONG)  # as many facts in fewer texts
+    names[f"test_{LONG}"] = fillers.names[:INSTANCES]
+    ask("test", fillers.input_ids[torch.arange(INSTANCES) % len(fillers.names)], LONG_TASKS, DEPTHS)
+    shared = set(names[f"test_{LENGTH}"]) & set(names[f"development_{LENGTH}"])
     assert not shared, f"development documents among held-out ones: {shared}"
     assert max(int(ids.max()) for ids in held.values()) < 2**16
     arrays = {name: ids.numpy().astype(np.uint16) for name, ids in held.items()}

@@ -8,7 +8,6 @@ from transformers import DynamicCache
 
 from sketchkv import enable, load
 from sketchkv.decode import stream
-from sketchkv.study import written
 from sketchkv.study.attention_analysis import attention_maps, survey
 from sketchkv.study.evaluate import compare
 from sketchkv.study.measured import (
@@ -56,11 +55,8 @@ def near_losses(lm, ids, seen=NEAR, stride=STRIDE):
 @torch.no_grad()
 def quality(lm, ids, method):
     """Scores of one method beside the full cache, chunk by chunk: ({name: `[documents, tokens]`}, cache)."""
-    cache, full, scores = (
-        make_cache(lm.config, length=ids.shape[1], **method),
-        DynamicCache(config=lm.config),
-        [],
-    )
+    cache, full = make_cache(lm.config, length=ids.shape[1], **method), DynamicCache(config=lm.config)
+    scores = []
     for start, logits in stream(lm, ids, cache, max(1, TOKENS // len(ids))):
         stop = start + logits.shape[1]
         found = logits.float().log_softmax(-1)
@@ -151,10 +147,6 @@ def _recall_rows(lm, held, names, group, method):
     return rows
 
 
-def _written_rows(lm, held, names, group, method):
-    return written.rows(lm, held[group["ids"]].to(lm.device), names[group["ids"]], method)
-
-
 def _short(lm, held, names, group):
     """The beginnings of a few texts."""
     count = group.get("documents", SHORT_DOCUMENTS)
@@ -180,15 +172,9 @@ def sink_mass(lm, ids, sinks=SINKS):
 def _attention_rows(lm, held, names, group, method, cap=128):
     docs = _short(lm, held, names, group)
     if group["name"] == "sinks":
-        return [
-            {
-                "document": name,
-                "chosen": "sinks",
-                "of": SINKS / group["tokens"],
-                "mass": sink_mass(lm, ids[None]),
-            }
-            for name, ids in zip(docs.names, docs.input_ids)
-        ]
+        own = {"chosen": "sinks", "of": SINKS / group["tokens"]}
+        named = zip(docs.names, docs.input_ids)
+        return [own | {"document": name, "mass": sink_mass(lm, ids[None])} for name, ids in named]
     policies = {
         name: make_cache(lm.config, max_cache_size=cap, **BOUNDED[name]).layers[0].policy for name in WATCHED
     }
@@ -202,7 +188,6 @@ def _attention_rows(lm, held, names, group, method, cap=128):
 ROWS_OF = {
     "pretrained_quality": _quality_rows,
     "pretrained_recall": _recall_rows,
-    "pretrained_written": _written_rows,
     "pretrained_sweep": _sweep_rows,
     "pretrained_attention": _attention_rows,
 }
@@ -226,8 +211,4 @@ def choose_form(lm, held, names, tokens, task):
         ]
         exact = [each for part, _ in parts for each in part]
         found[form] = sum(exact), sum(sum(part) for _, part in parts) / len(exact)
-    return (
-        max(FORMS, key=lambda form: found[form]),
-        {form: right for form, (right, _) in found.items()},
-        len(exact),
-    )
+    return max(FORMS, key=found.__getitem__), {form: right for form, (right, _) in found.items()}, len(exact)

@@ -20,7 +20,6 @@ from sketchkv.study.extras.kivi import KiviCache
 from sketchkv.study.extras.ranges import ranges
 from sketchkv.summary import Summary
 from sketchkv.support import text_config
-from sketchkv.tail import Tail
 
 POLICIES = {
     "window": Window,
@@ -45,7 +44,7 @@ _SMALL = {"method": "sketch", "width": 128, "depth": 2}
 BOUNDED: dict[str, dict] = {
     "compact": {"method": "compact"},
     "recall": {"method": "recall", "store": "device"},  # in 6 and 5 bits, the preset's
-    "recall_tail": {"method": "recall", "store": "device", "tail": True},
+    "recall_alone": {"method": "recall", "store": "device", "tail": False},
     "decayed": {"method": "decayed", "bits": 16},
     "sketch": {"method": "sketch", "width": 512, "depth": 4, "bits": 16},
     "streaming": {"method": "streaming", "bits": 16},
@@ -75,7 +74,7 @@ BOUNDED: dict[str, dict] = {
 }
 
 # Chosen on 8 + 8 development documents of SmolLM2, where another share of the bytes asks for another setting.
-FROZEN: dict[tuple, dict] = {("recall", 1 / 16): {"bits": (5, 4)}}
+FROZEN: dict[tuple, dict] = {(name, 1 / 16): {"bits": (5, 4)} for name in ("recall", "recall_alone")}
 
 # Methods that hold the whole text: one size each.
 WHOLE: dict[str, dict] = {
@@ -93,22 +92,22 @@ PEERS = ("streaming", "h2o", "snapkv", "tova", "expected", "key_norm", "kivi8", 
 LABELS = {
     "compact": "compact",
     "recall": "recall",
-    "recall_tail": "recall and its tail",
-    "decayed": "decayed mean",
+    "recall_alone": "recall without its tail",
+    "decayed": "exact scores",
     "sketch": "sketch 512x4",
     "streaming": "StreamingLLM",
     "h2o": "H2O",
     "snapkv": "SnapKV",
     "tova": "TOVA",
     "expected": "expected attention",
-    "decayed_int4": "decayed mean + int4",
+    "decayed_int4": "exact scores + int4",
     "streaming_int4": "StreamingLLM + int4",
     "plain_sums": "plain sums",
     "sketch_small": "sketch 128x2",
     "sketch_summary": "sketch 128x2 + summary",
     "sketch_int4": "sketch 128x2 + int4",
-    "decayed_summary": "decayed mean + summary",
-    "decayed_int8": "decayed mean + int8",
+    "decayed_summary": "exact scores + summary",
+    "decayed_int8": "exact scores + int8",
     "random": "random",
     "window": "window without sinks",
     "lru": "LRU",
@@ -181,7 +180,7 @@ def _spelled(
     protects=False,
     rounding=None,
     recent_share=0,
-    tail=False,
+    tail=True,
     **options,
 ):
     """The study's options, which JSON can hold, as objects.
@@ -191,13 +190,13 @@ def _spelled(
     protects: whether a token that a summary would swallow stays longer.
     rounding: "range" for minimum and step of a group, as the peers round.
     recent_share: share of the cap that belongs to the newest tokens: half of it in the published H2O.
-    tail: whether what a query leaves out is attended to as one token (`sketchkv.tail`), of "recall".
+    tail: of "recall", whether one token stands for what a query leaves out (`sketchkv.tail`).
     store: "device" is a `DeviceStore`; exact_prompts: of the index.
     """
     if summary_slots:
         options["summary"] = Summary(summary_slots, spread, protects)
-    if tail:
-        options["summary"] = Tail()
+    if not tail:
+        options["summary"] = None
     if rounding:
         options["codec"] = ranges(options.pop("bits"))
     if options.get("store") == "device":
@@ -208,11 +207,11 @@ def _spelled(
 
 
 def nbytes(config, length=None, dtype=torch.float32, **method):
-    """Bytes that a method holds for one sequence, by kind (`SketchCache.nbytes`); its tensors are allocated, no model runs.
-    An index, which grows, is one of `length` tokens."""
+    """Bytes that a method holds for one sequence, by kind (`SketchCache.nbytes`), of tensors without memory. An index, which
+    grows, is one of `length` tokens."""
     cache = make_cache(config, length=length, **method)
     _, heads, head_dim = _shape(config)
-    keys = torch.zeros(1, heads, length or 0, head_dim, dtype=dtype)
+    keys = torch.zeros(1, heads, length or 0, head_dim, dtype=dtype, device="meta")
     index = None
     for layer in cache.layers:
         layer.lazy_initialization(keys[:, :, :0], keys[:, :, :0])

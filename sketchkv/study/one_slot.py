@@ -52,14 +52,15 @@ def summaries_caption(found, gains, length):
     fewer = [1 - new / old for old, new in zip(before, after)]
     several = gains[gains.budget == gains.budget.min()].set_index("method").verdict
     finding = (
-        f"One summary slot takes {min(fewer):.0%} to {max(fewer):.0%} off the loss"
+        f"One summary slot takes {100 * min(fewer):.0f} to {100 * max(fewer):.0f} % off the loss"
         if min(fewer) > 0
         else "One summary slot does not lower the loss everywhere"
     )
     return (
         f"{finding}, at the same bytes. Arrows lead from a cache that drops what it evicts to one that folds it into "
-        f"the mean of one slot. Four slots by hash of the key are {several['decayed hash']} one, eight "
-        f"{several['decayed hash_8']} it; spread and protection together are {several['decayed strong']} the plain mean. "
+        f"the mean of one slot. Filled by a hash of the key, four slots are {several['decayed hash']} one, eight "
+        f"{several['decayed hash_8']} one; a slot that knows its spread and protects what it would swallow is "
+        f"{several['decayed strong']} the plain mean. "
         f"Exact scores unless said otherwise; bars: bootstrap 95 % intervals (n = {found.n.iloc[0]} documents of {length} "
         f"tokens)."
     )

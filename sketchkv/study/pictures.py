@@ -140,7 +140,7 @@ def fill(table, cap, evict_every):
         if name in ("full", "sketch 512 x 4"):
             upper.plot(line.step, line.stored, color=colours[name])
             ends[0]["full" if name == "full" else "bounded"] = (last, line.stored.iloc[-1], colours[name])
-    upper.axhline(cap, color="0.4", linewidth=1, linestyle=":")
+    upper.plot([0, last], [cap, cap], color="0.4", linewidth=1, linestyle=":")
     upper.set(ylabel="tokens per layer and head", ylim=(0, None))
     lower.set(xlabel="tokens fed", ylabel="KiB held, all layers", ylim=(0, None))
     for axis, labels in zip((upper, lower), ends):
@@ -151,7 +151,7 @@ def fill(table, cap, evict_every):
         f"The cache fills, stops at {cap} tokens, and holds the same bytes ever after. After {last} tokens the full cache "
         f"holds {end.stored['full']} and {end.total['full'] / end.total['window']:.1f} times the bytes of a window; ours "
         f"holds at most {cap + evict_every - 1} after each token, {cap} right after an eviction (dotted). The sketch is no "
-        f"gift: 512 x 4 counters per head add {share:.0%} to the keys and values that they manage. One document, n = 1; all "
+        f"gift: 512 x 4 counters per head add {100 * share:.0f} % to the keys and values that they manage. One document, n = 1; all "
         "layers hold the same number."
     )
 
@@ -186,24 +186,24 @@ def heavy_hitters(table, seed=0):
     }
     fig, axis = plt.subplots(figsize=(WIDTH, 4.2))
     for (way, label), colour in zip(ways.items(), (PALETTE[2], PALETTE[0], PALETTE[3])):
-        mean = table[table.chosen == way].groupby("tokens").mass.mean()
+        mean = 100 * table[table.chosen == way].groupby("tokens").mass.mean()
         axis.plot(mean.index, mean, color=colour, marker="o")
         write(axis, label, (mean.index[0], mean.iloc[0]), (-8, 0), colour, "right")
-    axis.plot(mean.index, mean.index, color="0.5", linestyle="--", linewidth=1)
-    write(axis, "all tokens alike", (mean.index[0], mean.index[0]), (-8, 0), "0.4", "right")
-    ticks(axis, [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], words=lambda share: f"{100 * share:.0f} %")
+    axis.plot(mean.index, 100 * mean.index, color="0.5", linestyle="--", linewidth=1)
+    write(axis, "all tokens alike", (mean.index[0], 100 * mean.index[0]), (-8, 0), "0.4", "right")
+    ticks(axis, [0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1], words=lambda share: f"{100 * share:.0f}")
     axis.set_xlim(0.001, 1.1)
-    axis.set(xlabel="share of the tokens", ylabel="share of the attention", ylim=(-0.02, 1.04))
-    tenth = table[table.tokens == 0.1].groupby(["document", "chosen"]).mass.mean().unstack()
+    axis.set(xlabel="share of the tokens, %", ylabel="share of the attention, %", ylim=(-2, 104))
+    tenth = 100 * table[table.tokens == 0.1].groupby(["document", "chosen"]).mass.mean().unstack()
     top = tenth.mean()
     lost, unforeseen = (
         stats.paired_interval(tenth[a] - tenth[b], seed)
         for a, b in (("each query", "hindsight"), ("hindsight", "foresight"))
     )
     return fig, (
-        f"A tenth of the tokens holds {top['each query']:.0%} of the attention, chosen by the past {top['foresight']:.0%}. Chosen anew for "
-        f"each query, as the best fixed set ({top['hindsight']:.0%}), and by past attention. To fix the set costs {lost[0]:.2f} "
-        f"({lost[1]:.2f} to {lost[2]:.2f}), to choose it beforehand another {unforeseen[0]:.2f} ({unforeseen[1]:.2f} to {unforeseen[2]:.2f}). "
+        f"A tenth of the tokens holds {top['each query']:.0f} % of the attention, or {top['foresight']:.0f} % if the past chooses. Above: the "
+        f"tenth is chosen anew for each query. The best fixed tenth holds {top['hindsight']:.0f} %. To fix the set costs {lost[0]:.0f} points "
+        f"({lost[1]:.0f} to {lost[2]:.0f}), to choose it beforehand another {unforeseen[0]:.0f} ({unforeseen[1]:.0f} to {unforeseen[2]:.0f}). "
         f"Attention of each text's second half on its first, sinks aside; 95 % intervals, n = {len(tenth)} documents."
     )
 
@@ -236,12 +236,12 @@ def retained(table, labels, cap, length, seed=0):
 def ladder(table, worth, length):
     """The loss of a small cache taken apart, step by step."""
     slots = sorted(worth.slots.unique())
-    fig, axes = plt.subplots(len(slots), 1, figsize=(WIDTH, 3.2 * len(slots)), squeeze=False)
+    fig, axes = plt.subplots(1, len(slots), figsize=(WIDTH, 3.6), sharey=True, squeeze=False)
     rungs = list(why.LABELS)
     better = ("exact scores", "choice by an oracle", "+ mean of the rest", "full cache")
     words = ["random", "sketch", *(f"→ {step}" for step in better)]
     colours = (PALETTE[7], PALETTE[1], PALETTE[0], "0.75")
-    for axis, count in zip(axes[:, 0], slots):
+    for axis, count in zip(axes[0], slots):
         mean = table[table.slots == count].groupby("method").loss.mean()
         level = [percent(mean.get(name, 0.0)) for name in rungs]
         steps = worth[worth.slots == count].set_index("foot")
@@ -249,18 +249,18 @@ def ladder(table, worth, length):
             if name in steps.index:
                 low, high = sorted(level[row - 1 : row + 1])
                 axis.barh(row, high - low, left=low, color=colours[row - 2], height=0.62)
-                text = f"{level[row] - level[row - 1]:+z.0f}  ({steps.share[name]:z.0%} of the sketch's loss)"
+                text = f"{level[row] - level[row - 1]:+z.0f} ({100 * steps.share[name]:z.0f} %)"
             else:
                 high, text = level[row], f"{level[row]:.0f} %"
                 axis.barh(row, high, color="0.45", height=0.62)
             if row > 1:
                 axis.plot([level[row - 1]] * 2, [row - 1.3, row + 0.3], color="0.5", linewidth=0.8)
             axis.text(high + 0.015 * level[0], row, text, va="center", fontsize=SMALL)
-        axis.set(xlim=(0, 1.45 * level[0]), ylim=(len(rungs) - 0.5, -0.6))
+        axis.set(xlim=(0, 1.4 * level[0]), ylim=(len(rungs) - 0.5, -0.6))
         axis.set_title(f"{count} of {length} tokens")
         axis.set_yticks(range(len(rungs)), words)
         axis.grid(axis="y", visible=False)
-    axis.set_xlabel("perplexity above the full cache, %")
+    fig.supxlabel("perplexity above the full cache, %", fontsize=plt.rcParams["axes.labelsize"])
     first = worth[worth.slots == slots[0]].set_index("step")
     most = first.share.idxmax()
     said = {
@@ -270,11 +270,11 @@ def ladder(table, worth, length):
         "rest": "comes back neither by choice nor by a mean",
     }
     shares = (
-        f"{row.label} {row.share:z.0%} ({row.share_low:z.0%} to {row.share_high:z.0%})"
+        f"{row.label} {100 * row.share:z.0f} % ({100 * row.share_low:z.0f} to {100 * row.share_high:z.0f})"
         for row in first.itertuples()
     )
     return fig, (
-        f"The largest part of the loss {said[most]}. Shares of the sketch's loss with {slots[0]} slots: {'; '.join(shares)}. Each "
-        "arrow makes one thing better: exact scores, then attention that the future will give (a greedy oracle, no bound), then one "
-        f"slot for the mean of what is evicted. 95 % intervals, n = {table.document.nunique()} documents."
+        f"The largest part of the loss {said[most]}. Each arrow makes one thing better: exact scores, then attention that the future "
+        "will give (a greedy oracle, no bound), then one slot for the mean of what is evicted. In brackets: shares of the sketch's loss; "
+        f"with {slots[0]} slots {', '.join(shares)}. 95 % intervals, n = {table.document.nunique()} documents."
     )

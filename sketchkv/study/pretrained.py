@@ -28,6 +28,7 @@ from sketchkv import load
 from sketchkv.study import measured, measuring
 from sketchkv.study.methods import DoesNotFit, full_nbytes, make_cache, nbytes
 from sketchkv.study.questions import DEPTHS
+from sketchkv.study.sources import atomic_write, commit
 
 # Running
 
@@ -182,9 +183,7 @@ class Run:
                 json.dumps(self.notes.get(table, {}) | notes, indent=1, ensure_ascii=False) + "\n",
             ),
         ):
-            aside = self.out / f".{name}.tmp"
-            aside.write_text(content, encoding="utf-8")
-            os.replace(aside, self.out / name)
+            atomic_write(self.out / name, content)
 
     def run(self, piece, seconds, workers=1):
         """Measures what is due until `seconds` have passed since the call; returns (groups done, groups failed, left).
@@ -235,7 +234,7 @@ def finish(run, group, get):
         return False
     run.keep(group, rows)
     frame = pd.DataFrame(rows)
-    by = next(each for each in ("text", "depth", "mode", "chosen", "document") if each in frame)
+    by = next(each for each in ("text", "depth", "chosen", "document") if each in frame)
     value = {"depth": "exact", "chosen": "mass"}.get(by, "nll")
     means = ", ".join(f"{k} {v:.4f}" for k, v in frame.groupby(by)[value].mean().items())
     print(f"{group['name']} {group['share']} {where}: {means}; {rows[0]['seconds']} s", flush=True)
@@ -275,8 +274,6 @@ def main(arguments=None):
     if not (given.piece and given.ids and given.out):
         parser.error("give --piece, --ids and --out")
     if given.commit is None:
-        from sketchkv.study.sources import commit
-
         given.commit = commit()[0]
     run = Run(given.ids, _folder(given.weights), given.out, given.device, given.commit, given.have)
     done, failed, left = run.run(given.piece, given.seconds, given.workers)

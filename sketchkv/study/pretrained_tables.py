@@ -6,18 +6,21 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from sketchkv.study import figures, sweep
-from sketchkv.study.measured import ATTENTION, BENCHMARKS, COUNTS, LABELS, LENGTH
-from sketchkv.study.pictures import label_ends
+from sketchkv.study.measured import ATTENTION, BENCHMARKS, COUNTS, LABELS, LENGTH, LONG
+from sketchkv.study.pictures import label_ends, write
 from sketchkv.study.stats import intervals, paired_interval
 
 AT = 1 / 8  # the share of the bytes at which methods are compared
-# Of the hero figure: (label, place in the palette, points by which the label is above its point).
+# Of the hero figure: its own name for a method, and by how many points the name is above the method's point.
 NAMED = {
-    "compact": ("compact", 0, 2),
-    "recall": ("recall", 2, -9),
-    "decayed mean": ("exact", 4, 4),
-    "sketch 512x4": ("sketch", 3, 5),
+    "compact": ("compact", -9),
+    "recall": ("recall", -9),
+    "exact scores": ("exact", 4),
+    "sketch 512x4": ("sketch", 5),
 }
+SHORT = {"H2O, half of the cap recent": "H2O", "SnapKV, window of 64": "SnapKV"}
+GREY = "#8c8c8c"  # of methods that are not named
+COLOURS = {label: figures.method_style(name)["color"] for name, label in LABELS.items() if name != "near"}
 LOSSES = {
     "text": "prose (documentation of Django) or code (Python of held-out packages)",
     "method": "eviction rule and codec",
@@ -31,6 +34,9 @@ LOSSES = {
     "top1": "share of tokens whose most probable successor is the full cache's",
     "n": "documents",
 }
+PAIRS = (("sketch", "decayed"), ("recall", "decayed"), ("recall", "compact"), ("recall_alone", "recall"))
+ASKED = {"needle": "a number", "four_keys": "one of four keys"}
+LONGER = {name: words for name, words in LOSSES.items() if name not in ("gain_kept", "kl", "top1")}
 ANSWERS = {
     "task": "what was asked for",
     "method": "cache",
@@ -43,15 +49,15 @@ ANSWERS = {
 }
 
 
-def _quality(folder):
+def _quality(folder, tokens=LENGTH):
     """What was measured of texts of one length."""
     table = pd.read_csv(folder / "pretrained_quality.csv")
-    return table[table.tokens == LENGTH]
+    return table[table.tokens == tokens]
 
 
-def losses(folder=BENCHMARKS):
-    """Loss of each method at each size: a DataFrame with the columns `LOSSES`."""
-    table = _quality(folder)
+def losses(folder=BENCHMARKS, tokens=LENGTH):
+    """Loss of each method at each size, on texts of so many tokens: a DataFrame with the columns `LOSSES`, and `budget`."""
+    table = _quality(folder, tokens)
     near = table[table.name == "near"].groupby("text").nll.mean()
     rows = []
     for (text, name, share), part in table[table.name != "near"].groupby(
@@ -68,7 +74,7 @@ def losses(folder=BENCHMARKS):
                 "percent": mean,
                 "low": low,
                 "high": high,
-                "gain_kept": 1 - loss.mean() / (near[text] - part.nll_full.mean()),
+                "gain_kept": 1 - loss.mean() / (near.get(text, np.nan) - part.nll_full.mean()),
                 "kl": part.kl.mean(),
                 "top1": part.top1.mean(),
                 "n": len(part),
@@ -136,24 +142,17 @@ def compared(text, one, other, folder=BENCHMARKS, share=AT):
     return tuple(100 * np.expm1(paired_interval((nll[0] - nll[1]).to_numpy(copy=True))))
 
 
-def facts(losses, answers):
-    """What the report says of both tables: {name: number or word}."""
-    found = {"pretrained_documents": int(losses.n.min()), "pretrained_tokens": LENGTH}
-    at = losses[losses.budget == AT]
-    for text, part in at.groupby("text"):
-        for row in part[part.method.isin(NAMED)].itertuples():
-            name = f"pretrained_{text}_{row.method.split()[0]}"
-            found |= {name: row.percent, f"{name}_low": row.low, f"{name}_high": row.high}
-        found[f"pretrained_{text}_best"] = part.method[part.percent.idxmin()]
-        for one, other in (("sketch", "decayed"), ("recall", "decayed"), ("recall", "compact")):
-            ends = zip(("mean", "low", "high"), compared(text, one, other))
-            found |= {f"pretrained_{text}_{one}_over_{other}_{end}": value for end, value in ends}
-    tenth = attended()
-    tenth = tenth[tenth.of == 0.1].set_index("chosen").mass
-    found |= {f"pretrained_tenth_{way.replace(' ', '_')}": mass for way, mass in tenth.items()}
-    needle = answers[answers.counts & (answers.task == "needle")].groupby("method")[["right", "n"]].sum()
-    found["pretrained_needles"] = int(needle.right["compact"])
-    return {name: value if isinstance(value, (str, int)) else float(value) for name, value in found.items()}
+def facts(losses):
+    """What the report says beside the tables, {name: number}: paired differences at an eighth of the bytes."""
+    found: dict = {"pretrained_documents": int(losses.n.min())}
+    found |= {"pretrained_tokens": LENGTH, "pretrained_longer_tokens": LONG}
+    measured = set(_quality(BENCHMARKS).query("share == @AT").name)
+    for one, other in PAIRS:
+        if {one, other} <= measured:
+            for text in losses.text.unique():
+                ends = zip(("mean", "low", "high"), compared(text, one, other))
+                found |= {f"pretrained_{text}_{one}_over_{other}_{end}": value for end, value in ends}
+    return found
 
 
 def hero(losses, front):
@@ -164,7 +163,7 @@ def hero(losses, front):
     embedded = pd.DataFrame(
         {
             "text": "embedded",
-            "method": front.method.replace({"decayed": "decayed mean", "sketch": "sketch 512x4"}),
+            "method": front.method.map(LABELS),
             "share": front["share"],
             "percent": 100 * np.expm1(front.loss),
         }
@@ -182,42 +181,32 @@ def hero(losses, front):
     axes[0].set_ylabel("perplexity above the full cache, %")
     axes[1].set_xlabel("bytes held, share of the full cache's")
     at = losses[losses.budget == AT].set_index(["text", "method"])
-    prose, code = (_label(at.percent[text].idxmin()) for text in ("prose", "code"))
+    prose, code = (at.percent[text].idxmin() for text in ("prose", "code"))
     words = (
         f"{prose} loses least on prose and on code"
         if prose == code
         else f"{prose} loses least on prose, {code} on code"
     )
     return fig, (
-        f"At an eighth of the bytes, {words}. Down and to the left is better. exact: exact scores of past attention; sketch: a Count-Min Sketch of them; grey: all others. "
-        f"SmolLM2-135M-Instruct with Q4_1 weights, n = {int(at.n.min())} documents of 4,096 tokens each of prose and of code; "
+        f"At an eighth of the bytes, {words}. Down and to the left is better. exact: exact scores of past attention; sketch: a "
+        "Count-Min Sketch of them; grey: all others. SmolLM2-135M-Instruct with Q4_1 weights, "
+        f"n = {int(at.n.min())} documents of {LENGTH:,} tokens each of prose and of code; "
         "right: the embedded model of 13 million parameters on 16 documents of 1,024 tokens of Python. "
         "Values below 0.1 % are drawn at 0.1 %."
     )
 
 
-def _label(method):
-    return NAMED[method][0] if method in NAMED else method
-
-
 def _crowd(axis, rows):
     for method, part in rows.groupby("method", sort=False):
         part = part.sort_values("share")
-        label, number, above = NAMED.get(method, ("", -1, 0))
-        color = figures.PALETTE[number] if label else "#c4c4c4"
+        label, above = NAMED.get(method, ("", 0))
+        color = COLOURS[method] if label else "#c4c4c4"
         percent = part.percent.clip(lower=0.1)
         axis.plot(part["share"], percent, marker="o", color=color, markersize=5, zorder=3 if label else 1)
         if label:
-            end = -1 if label in ("sketch", "compact") else 0  # where there is room
-            at, place = (part["share"].iloc[end], percent.iloc[end]), "left" if end else "right"
-            words = {
-                "color": color,
-                "fontsize": 12,
-                "textcoords": "offset points",
-                "ha": place,
-                "va": "center",
-            }
-            axis.annotate(label, at, (5 if end else -5, above), **words)
+            last = label in ("sketch", "compact")  # where there is room
+            end, shift, side = (-1, 7, "left") if last else (0, -7, "right")
+            write(axis, label, (part["share"].iloc[end], percent.iloc[end]), (shift, above), color, side)
 
 
 def at_equal_bytes(losses):
@@ -228,7 +217,7 @@ def at_equal_bytes(losses):
     for axis, text in zip(axes, ("prose", "code")):
         rows = at[at.text == text].set_index("method").reindex(order)
         for place, (method, row) in enumerate(rows.iterrows()):
-            color = figures.PALETTE[NAMED[method][1]] if method in NAMED else "#8c8c8c"
+            color = COLOURS[method] if method in NAMED else GREY
             axis.errorbar(
                 row.percent,
                 place,
@@ -237,54 +226,47 @@ def at_equal_bytes(losses):
                 color=color,
                 capsize=2,
             )
-        axis.set(title=text, xscale="log")
-        axis.set_xticks([1, 3, 10, 30], ["1", "3", "10", "30"])
+        axis.set(title=text, xscale="log", xlim=(0.08, 90))
+        axis.set_xticks([0.1, 1, 10], ["0.1", "1", "10"])
         axis.minorticks_off()
     axes[0].set_yticks(range(len(order)), [SHORT.get(method, method) for method in order])
     fig.supxlabel("perplexity above the full cache, %", fontsize=plt.rcParams["axes.labelsize"])
     code = at[at.text == "code"].set_index("method")
-    ahead = "far less than" if code.high["recall"] < code.low["decayed mean"] / 2 else "about as much as"
+    ahead = "far less than" if code.high["recall"] < code.low["exact scores"] / 2 else "about as much as"
     return fig, (
         f"On code an index of the keys loses {ahead} exact scores of past attention do. Every method holds an eighth of the "
         "bytes of the full cache, all it needs included; recall keeps what it brings back in host memory, which is not counted. "
+        "int4: in 4 bits, so with more tokens; plain sums: exact scores without decay. "
         f"SmolLM2-135M-Instruct, n = {int(at.n.min())} documents of each kind, 95 % intervals over documents."
     )
 
 
-SHORT = {
-    "decayed mean": "exact scores",
-    "sketch 512x4": "a sketch",
-    "H2O, half of the cap recent": "H2O",
-    "SnapKV, window of 64": "SnapKV",
-}
-
-
 def found_again(answers):
-    """Right answers by where the fact stood, a line for each cache that was asked. Returns (figure, caption)."""
-    needle = answers[answers.task == "needle"]
-    fig, axis = plt.subplots()
-    colors = {"full cache": figures.FULL_CACHE["color"]} | {
-        m: figures.PALETTE[c] for m, (_, c, _) in NAMED.items()
-    }
-    asked, ends = list(dict.fromkeys(needle.method)), {}
-    for place, method in enumerate(asked):
-        rows = needle[needle.method == method].sort_values("depth")
-        share, color = 100 * rows.right / rows.n, colors.get(method, "#8c8c8c")
-        error = [share - 100 * rows.low, 100 * rows.high - share]
-        axis.errorbar(rows.depth + 0.006 * place, share, error, marker="o", color=color, capsize=2)
-        label = NAMED.get(method, (SHORT.get(method, method),))[0]
-        ends[label] = rows.depth.iloc[-1] + 0.03, share.iloc[-1], color
-    axis.set(xlabel="where the fact stood: 0 the start of the text, 1 its end", ylabel="right answers, %")
-    axis.set(ylim=(-5, 128), xlim=(0.05, 1.2), yticks=range(0, 101, 20), xticks=sorted(needle.depth.unique()))
-    label_ends(axis, ends)
-    counted = needle[needle.counts].groupby("method", sort=False)[["right", "n"]].sum()
-    right, n = counted.right, counted.n
-    finding = f"compact answers {right['compact']} of {n['compact']} questions about the text, the full cache {right['full cache']}"
-    if "recall" in right:
-        finding = f"Of {n['recall']} questions about the text recall answers {right['recall']}, compact {right['compact']}"
-    unasked = [name for name in ("compact", "recall", "decayed mean") if name not in right]
+    """Right answers by where the fact stood, of the cells that count: a panel for each task, a line for each cache but an
+    ablation of recall, which would lie on it. Returns (figure, caption)."""
+    counted = answers[answers.counts & (answers.method != LABELS["recall_alone"])]
+    asked = [task for task in ASKED if task in set(counted.task)]
+    fig, axes = plt.subplots(1, len(asked), sharey=True, squeeze=False)
+    for axis, task in zip(axes[0], asked):
+        ends = {}
+        for method, rows in counted[counted.task == task].groupby("method", sort=False):
+            rows = rows.sort_values("depth")
+            share, color = 100 * rows.right / rows.n, COLOURS.get(method, GREY)
+            error = [share - 100 * rows.low, 100 * rows.high - share]
+            axis.errorbar(rows.depth, share, error, marker="o", color=color, elinewidth=1, linewidth=1.5)
+            ends[SHORT.get(method, method)] = rows.depth.iloc[-1] + 0.01, share.iloc[-1], color
+        axis.set(title=ASKED[task], xticks=sorted(answers.depth.unique()), xlim=(0.03, 0.97))
+        axis.set(ylim=(-4, 104), yticks=range(0, 101, 20))
+    label_ends(axes[0, -1], ends)
+    axes[0, 0].set_ylabel("right answers, %")
+    fig.supxlabel("where the fact stood: 0 start, 1 end", fontsize=plt.rcParams["axes.labelsize"])
+    needle = counted[counted.task == "needle"].groupby("method")[["right", "n"]].sum()
+    right, n = needle.right, needle.n["full cache"]
+    best = "recall" if "recall" in right else "full cache"
+    finding = f"Asked for a number in the text, {best} is right {right[best]} times of {n}, compact {right['compact']}"
     return fig, (
-        f"{finding}. A number stands once in a text of 4,096 tokens and is asked for at its end; every cache holds an eighth of "
-        f"the bytes, KIVI a fifth. SmolLM2-135M-Instruct, n = {int(needle.n.min())} questions a depth, exact binomial 95 % intervals."
-        + (f" Not asked yet: {', '.join(unasked)}." if unasked else "")
+        f"{finding}. A fact stands once in a text of {LENGTH:,} tokens and is asked for at its end: a number, or one of four keys. "
+        "Every cache holds an eighth of the bytes, KIVI a fifth. Depths at which the full cache answers fewer than "
+        f"{COUNTS} of 30 are left out. SmolLM2-135M-Instruct, n = {int(counted.n.min())} questions a depth and task, exact "
+        "binomial 95 % intervals."
     )

@@ -10,7 +10,6 @@ from functools import lru_cache
 import pandas as pd
 import torch
 from scipy.stats import binomtest
-from transformers import DynamicCache
 
 from sketchkv.study.evaluate import _model
 from sketchkv.study.methods import full_nbytes, make_cache, nbytes
@@ -35,9 +34,7 @@ COLUMNS = {
     "distance": "tokens from the beginning of the fact to the first token of the answer",
     "answer_tokens": "tokens of the answer",
     "exact": "whether greedy decoding would give the whole answer, 0 or 1",
-    "exact_full": "the same with the full cache",
     "loglik": "mean log-likelihood of the answer, nats per token",
-    "loglik_full": "the same with the full cache",
     "evicted": "tokens evicted per layer and KV head",
     "bytes_total": "all bytes held for one sequence",
     "bytes_full": "bytes of keys and values of the full cache in float16",
@@ -124,28 +121,30 @@ def _vocabulary(tokenizer):
     return short, {i for i, text in enumerate(decoded) if text[:1] == "\n"}
 
 
-@lru_cache(maxsize=16)
-def scored_instances(task, depth, instances, length, model, dataset, device, split, seed):
-    """Instances of a task, and what the full cache says of them."""
-    lm, tokenizer = _model(model, device)
-    fillers = read_documents(dataset, tokenizer, split, instances, length)
-    ids, starts, answers = make_instances(task, tokenizer, fillers.input_ids, depth, seed)
-    return ids, starts, answers, fillers.names, answer(lm, ids, answers, DynamicCache(config=lm.config))
-
-
 @torch.no_grad()
-def recall(method, *, task, depth, instances=16, length=1024, split="test", seed=0, text=None, **where):
+def recall(
+    method,
+    *,
+    task,
+    depth,
+    model="embedded",
+    dataset="embedded",
+    device="cpu",
+    instances=16,
+    length=1024,
+    split="test",
+    seed=0,
+    text=None,
+):
     """Rows (list of dict, `COLUMNS`), one per instance, for one method (a dict that `methods.make_cache` understands).
 
     The text streams through the cache as decoding would meet it. That greedy decoding gives an answer is the same as that
-    each of its tokens is the most probable one after those before it, so one pass tells. where: model, dataset and device;
-    text: revision of the text, among what names a grid point.
+    each of its tokens is the most probable one after those before it, so one pass tells. text: revision of the text, among
+    what names a grid point.
     """
-    where = {"model": "embedded", "dataset": "embedded", "device": "cpu"} | where
-    lm, _ = _model(where["model"], where["device"])
-    ids, starts, answers, names, full = scored_instances(
-        task, depth, instances, length, *where.values(), split, seed
-    )
+    lm, tokenizer = _model(model, device)
+    fillers = read_documents(dataset, tokenizer, split, instances, length)
+    ids, starts, answers = make_instances(task, tokenizer, fillers.input_ids, depth, seed)
     cache = make_cache(lm.config, length=length, **method)
     found = answer(lm, ids, answers, cache)
     common = {
@@ -153,18 +152,11 @@ def recall(method, *, task, depth, instances=16, length=1024, split="test", seed
         "bytes_total": nbytes(lm.config, length, lm.dtype, **method)["total"],
         "bytes_full": full_nbytes(lm.config, length),
     }
-    columns = [name for name in COLUMNS if name not in common]
-    rows = zip(names, starts, answers, found, full)
-    return [
-        dict(
-            zip(
-                columns,
-                (task, depth, i, name, length - count - start, count, exact, exact_full, loglik, loglik_full),
-            )
-        )
-        | common
-        for i, (name, start, count, (exact, loglik), (exact_full, loglik_full)) in enumerate(rows)
+    rows = [
+        (task, depth, i, name, length - count - start, count, *said)
+        for i, (name, start, count, said) in enumerate(zip(fillers.names, starts, answers, found))
     ]
+    return [dict(zip(COLUMNS, row)) | common for row in rows]
 
 
 def answer(lm, ids, counts, cache):
@@ -186,17 +178,9 @@ def answer(lm, ids, counts, cache):
 
 
 def shares(answers, cap):
-    """Answers near and far, of each method and the full cache: a DataFrame (`FAR_COLUMNS`).
-
-    answers: rows of `recall` with the column "method"; every method is asked the same.
-    """
-    full = answers[answers.method == answers.method.iloc[0]].assign(
-        method="full", exact=lambda t: t.exact_full
-    )
+    """Answers near and far, of each method: a DataFrame (`FAR_COLUMNS`). answers: rows of `recall` with the column "method"."""
     rows = []
-    for (name, far), part in pd.concat([full, answers]).groupby(
-        ["method", pd.concat([full, answers]).distance > cap], sort=False
-    ):
+    for (name, far), part in answers.groupby(["method", answers.distance > cap], sort=False):
         right, n = int(part.exact.sum()), len(part)
         rows.append(
             (name, "far" if far else "near", right, n, right / n, *binomtest(right, n).proportion_ci())
@@ -214,19 +198,6 @@ def caption(found, cap, length, labels):
     return (
         f"{f'An index finds {far.right.recall}, ' if 'recall' in far.index else ''}{kept}. The full cache answers {full}; "
         f"{len(lost)} of {len(scored)} caches without an index answer none"
-        f"{f' (upper limit {lost.high.max():.0%})' if len(lost) else f', {labels[best]} most'}. Filled: facts more than {cap} "
+        f"{f' (upper limit {100 * lost.high.max():.0f} %)' if len(lost) else f', {labels[best]} most'}. Filled: facts more than {cap} "
         f"tokens back; hollow: nearer ones. Bars: exact binomial 95 % intervals; three tasks, texts of {length} tokens."
     )
-
-
-def note_all(run, answers, found, cap, length):
-    """The facts recall_*."""
-    run.fact("recall_instances", int(answers.instance.nunique()))
-    run.fact("recall_tokens", length)
-    run.fact("recall_cap", cap)
-    far = found[found["where"] == "far"]
-    run.fact("recall_far", int(far.n.iloc[0]))
-    run.fact("recall_far_best", float(far[~far.method.isin(["full", "recall"])].share.max()))
-    for row in found.itertuples():
-        for part, value in (("mean", row.share), ("low", row.low), ("high", row.high)):
-            run.fact(f"recall_{row.where}_{row.method}_{part}", float(value))

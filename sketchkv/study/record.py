@@ -13,7 +13,6 @@ Same inputs give the same bytes in tables and figures; what differs from run to 
 kept in `run_<notebook>.json`, and measured times in the columns that a table names as its `timings`.
 """
 
-import math
 import os
 import platform
 import re
@@ -67,18 +66,12 @@ def remove_leftovers(root):
             temporary.unlink(missing_ok=True)
 
 
-def load_table(name, root=ROOT, timings=True):
-    """A result table as a DataFrame; `timings=False` drops the columns that may differ from run to run.
-
-    Raises FileNotFoundError, naming what to run, when the table has not been made.
-    """
+def load_table(name, root=ROOT):
+    """A result table as a DataFrame. Raises FileNotFoundError, naming what to run, when the table has not been made."""
     path = Paths(root).results / f"{name}.csv"
     if not path.exists():
         raise FileNotFoundError(f"there is no table {name!r} ({path.name}); `make reproduce` writes it")
-    frame = pd.read_csv(path)
-    if not timings:
-        frame = frame.drop(columns=read_json(path.with_suffix(".json"))["timings"])
-    return frame
+    return pd.read_csv(path)
 
 
 def start(
@@ -178,7 +171,7 @@ class Run:
         )
         return frame
 
-    def load_table(self, name, timings=True):
+    def load_table(self, name):
         """A table of this or an earlier notebook; a later change of it makes this notebook run again.
 
         A notebook opened by hand, or run alone at smoke size, falls back on the committed table.
@@ -186,7 +179,7 @@ class Run:
         root = self.paths.root
         if root in (INTERACTIVE, SMOKE) and not (self.paths.results / f"{name}.csv").exists():
             root = ROOT
-        frame = load_table(name, root, timings)
+        frame = load_table(name, root)
         self.read(Paths(root).results / f"{name}.csv")
         return frame
 
@@ -228,14 +221,7 @@ class Run:
         figures.show(fig, rest)
 
     def fact(self, name, value):
-        """Records one number (or word) that the report's prose injects; raises ValueError for NaN and infinity."""
-        value = value.item() if hasattr(value, "item") else value
-        if not isinstance(value, (bool, int, float, str)):
-            raise ValueError(f"fact {name!r} must be one number or word, not {type(value).__name__}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"fact {name!r} is {value}")
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"{name!r} is no name for a fact: use a-z, 0-9 and _")
+        """Records one number (or word) that the report's claims rest on; `finish` raises ValueError for NaN and infinity."""
         self._facts[name] = value
 
     def grid(self, kind, function, points, workers=None):

@@ -21,7 +21,7 @@ import pypandoc
 import typst
 import yaml
 
-from sketchkv.study import across, claims, notebooks, record, sources
+from sketchkv.study import across, claims, measured, notebooks, record, sources
 
 REPORT = sources.ROOT / "report"
 TEMPLATE = REPORT / "template.md.j2"
@@ -30,6 +30,8 @@ WARNING = (
     "about the methods; those of the study are made by `make reproduce`."
 )
 LAST = "17_report"
+# Inputs that are told once, for all figures, or that say nothing.
+COMMON = (*record.MAKE_DEFAULTS, "seed", "output", "package", "model_revision", "data_revision")
 _FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"  # of the text in figures
 
 
@@ -89,18 +91,27 @@ class Functions:
         return f'{picture}<div class="source">\n\n{self._source(sidecar)}\n\n</div>\n'
 
     def _source(self, sidecar):
-        """One line: notebook, tables, inputs, commit, command."""
+        """One line: notebook, tables, the notebook's own parameters, commit, command."""
         given, name = sidecar["inputs"], sidecar["notebook"]
-        tables = (
-            ", ".join(f"[{t}.csv]({self.up}/data/results/{t}.csv)" for t in sidecar["tables"]) or "no table"
-        )
-        knobs = ", ".join(
-            f"{k} {v}" for k, v in given.items() if k not in ("output", "package") and v is not None
-        )
+        tables = ", ".join(map(self._table, sidecar["tables"])) or "no table"
+        own = [f"{k} {v}" for k, v in given.items() if k not in COMMON and v]  # 0: what the profile says
+        own += [f"{k} {given[k]}" for k, v in record.MAKE_DEFAULTS.items() if given[k] != v]
+        parameters = f" ({', '.join(own)})" if own else ""
         made = f"commit `{sidecar['commit']}`{', modified' if sidecar['dirty'] else ''}"
         return (
-            f"Source: [notebooks/{name}.ipynb]({self.up}/notebooks/{name}.ipynb) from {tables} ({knobs}); {made}; "
-            f"reproduce with `{sidecar['command']}`"
+            f"Source: [notebooks/{name}.ipynb]({self.up}/notebooks/{name}.ipynb) from {tables}{parameters}; "
+            f"{made}; reproduce with `{sidecar['command']}`"
+        )
+
+    def _table(self, name):
+        """A link to a table; to what was measured on a GPU beside it, where it is made of that."""
+        link = f"[{name}.csv]({self.up}/data/results/{name}.csv)"
+        if name not in measured.SOURCES:
+            return link
+        source = measured.SOURCES[name]
+        cards = pd.read_csv(measured.BENCHMARKS / f"{source}.csv", usecols=["card"]).card.unique()
+        return (
+            f"{link} (SmolLM2 on {', '.join(cards)}: [{source}.csv]({self.up}/data/benchmarks/{source}.csv))"
         )
 
 

@@ -30,8 +30,8 @@ def sketch_error(table, vocabulary, length):
     return fig, (
         f"With two rows or more the error stays {'below' if inside else 'near'} its bound, and shrinks with the width. "
         f"Lines: what 95 % of the {vocabulary} ids stay below, median over seeds; bands: 95 % of the seeds (n = {worst.seeds}); "
-        f"{length} items. At {worst.width} x {worst.depth} counters {worst.misses:.2%} of the ids exceed the bound on the {worst.stream} "
-        f"stream, where theory allows {worst.allowed:.1%}: none comes nearer to its limit."
+        f"{length} items. At {worst.width} x {worst.depth} counters {100 * worst.misses:.2f} % of the ids exceed the bound on the {worst.stream} "
+        f"stream, where theory allows {100 * worst.allowed:.1f} %: none comes nearer to its limit."
     )
 
 
@@ -71,12 +71,13 @@ def sketch_of_keys(errors, recall, k, tokens, seed=0):
         "index of keys": (*index.iloc[-1][["bits", "mean"]], PALETTE[0]),
         "exact past scores": (last, past["mean"], PALETTE[1]),
     }
-    label_ends(lower, ends | {"sketch of the past": (*counted.iloc[-1][["bits", "mean"]], PALETTE[3])})
+    label_ends(lower, ends)
+    write(lower, "sketch of the past", counted.iloc[-1][["bits", "mean"]], (0, -14), PALETTE[3], "right")
     slope = stats.intervals(errors[errors.bits == 1], "dim", "slope", seed)
     root = by.mean().loc[1] * dims**0.5
     return fig, (
-        f"One sign per coordinate finds {first['mean']:.0%} of what a query looks for, exact past scores {past['mean']:.0%}. The best "
-        f"sketch of past attention: {counted['mean'].max():.0%}. Above: root mean square error; one bit reaches {root.min():.2f} to "
+        f"One sign per coordinate finds {100 * first['mean']:.0f} % of what a query looks for, exact past scores {100 * past['mean']:.0f} %. The best "
+        f"sketch of past attention: {100 * counted['mean'].max():.0f} %. Above: root mean square error; one bit reaches {root.min():.2f} to "
         f"{root.max():.2f} of the bound. It has no bias: the slope on the true product lies within {slope.low.min():.3f} to "
         f"{slope.high.max():.3f} in all dimensions (95 % intervals, n = {slope.n.min()} draws). Below: {first.bits:.0f} bits per token hold "
         f"signs, factor and centre; sinks and the 16 newest tokens are no candidates. {BARS}, n = {past.n} documents of {tokens} tokens."
@@ -105,10 +106,8 @@ def sweep_use(summary, shape, full_bytes):
     label_ends(upper, ends)
     lower.set(xlabel="bytes held, % of the full cache", title="all configurations")
     cap = one.max_cache_size.max()
-    at, k = (
-        one[one.max_cache_size == cap].set_index("uses")["mean"],
-        f"top {one.attend_topk.clip(upper=cap).max()}",
-    )
+    at = one[one.max_cache_size == cap].set_index("uses")["mean"]
+    k = f"top {one.attend_topk.clip(upper=cap).max()}"
     pays = at["aggregate"] < at[k] < at["top 32"]
     said = (
         "Leaving out stored tokens costs; remembering evicted ones pays"
@@ -127,7 +126,7 @@ def sketch_regimes(found, length):
     """The sketch beside exact scores in every regime, at equal slots and at equal bytes."""
     order = list(found.regime.unique())
     fig, axis = plt.subplots(figsize=(WIDTH, 1.4 + 0.62 * len(order)))
-    looks = {"equal slots": (PALETTE[9], "o", -0.16), "equal bytes": (PALETTE[0], "s", 0.16)}
+    looks = {"equal slots": ("0.5", "o", -0.16), "equal bytes": (PALETTE[3], "s", 0.16)}
     for name, (colour, marker, shift) in looks.items():
         part = found[found.method == name].set_index("regime").loc[order]
         for row, line in enumerate(part.itertuples()):

@@ -34,8 +34,7 @@ TOPK = {
     "width": "counters per row, of four rows",
     "bytes": "bytes of the sketch: float32 counters and hash parameters",
     "mean": "share of the heaviest ids among as many with the largest estimates, mean over seeds",
-    "low": "lower end of its 95 % interval",
-    "high": "upper end",
+    **stats.ENDS,
     "n": "seeds",
 }
 KEYS = {
@@ -164,11 +163,8 @@ def keys_recall(model, docs, k, bits, widths, asked=16, decay=0.99, protected=(4
                 held = 8 * sketch.nbytes / (mass.shape[0] * asked * tokens)
                 ranks["Count-Min Sketch", held] = sketch.query(position)
             for how, rank in ranks.items():
-                rank = (
-                    rank
-                    if rank.ndim == 4
-                    else (rank / seen)[:, None].expand(*true.shape[:2], *rank.shape[1:])
-                )
+                if rank.ndim == 3:  # the same for all queries of a group
+                    rank = (rank / seen)[:, None].expand(*true.shape[:2], *rank.shape[1:])
                 hit = _top(rank, outside, k).gather(-1, true.nonzero()[:, -1].view(*true.shape[:-1], k))
                 found.setdefault(how, []).append(hit.float().mean().item())
         rows += [(name, how, held, np.mean(each)) for (how, held), each in found.items()]

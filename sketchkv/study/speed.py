@@ -50,18 +50,11 @@ def verdicts(frames):
             if len(found) and device.startswith("CPU") == (kind == "cpu"):
                 row = found.iloc[0]
                 met = row.low <= 0 <= row.high if np.isnan(goal) else row["median"] <= goal
-                numbers = (
-                    row["median"],
-                    row.low,
-                    row.high,
-                    int(row.n),
-                    "met" if met else "missed",
-                    row.settings,
-                )
-                rows.append((question, device, goal, *numbers))
+                verdict = "met" if met else "missed"
                 break
         else:
-            rows.append((question, kind, goal, None, None, None, None, "not measured here", ""))
+            device, row, verdict = kind, {"settings": ""}, "not measured here"
+        rows.append({**row, "question": question, "device": device, "goal": goal, "verdict": verdict})
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -126,30 +119,3 @@ def caption(found, cap):
         f"weights and the full cache (grey) or compact takes at the bandwidth of a copy. Bars: 10th to 90th percentile of "
         f"{int(first.n.min())} cycles or more. Measured on: {', '.join(found.device.unique())}."
     )
-
-
-def note_all(run, rows, found, told):
-    """The facts speed_*: steps and slope are those of compact, as measured here."""
-    here = rows.set_index("row")
-    ratios = here[here.index.str.match(r"compact, \d+ seen / ")]["median"]
-    run.fact("speed_step_worst", float(ratios.max()))
-    run.fact("speed_step_best", float(ratios.min()))
-    run.fact("speed_step_faster", int((ratios < 1).sum()))
-    run.fact("speed_step_settings", len(ratios))
-    longest = int(found.context[found.device == found.device.iloc[0]].max())
-    run.fact("speed_longest", longest)
-    for name in ("sketch", "compact", "recall"):
-        run.fact(
-            f"speed_step_{name}",
-            float(here.loc[f"{name}, {longest} seen / {_FULL}, {longest} seen", "median"]),
-        )
-    for part in ("median", "low", "high"):
-        run.fact(f"speed_slope_{part}", float(here.loc["compact, slope per doubling", part]))
-    for verdict in ("met", "missed", "not measured here"):
-        run.fact(f"speed_{verdict.replace(' ', '_')}", int((told.verdict == verdict).sum()))
-    missed = told[told.verdict == "missed"]
-    words = [
-        f"{row.question}: {row.median:.2f}" + (f" (goal {row.goal:g})" if np.isfinite(row.goal) else "")
-        for row in missed.itertuples()
-    ]
-    run.fact("speed_missed_names", "; ".join(words) or "none")

@@ -10,7 +10,6 @@ the table does not depend on the number of workers.
 import atexit
 import hashlib
 import json
-import numbers
 import os
 import tempfile
 import warnings
@@ -78,36 +77,23 @@ def compute(kind, function, grid, *, folder, revision=None, workers=None):
     it stopped. workers: processes of the local cluster (default: one per core).
 
     Raises GridError for a scheduler that can't be reached or whose workers have another version of the
-    package, for a number of workers that is none, and for whatever a point raised, with its parameters named.
+    package, and for whatever a point raised, with its parameters named.
     """
-    if workers is not None and (
-        isinstance(workers, bool) or not isinstance(workers, numbers.Integral) or workers < 1
-    ):
-        raise GridError(
-            f"workers={workers!r} is no number of processes: give 1 or more, or none for one per core"
-        )
-    done, missing, order, code = {}, {}, [], closure.of_function(function)
-    for params in grid:
-        path, identity = point_path(kind, params, folder, revision, code)
-        order.append(path)
-        if path in done or path in missing:
-            continue  # the same point twice is computed once
-        stored = read_point(path)
-        if stored is None:
-            missing[path] = params, identity
-        else:
-            done[path] = stored
+    code = closure.of_function(function)
+    order = [(*point_path(kind, params, folder, revision, code), params) for params in grid]
+    done = {path: read_point(path) for path, *_ in order}
+    missing = {path: own for path, *own in order if done[path] is None}
     if missing:
-        first, _ = next(iter(missing.values()))
+        _, first = next(iter(missing.values()))
         with _client(workers or _workers(first), bool(workers)) as client:
             futures = {
                 client.submit(_task, function, params, code, key=f"{kind}-{path.stem}", retries=RETRIES): path
-                for path, (params, _) in missing.items()
+                for path, (_, params) in missing.items()
             }
-            with tqdm(total=len(set(order)), initial=len(done), desc=kind, disable=None) as bar:
+            with tqdm(total=len(done), initial=len(done) - len(missing), desc=kind, disable=None) as bar:
                 for future in as_completed(futures, loop=client.loop):
                     path = futures[future]
-                    params, identity = missing[path]
+                    identity, params = missing[path]
                     try:
                         result = future.result()
                     except GridError:
@@ -118,7 +104,7 @@ def compute(kind, function, grid, *, folder, revision=None, workers=None):
                         ) from error
                     done[path] = write_point(path, identity, result)
                     bar.update()
-    return [done[path] for path in order]
+    return [done[path] for path, *_ in order]
 
 
 def _workers(params):
@@ -160,9 +146,15 @@ def _cluster(workers):
     return cluster
 
 
+@lru_cache
+def _own(function, code):
+    """The worker's fingerprint, looked up once for each that the client has."""
+    return closure.of_function(function)
+
+
 def _task(function, params, code):
     """Runs on a worker."""
-    if (own := closure.of_function(function)) != code:
+    if (own := _own(function, code)) != code:
         raise GridError(
             f"a dask worker has another version of the package ({own}, here {code}): restart the workers "
             "with this version"

@@ -21,9 +21,7 @@ COLUMNS = {
 }
 SUMMARY = COLUMNS | {
     "mean": "nats per token over the full cache, mean over documents",
-    "low": "lower end of its 95 % interval",
-    "high": "upper end",
-    "n": "documents",
+    **stats.ENDS,
     "bytes_total": "bytes of one sequence",
     "bytes_sketch": "bytes of the sketches among them",
 }
@@ -58,17 +56,16 @@ def method(configuration, seed=0):
     """What `methods.make_cache` is given for a configuration. The summary's slots are taken out of the cap, so that both
     uses hold the same number of slots."""
     c = configuration
-    use = (
-        {"summary_slots": c["summary_slots"]}
-        if c["use"] == "aggregate"
-        else {"attend_topk": min(c["attend_topk"], c["max_cache_size"])}
-    )
-    shape = {
+    own = {
         "width": c["width"],
         "depth": c["depth"],
         "max_cache_size": c["max_cache_size"] - c["summary_slots"],
     }
-    return {"method": "sketch", "bits": 16, "seed": seed} | shape | use
+    if c["use"] == "aggregate":
+        own["summary_slots"] = c["summary_slots"]
+    else:
+        own["attend_topk"] = min(c["attend_topk"], c["max_cache_size"])
+    return {"method": "sketch", "bits": 16, "seed": seed} | own
 
 
 def table(grid, found):

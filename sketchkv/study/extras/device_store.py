@@ -12,6 +12,10 @@ class DeviceStore(HostStore):
         self.device = next(iter(arrays.values())).device
         super().open(arrays, shape)
 
+    @staticmethod
+    def zeros(*shape, dtype, device):
+        return torch.zeros(shape, dtype=dtype, device=device)
+
     def _resized(self, size):
         larger = torch.empty(size, dtype=torch.uint8, device=self.device)
         larger[: self.bytes.numel()] = self.bytes

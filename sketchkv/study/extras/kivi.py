@@ -2,6 +2,7 @@
 
 import torch
 
+from sketchkv import quantize
 from sketchkv.cache import SketchCache
 from sketchkv.checks import Settings, whole
 from sketchkv.layer import BoundedLayer
@@ -16,24 +17,22 @@ TINY = 2.0**-24  # the smallest positive float16
 def pack(x, bits):
     """Codes and ranges of `x` `[..., n]`, in groups of 32 along the last axis (one group if n is no multiple of 32).
 
-    Returns codes, uint8 `[..., n * bits / 8]` (neighbours share a byte, the first in the lowest bits), and ranges,
-    float16 `[..., groups, 2]`: the minimum of each group and the step to the next code.
+    Returns codes, uint8 `[..., n * bits / 8]` (`sketchkv.quantize.pack`), and ranges, float16 `[..., groups, 2]`: the minimum
+    of each group and the step to the next code.
     """
     grouped = x.float().unflatten(-1, (-1, GROUP if x.shape[-1] % GROUP == 0 else x.shape[-1]))
     low, high = grouped.aminmax(dim=-1)
     ranges = torch.stack([low, ((high - low) / (2**bits - 1)).clamp(min=TINY)], -1).half()
     low, step = ranges.float()[..., None].unbind(-2)
     codes = ((grouped - low) / step).round_().clamp_(0, 2**bits - 1).to(torch.uint8).flatten(-2)
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=x.device)
-    return (codes.unflatten(-1, (-1, len(shifts))) << shifts).sum(-1, dtype=torch.uint8), ranges
+    return quantize.pack(codes, bits), ranges
 
 
 def unpack(codes, ranges, bits, dtype):
     """The numbers `[..., n]` in `dtype`, from what `pack` returned."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    codes = ((codes[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
     low, step = ranges.float()[..., None].unbind(-2)
-    return torch.addcmul(low, codes.unflatten(-1, (ranges.shape[-2], -1)).float(), step).flatten(-2).to(dtype)
+    codes = quantize.unpack(codes, bits).unflatten(-1, (ranges.shape[-2], -1)).float()
+    return torch.addcmul(low, codes, step).flatten(-2).to(dtype)
 
 
 class KiviSlots:

@@ -18,12 +18,15 @@ NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"
 NAMES |= {torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8", torch.int32: "*i32", torch.int64: "*i64"}
 
 
+def kind(x):
+    if isinstance(x, tuple):
+        return tuple(map(kind, x))
+    return NAMES[x.dtype] if isinstance(x, torch.Tensor) else "i32" if isinstance(x, int) else "fp32"
+
+
 def front_end(kernel, arguments, constants):
     """Compiles a launch as far as Triton's own language goes."""
-    kinds = [
-        NAMES[x.dtype] if isinstance(x, torch.Tensor) else "i32" if isinstance(x, int) else "fp32"
-        for x in arguments
-    ]
+    kinds = [kind(x) for x in arguments]
     signature = dict(zip(kernel.names, kinds + ["constexpr"] * len(kernel.names), strict=False))
     target = compiler.GPUTarget("cuda", 90, 32)
     backend = compiler.make_backend(target)
@@ -44,7 +47,7 @@ def launched(monkeypatch):
     names = {}
 
     def look(self, grid, *arguments, num_warps=4, num_stages=1, **constants):
-        key = self.slow, tuple(constants.items()), tuple(getattr(x, "dtype", type(x)) for x in arguments)
+        key = self.slow, tuple(constants.items()), tuple(map(kind, arguments))
         if key not in names:
             names[key] = self.slow.__name__
             front_end(self, arguments, constants)

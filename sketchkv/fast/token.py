@@ -90,24 +90,10 @@ def _append(
     position,
     filled,
     keys,
-    key_scales,
-    key_levels,
-    key_bounds,
     centre,
     values,
-    value_scales,
-    value_levels,
-    value_bounds,
     positions,
-    rest_keys,
-    rest_key_scales,
-    rest_key_levels,
-    rest_key_bounds,
-    rest_values,
-    rest_value_scales,
-    rest_value_levels,
-    rest_value_bounds,
-    span,
+    rests,
     first,
     k_batch,
     k_head,
@@ -138,22 +124,42 @@ def _append(
     begins = 0
     if PADDED:
         begins = tl.load(first + batch)
-    near = ring_place(span, at, begins, batch, row, NEWEST, SINKS)
+    near = ring_place(rests[8], at, begins, batch, row, NEWEST, SINKS)
     if tl.program_id(1) == 0:
         tl.store(positions + target, at)
         vector = key + batch * k_batch + head * k_head
         middle = tl.load(centre + row * DIM + tl.arange(0, DIM)).to(tl.float32)
-        coder = keys, key_scales, key_levels, key_bounds
-        rest = rest_keys, rest_key_scales, rest_key_levels, rest_key_bounds
         store_vector(
-            vector, turn, factor, middle, coder, rest, target, near, NEWEST, REST_BITS, DIM, KEY_BITS, LEAST
+            vector,
+            turn,
+            factor,
+            middle,
+            keys,
+            rests[:4],
+            target,
+            near,
+            NEWEST,
+            REST_BITS,
+            DIM,
+            KEY_BITS,
+            LEAST,
         )
     else:
         vector = value + batch * v_batch + head * v_head
-        coder = values, value_scales, value_levels, value_bounds
-        rest = rest_values, rest_value_scales, rest_value_levels, rest_value_bounds
         store_vector(
-            vector, turn, factor, 0.0, coder, rest, target, near, NEWEST, REST_BITS, DIM, VALUE_BITS, LEAST
+            vector,
+            turn,
+            factor,
+            0.0,
+            values,
+            rests[4:8],
+            target,
+            near,
+            NEWEST,
+            REST_BITS,
+            DIM,
+            VALUE_BITS,
+            LEAST,
         )
 
 
@@ -175,11 +181,11 @@ def append(key, value, position, slots, filled=None, first=0):
         slots.codec.rotations["keys"],
         position,
         position if filled is None else filled,
-        *stored(slots, "keys", "bounds"),
+        stored(slots, "keys", "bounds"),
         slots.codec.centre,
-        *stored(slots, "values", "bounds"),
+        stored(slots, "values", "bounds"),
         slots.positions,
-        *rests,
+        tuple(rests),
         first if isinstance(first, torch.Tensor) else position,
         *key.stride()[:2],
         *value.stride()[:2],

@@ -7,6 +7,7 @@ from typing import Any
 from transformers.cache_utils import Cache
 
 from sketchkv.checks import Settings, codec_of, fitting, per_layer, policies_of, rows, whole
+from sketchkv.devices import Compileable
 from sketchkv.layer import BoundedLayer
 from sketchkv.passes import Passes
 from sketchkv.policies import AttentionMass
@@ -39,7 +40,7 @@ class SketchCache(Cache):
     """
 
     layers: Any
-    is_compileable = False  # True, set for a cache: `model.generate` compiles its steps
+    is_compileable: Any = Compileable()  # False, set for a cache: `model.generate` runs its steps as they are
 
     def __init__(
         self,

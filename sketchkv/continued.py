@@ -52,12 +52,10 @@ class Prepare:
                         f"the cache holds {seen} tokens of another text than this prompt begins with: "
                         "call cache.reset() before a new text, or use a new cache"
                     )
-        inputs = self.own(input_ids, *args, **kwargs)
-        if (
-            isinstance(cache, SketchCache) and cache.is_compileable
-        ):  # the mask as it was, not one for a static cache
-            inputs["attention_mask"] = kwargs.get("attention_mask")
-        return inputs
+        if not (isinstance(cache, SketchCache) and cache.is_compileable):
+            return self.own(input_ids, *args, **kwargs)
+        mask = kwargs.pop("attention_mask", None)  # as it is: none is built as for a static cache
+        return self.own(input_ids, *args, **kwargs) | {"attention_mask": mask}
 
 
 def watch(model):

@@ -26,6 +26,14 @@ def _fuses(device):
     return device.type == "cuda" and find_spec("triton") is not None
 
 
+class Compileable:
+    """`cache.is_compileable`, unless it is set: that `model.generate` is to ask `compiled_call` for its steps. Within a pass the
+    answer is no, or transformers would build a mask."""
+
+    def __get__(self, cache, kind=None):
+        return cache is None or not cache.is_open
+
+
 def compiled_call(model, config=None):
     """What `model.generate` calls for each token where the cache is compileable (`sketchkv.fast.compiled_call`)."""
     from sketchkv import fast

@@ -85,8 +85,7 @@ class Passes:
             if self._opens(owner):
                 count = tokens.positions.shape[1]
                 self.length.check(self.seen + count, count, None)
-                # A step that is recorded will run again, with other ids.
-                self.tokens, self.told = tokens, None
+                self.tokens = tokens
             self.owners.append((id(owner), self.seen))
         yield
         self.end(owner)

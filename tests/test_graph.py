@@ -71,7 +71,7 @@ def tensors(thing, name="cache", found=None):
         for key, value in thing.items() if isinstance(thing, dict) else enumerate(thing):
             tensors(value, f"{name}[{key!r}]", found)
     elif type(thing).__module__.startswith("sketchkv"):
-        for key in vars(thing).keys() - {"model", "cache", "graphs", "tokens"}:
+        for key in vars(thing).keys() - {"cache", "graphs", "tokens", "told", "_digest"}:
             tensors(vars(thing)[key], f"{name}.{key}", found)
     return found
 

@@ -4,11 +4,14 @@ Nothing outside imports this folder but `sketchkv.devices`, `generate(graph=True
 that is compileable, `model.generate`.
 """
 
+from functools import lru_cache
 from typing import Any
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sketchkv.cache import SketchCache
+
+LOOK = 256  # tokens between two looks for NaN importance
 
 
 def step(model, cache, padded=False, graph=False, compile=False):
@@ -32,25 +35,48 @@ def step(model, cache, padded=False, graph=False, compile=False):
     from sketchkv.fast.graphs import StepGraphs
 
     recordings = cache.recordings
-    if recordings is None or recordings.model is not model or recordings.compiled is not compiled:
+    if recordings is None or not recordings.serves(model, compiled):
         recordings = cache.recordings = StepGraphs(model, cache, compiled)
-    return lambda token, mask, positions: recordings(token)[:, None]
+    return lambda token, mask, positions: recordings(token, positions)[:, None]
 
 
 def compiled_call(model, config=None):
     """In place of `model.get_compiled_call`: a function that `model.generate` calls for each token where its cache is
-    compileable. Steps with a `SketchCache` are compiled and, on a GPU, recorded where they can be."""
-    own: Any = type(model).get_compiled_call(model, config)
-    steps: list = []
+    compileable. Steps with a `SketchCache` are recorded on a GPU where they can be, and compiled where a `CompileConfig` is
+    given; all others run as they are, with caches of transformers as transformers has it."""
+    theirs = lru_cache(lambda: type(model).get_compiled_call(model, config))
 
-    def call(input_ids=None, past_key_values=None, position_ids=None, **given):
-        cache = past_key_values
+    @lru_cache(1)
+    def ours(cache):
+        from sketchkv.fast.recorded import records
+
+        padded = cache.passes.first is not None
+        recorded = not padded and records(model, cache)
+        return step(model, cache, padded, recorded, config is not None) if recorded or config else None
+
+    def call(**given):
+        cache = given.get("past_key_values")
         if not isinstance(cache, SketchCache):
-            return own(input_ids=input_ids, past_key_values=cache, position_ids=position_ids, **given)
-        if not steps:
-            padded = cache.passes.first is not None
-            fixed = cache.recordable and all(layer.policy.recordable for layer in cache.layers)
-            steps.append(step(model, cache, padded, input_ids.is_cuda and fixed and not padded, True))
-        return CausalLMOutputWithPast(logits=steps[0](input_ids, None, position_ids), past_key_values=cache)
+            return theirs()(**given)
+        run = ours(cache) if _is_step(cache, **given) else None
+        if run is None:
+            return model(**given)
+        if cache.seen_tokens % LOOK == 0:  # nothing that is recorded looks
+            cache.check()
+        logits = run(given["input_ids"], None, given["position_ids"])
+        return CausalLMOutputWithPast(logits=logits, past_key_values=cache)
 
     return call
+
+
+def _is_step(cache, input_ids=None, position_ids=None, past_key_values=None, attention_mask=None, **given):
+    """Whether a pass brings one token to a text, and is asked for nothing but logits."""
+    asked = {name for name, value in given.items() if value is not None and value is not False}
+    return (
+        cache.seen_tokens > 0
+        and input_ids is not None
+        and input_ids.shape[1] == 1
+        and position_ids is not None
+        and position_ids.shape == input_ids.shape
+        and asked <= {"use_cache", "return_dict", "logits_to_keep"}
+    )

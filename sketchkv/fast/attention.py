@@ -213,45 +213,65 @@ def _combine(
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     ADD: tl.constexpr,
     FINISH: tl.constexpr,
     GROWS: tl.constexpr,
     TURN: tl.constexpr,
 ):
-    """Second pass over split slots. One program: FINISH slots of one KV head; the first adds up the output instead."""
+    """Second pass over split slots. One program: the output of one query head, or FINISH slots of one KV head."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     if GROWS:
         used = tl.load(filled) + 1
-    received += row // kv_heads * r_batch + row % kv_heads * r_head
-    group = tl.arange(0, GROUPS)
     split = tl.arange(0, PARTS)
-    part = (row * GROUP + group[:, None]) * SPLITS + split[None, :]
-    inside = (group[:, None] < GROUP) & (split[None, :] < SPLITS)
-    part_top = tl.load(tops + part, mask=inside, other=MASKED)
-    part_total = tl.load(totals + part, mask=inside, other=0.0)
-    top = tl.max(part_top, 1)
-    total = tl.sum(part_total * tl.exp2(part_top - top[:, None]), 1)
-    total = tl.where(group < GROUP, total, 1.0)
-    scratch += row * GROUP * scratch_stride
-    if block > 0:  # the output waits for nothing that these do
-        slot = (block - 1) * FINISH + tl.arange(0, FINISH)
-        _receive(scratch, received, slot, r_slot, used, scratch_stride, group, top, total, decay, GROUP, ADD)
-    else:
+    if block >= GROUP:
+        group = tl.arange(0, GROUPS)
+        part = (row * GROUP + group[:, None]) * SPLITS + split[None, :]
+        inside = (group[:, None] < GROUP) & (split[None, :] < SPLITS)
+        part_tops = tl.load(tops + part, mask=inside, other=MASKED)
+        part_totals = tl.load(totals + part, mask=inside, other=0.0)
+        all_tops = tl.max(part_tops, 1)
+        all_totals = tl.sum(part_totals * tl.exp2(part_tops - all_tops[:, None]), 1)
+        all_totals = tl.where(group < GROUP, all_totals, 1.0)
+        received += row // kv_heads * r_batch + row % kv_heads * r_head
+        scratch += row * GROUP * scratch_stride
+        slot = (block - GROUP) * FINISH + tl.arange(0, FINISH)
+        _receive(
+            scratch,
+            received,
+            slot,
+            r_slot,
+            used,
+            scratch_stride,
+            group,
+            all_tops,
+            all_totals,
+            decay,
+            GROUP,
+            ADD,
+        )
+    else:  # the output waits for nothing that the others do
+        head = row * GROUP + block
+        part_top = tl.load(tops + head * SPLITS + split, mask=split < SPLITS, other=MASKED)
+        part_total = tl.load(totals + head * SPLITS + split, mask=split < SPLITS, other=0.0)
+        top = tl.max(part_top, 0)
+        total = tl.sum(part_total * tl.exp2(part_top - top), 0)
         column = tl.arange(0, WIDTH)
-        written = (group[:, None] < GROUP) & (column[None, :] < HEAD_DIM)
-        sums = tl.zeros([GROUPS, WIDTH], tl.float32)
-        for index in range(SPLITS):
-            of_split = (row * GROUP + group) * SPLITS + index
-            share = tl.exp2(tl.load(tops + of_split, mask=group < GROUP, other=MASKED) - top)
-            address = partial + of_split[:, None] * HEAD_DIM + column[None, :]
-            sums += share[:, None] * tl.load(address, mask=written, other=0.0)
-        sums = sums / total[:, None]
+        written = column < HEAD_DIM
+        sums = tl.zeros([WIDTH], tl.float32)
+        for begin in range(0, SPLITS, AT_ONCE):
+            index = begin + tl.arange(0, AT_ONCE)
+            share = tl.load(tops + head * SPLITS + index, mask=index < SPLITS, other=MASKED)
+            of_split = (head * SPLITS + index[:, None]) * HEAD_DIM + column[None, :]
+            partly = tl.load(partial + of_split, mask=(index[:, None] < SPLITS) & written[None, :], other=0.0)
+            sums += tl.sum(tl.exp2(share - top)[:, None] * partly, 0)
+        result = (sums / total).to(output.dtype.element_ty)
         if TURN:  # values were turned when they were coded
-            back = tl.load(turn + column[None, :] * HEAD_DIM + column[:, None]).to(output.dtype.element_ty)
-            sums = tl.dot(sums.to(output.dtype.element_ty), back, input_precision="ieee") * factor
-        target = output + (row * GROUP + group[:, None]) * HEAD_DIM + column[None, :]
-        tl.store(target, sums.to(output.dtype.element_ty), mask=written)
+            back = tl.load(turn + column[None, :] * HEAD_DIM + column[:, None]).to(result.dtype)
+            turned = tl.sum(result.to(tl.float32)[:, None] * back.to(tl.float32), 0) * factor
+            result = turned.to(result.dtype)
+        tl.store(output + head * HEAD_DIM + column, result, mask=written)
 
 
 def attend(query, keys, values, scaling, positions=None, received=None, decay=1.0, filled=None, **tuning):
@@ -334,7 +354,7 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
         num_warps=tuning.get("num_warps", 4),
     )
     if splits > 1:
-        _combine[(rows, 1 + pieces(used, finish))](
+        _combine[(rows, group + pieces(used, finish))](
             received,
             counter,
             output,
@@ -349,6 +369,7 @@ def attend(query, keys, values, scaling, positions=None, received=None, decay=1.
             **shape,
             TURN=False,
             PARTS=power(splits),
+            AT_ONCE=min(power(splits), 32),
             num_warps=4,
         )
     return output, received

@@ -7,7 +7,7 @@ gives them and are turned here; the output is turned back.
 
 import torch
 
-from sketchkv.fast.attention import LOG2E, MASKED, _combine, _hide, _receive, scratchpad
+from sketchkv.fast.attention import LOG2E, MASKED, PROGRAMS, _combine, _hide, _receive, scratchpad
 from sketchkv.fast.codes import bits_of, levels_of, line_of, rests_of, ring_row, stored
 from sketchkv.fast.launch import kernel, pieces, power, tl
 
@@ -163,10 +163,10 @@ def attend(
     if not add:
         received = torch.empty(batch, kv_heads, capacity, dtype=torch.float32, device=query.device)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    block = tuning.get("block", 32 if dim > 64 else 64)
-    splits, per_split, stride, buffers = scratchpad(
-        rows, group, used, dim, block, query.device, tuning.get("splits")
-    )
+    # To look up levels takes a program longer than to put the parts together does.
+    splits = tuning.get("splits") or power(max(1, min(PROGRAMS // rows, pieces(used, 32))))
+    block = tuning.get("block", 64 if dim <= 64 and used >= 256 * splits else 32)
+    splits, per_split, stride, buffers = scratchpad(rows, group, used, dim, block, query.device, splits)
     counter = received if filled is None else filled
     means = [received] * 3 if summary is None else [summary.keys, summary.values, summary.counts]
     groups = max(16, power(group))
@@ -207,7 +207,7 @@ def attend(
         **shared,
     )
     if splits > 1:
-        _combine[(rows, 1 + pieces(used, 128))](
+        _combine[(rows, group + pieces(used, 128))](
             received,
             counter,
             output,
@@ -222,6 +222,7 @@ def attend(
             HEAD_DIM=dim,
             WIDTH=dim,
             PARTS=power(splits),
+            AT_ONCE=min(power(splits), 32),
             TURN=True,
             num_warps=4,
             **shared,

@@ -7,6 +7,8 @@ of its own runs operations whose shapes are the number of slots: its steps are r
 of the `evict_every` phases between two evictions.
 """
 
+import threading
+import weakref
 from typing import Any
 
 import torch
@@ -14,24 +16,28 @@ import torch
 from sketchkv.fast.launch import usable
 from sketchkv.fast.ops import Fused, grows
 from sketchkv.fast.recalled import ready
+from sketchkv.fast.recorded import Waits, pretended, state
 from sketchkv.passes import Tokens
 from sketchkv.recall import RecallLayer
+
+_one = threading.Lock()  # one recording at a time, pretended or not
 
 
 class StepGraphs:
     """Decode steps of `model` with `cache`, a `SketchCache`: `graphs(token)` returns the logits.
 
     A kind of step runs as it is when it first comes, is recorded when it comes again, and replayed from then on. Recordings
-    stay valid after `cache.reset()`, for texts without padding. On a CPU nothing is recorded: the same steps run one by one.
+    stay valid after `cache.reset()`, for texts without padding. On a CPU nothing is recorded: the same steps run one by one;
+    so do those of a model that makes the host wait for the device.
     compiled: the model's `CompiledStep`, to be recorded instead of the model as it is. Raises ValueError for a policy or cache
     that is not `recordable`.
     """
 
-    # Tensors of the device and what they were made for; None until the first step.
+    # Tensors of the device, None until the first step.
     clock: Any
     filled: Any
-    expected: Any
-    slots: Any
+    token: Any
+    positions: Any
 
     def __init__(self, model, cache, compiled=None):
         refused = [type(layer.policy).__name__ for layer in cache.layers if not layer.policy.recordable]
@@ -44,44 +50,80 @@ class StepGraphs:
             raise ValueError(
                 f"a {type(cache).__name__} decides on the host while it decodes: decode with graph=False"
             )
-        self.model, self.cache, self.compiled = model, cache, compiled
-        self.warm, self.graphs = set(), {}
-        self.clock = self.filled = self.expected = self.slots = None
+        self._model: Any = weakref.ref(model)  # recordings go with it, too
+        self.state, self.cache, self.compiled = state(model), cache, compiled
+        self.warm, self.graphs, self.waits = set(), {}, False
+        self.slots: Any = []  # that steps were recorded for
+        self.counts: Any = None  # tokens seen and stored, as the device knows them
+
+    def __reduce__(self):
+        return type(None), ()  # a copy of a cache records for itself
+
+    def serves(self, model, compiled):
+        """Whether steps of `model`, as it is now, may be replayed."""
+        return self._model() is model and self.compiled is compiled and self.state == state(model)
 
     @torch.no_grad()
-    def __call__(self, token):
-        """Logits `[batch, vocabulary]` after `token` (int64 `[batch, 1]`), valid until the next call."""
-        layers = self.cache.layers
+    def __call__(self, token, positions=None):
+        """Logits `[batch, vocabulary]` after `token` (int64 `[batch, 1]`), valid until the next call; positions: int64
+        `[batch, 1]`, default the number of tokens seen."""
+        cache, layers = self.cache, self.cache.layers
         if not layers[0].is_initialized:
-            return self.model(token, past_key_values=self.cache, use_cache=True).logits[:, -1]
-        if self.slots != [id(layer.slots) for layer in layers]:  # another batch size: other memory
-            self.slots = [id(layer.slots) for layer in layers]
-            self.warm, self.graphs, self.expected = set(), {}, None
-            self.clock, self.token = torch.empty(1, dtype=torch.int32, device=token.device), token.clone()
-            self.filled = torch.empty(len(layers), dtype=torch.int32, device=token.device)
-            self.growing = [usable(token.device) and grows(layer) for layer in layers]
-        seen = self.cache.seen_tokens
-        if self.expected != seen:  # the device counts for itself, except after other calls
-            if self.cache.passes.first is not None:
+            return self._model()(token, past_key_values=cache, use_cache=True).logits[:, -1]
+        if len(self.slots) < len(layers) or any(
+            held() is not layer.slots for held, layer in zip(self.slots, layers, strict=True)
+        ):
+            self._allocate(token)
+        counts = [cache.seen_tokens, *cache.stored_tokens()]
+        if self.counts != counts:  # the device counts for itself, except after other calls
+            if cache.passes.first is not None:
                 raise ValueError(
                     "recorded steps take texts without padding: decode this batch with graph=False"
                 )
-            self.clock.fill_(seen)
-            self.filled.copy_(torch.tensor([layer.slots.used for layer in layers]))
-        self.expected = seen + 1
+            self.clock.fill_(counts[0])
+            self.filled.copy_(torch.tensor(counts[1:]))
+        self.counts = None  # unknown, should this step break off
         self.token.copy_(token)
+        self.positions.copy_(self.clock if positions is None else positions)
         kind = self._kind()
-        if kind is None or kind not in self.warm or not token.is_cuda:
-            self.warm.add(kind)
+        with cache.passes.announced(Tokens(self.token, self.clock[None], clock=self.clock), self):
+            logits = self._run(kind)
+        self.counts = [cache.seen_tokens, *cache.stored_tokens()]
+        return logits
+
+    @torch.inference_mode(False)  # tensors that may be written to inside of it and outside
+    def _allocate(self, token):
+        """For other slots, those of another batch size: nothing that was recorded serves them."""
+        layers, device = self.cache.layers, token.device
+        self.slots = [weakref.ref(layer.slots) for layer in layers]
+        self.warm, self.graphs, self.counts = set(), {}, None
+        self.clock = torch.empty(1, dtype=torch.int32, device=device)
+        self.filled = torch.empty(len(layers), dtype=torch.int32, device=device)
+        self.token, self.positions = torch.empty(2, len(token), 1, dtype=torch.int64, device=device)
+        self.growing = [usable(device) and layer.ops.suits and grows(layer) for layer in layers]
+
+    def _run(self, kind):
+        if kind is None or self.waits or not self.token.is_cuda:
             return self._step()
+        if kind not in self.warm:
+            self.warm.add(kind)
+            return self._watched()
         if kind in self.graphs:
-            with self.cache.passes.announced(Tokens(self.token, self.clock[None]), self):
-                for layer in layers:
-                    layer.advance()
+            for layer in self.cache.layers:
+                layer.advance()
         else:
             self.graphs[kind] = self._record()
         graph, logits = self.graphs[kind]
         graph.replay()
+        return logits
+
+    def _watched(self):
+        """A step as it is, which tells whether others like it can be recorded; what is compiled can."""
+        if self.compiled:
+            return self._step()
+        with _one, pretended(), Waits() as waits:
+            logits = self._step()
+        self.waits |= waits.found
         return logits
 
     def _kind(self):
@@ -106,31 +148,32 @@ class StepGraphs:
         # Matrix products write to a workspace that torch keeps per stream. Taken over from an earlier graph, it would lie in
         # memory that is not ours, to be freed when torch.compile clears workspaces; so there is none when recording begins,
         # and none of ours is left for others when it ends.
-        torch._C._cuda_clearCublasWorkspaces()
-        with torch.cuda.graph(graph, pool=pool):
-            logits = self._step()
-        torch._C._cuda_clearCublasWorkspaces()
+        with _one:
+            torch._C._cuda_clearCublasWorkspaces()
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                logits = self._step()
+            torch._C._cuda_clearCublasWorkspaces()
         return graph, logits
 
     def _step(self):
-        layers, positions = self.cache.layers, self.clock.long().expand(len(self.token), 1)
-        with self.cache.passes.announced(Tokens(self.token, self.clock[None], clock=self.clock), self):
-            evicting, own = [layer.slots.room == 1 for layer in layers], [layer.ops for layer in layers]
-            if usable(self.token.device):
-                for layer, filled, growing, evicts in zip(
-                    layers, self.filled.split(1), self.growing, evicting, strict=True
-                ):
+        layers = self.cache.layers
+        evicting, own = [layer.slots.room == 1 for layer in layers], [layer.ops for layer in layers]
+        if usable(self.token.device):
+            for layer, filled, growing, evicts in zip(
+                layers, self.filled.split(1), self.growing, evicting, strict=True
+            ):
+                if layer.ops.suits:
                     layer.ops = Fused(filled if growing and not evicts else None)
-            try:
-                if self.compiled:
-                    logits = self.compiled(self.token, self.cache, positions)
-                else:
-                    logits = self.model(
-                        self.token, past_key_values=self.cache, use_cache=True, position_ids=positions
-                    ).logits
-            finally:
-                for layer, ops in zip(layers, own, strict=True):
-                    layer.ops = ops
+        try:
+            if self.compiled:
+                logits = self.compiled(self.token, self.cache, self.positions)
+            else:
+                logits = self._model()(
+                    self.token, past_key_values=self.cache, use_cache=True, position_ids=self.positions
+                ).logits
+        finally:
+            for layer, ops in zip(layers, own, strict=True):
+                layer.ops = ops
         self.clock += 1
         self.filled += 1
         for filled, layer, evicts in zip(self.filled.split(1), layers, evicting, strict=True):

@@ -16,7 +16,7 @@ from sketchkv.fast.codes import bits_of, rests_of, stored
 from sketchkv.fast.launch import kernel, power, tl
 from sketchkv.fast.scan import TILE, candidates
 from sketchkv.fast.tail import take
-from sketchkv.fast.token import store_token
+from sketchkv.fast.token import ring_place, store_vector
 from sketchkv.index import KeyIndex, hold, reserve
 from sketchkv.layer import BoundedLayer
 from sketchkv.quantize import TINY, Normal, Quantized
@@ -116,41 +116,19 @@ def _enter(
         slot = tl.min(tl.where(age == tl.min(age, 0), index, SLOTS), 0)
     target = row * capacity + slot
     at = tl.load(position + batch * p_batch)
-    raw = store_token(
-        key + batch * k_batch + head * k_head,
-        value + batch * v_batch + head * v_head,
-        turn,
-        keys,
-        key_scales,
-        key_levels,
-        key_bounds,
-        centre,
-        values,
-        value_scales,
-        value_levels,
-        value_bounds,
-        rest_keys,
-        rest_key_scales,
-        rest_key_levels,
-        rest_key_bounds,
-        rest_values,
-        rest_value_scales,
-        rest_value_levels,
-        rest_value_bounds,
-        span,
-        row,
-        batch,
-        target,
-        at,
-        begins,
-        factor,
-        NEWEST,
-        SINKS,
-        REST_BITS,
-        DIM,
-        KEY_BITS,
-        VALUE_BITS,
-        LEAST,
+    near = ring_place(span, at, begins, batch, row, NEWEST, SINKS)
+    vector = key + batch * k_batch + head * k_head
+    middle = tl.load(centre + row * DIM + column).to(tl.float32)
+    coder = keys, key_scales, key_levels, key_bounds
+    rest = rest_keys, rest_key_scales, rest_key_levels, rest_key_bounds
+    raw = store_vector(
+        vector, turn, factor, middle, coder, rest, target, near, NEWEST, REST_BITS, DIM, KEY_BITS, LEAST
+    )
+    vector = value + batch * v_batch + head * v_head
+    coder = values, value_scales, value_levels, value_bounds
+    rest = rest_values, rest_value_scales, rest_value_levels, rest_value_bounds
+    store_vector(
+        vector, turn, factor, 0.0, coder, rest, target, near, NEWEST, REST_BITS, DIM, VALUE_BITS, LEAST
     )
     open_block = pending + (row * BLOCK + number % BLOCK) * DIM
     tl.store(open_block + column, raw.to(pending.dtype.element_ty))

@@ -19,10 +19,10 @@ def _store_plane(codes, code, target, DIM: tl.constexpr, BITS: tl.constexpr, PAR
 
 
 @jit
-def _encode(
-    x, levels, bounds, codes, scales, target, DIM: tl.constexpr, BITS: tl.constexpr, LEAST: tl.constexpr
-):
-    """Stores a vector x [DIM], float32, in the slot `target`; returns what its code lacks."""
+def _encode(x, coder, target, DIM: tl.constexpr, BITS: tl.constexpr, LEAST: tl.constexpr):
+    """Stores a vector x [DIM], float32, in the slot `target` of `coder`: codes, scales, levels and bounds. Returns what its code
+    lacks."""
+    codes, scales, levels, bounds = coder
     LEVELS: tl.constexpr = 1 << BITS
     norm = tl.sqrt(tl.sum(x * x, 0) / DIM)
     relative = x / tl.maximum(norm, LEAST)
@@ -44,81 +44,42 @@ def _encode(
 
 
 @jit
-def store_token(
-    key,
-    value,
+def store_vector(
+    vector,
     turn,
-    keys,
-    key_scales,
-    key_levels,
-    key_bounds,
-    centre,
-    values,
-    value_scales,
-    value_levels,
-    value_bounds,
-    rest_keys,
-    rest_key_scales,
-    rest_key_levels,
-    rest_key_bounds,
-    rest_values,
-    rest_value_scales,
-    rest_value_levels,
-    rest_value_bounds,
-    span,
-    row,
-    batch,
-    target,
-    at,
-    begins,
     factor,
+    centre,
+    coder,
+    rest_coder,
+    target,
+    near,
     NEWEST: tl.constexpr,
-    SINKS: tl.constexpr,
     REST_BITS: tl.constexpr,
     DIM: tl.constexpr,
-    KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr,
+    BITS: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    """Codes the token at position `at`, of a text that begins at `begins`, into slot `target`, and its rest into the ring.
-    Returns its key as it came, [DIM]."""
+    """Codes a vector [DIM] around `centre` into the slot `target`, and its rest into the ring's row `near`. Returns it as it came."""
     column = tl.arange(0, DIM)
     rotation = tl.load(turn + column[:, None] * DIM + column[None, :]).to(tl.float32) * factor
-    raw = tl.load(key + column)
+    raw = tl.load(vector + column)
     x = tl.sum(raw.to(tl.float32)[:, None] * rotation, 0).to(raw.dtype).to(tl.float32)
-    x -= tl.load(centre + row * DIM + column).to(tl.float32)
-    rest_key = _encode(x, key_levels, key_bounds, keys, key_scales, target, DIM, KEY_BITS, LEAST)
-    new = tl.load(value + column)
-    x = tl.sum(new.to(tl.float32)[:, None] * rotation, 0).to(new.dtype).to(tl.float32)
-    rest_value = _encode(x, value_levels, value_bounds, values, value_scales, target, DIM, VALUE_BITS, LEAST)
+    rest = _encode(x - centre, coder, target, DIM, BITS, LEAST)
     if NEWEST:
-        near, held = ring_row(at, begins, at + 1, NEWEST, SINKS)
-        near = row * (NEWEST + SINKS) + tl.where(held, near, 0)  # padding comes before all that is held
-        _encode(
-            rest_key,
-            rest_key_levels,
-            rest_key_bounds,
-            rest_keys,
-            rest_key_scales,
-            near,
-            DIM,
-            REST_BITS,
-            LEAST,
-        )
-        _encode(
-            rest_value,
-            rest_value_levels,
-            rest_value_bounds,
-            rest_values,
-            rest_value_scales,
-            near,
-            DIM,
-            REST_BITS,
-            LEAST,
-        )
+        _encode(rest, rest_coder, near, DIM, REST_BITS, LEAST)
+    return raw
+
+
+@jit
+def ring_place(span, at, begins, batch, row, NEWEST: tl.constexpr, SINKS: tl.constexpr):
+    """The row of the ring for the token at position `at`, of a text that begins at `begins`; the ring's span, with it, is noted."""
+    near = row
+    if NEWEST:
+        place, held = ring_row(at, begins, at + 1, NEWEST, SINKS)
+        near = row * (NEWEST + SINKS) + tl.where(held, place, 0)  # padding comes before all that is held
         tl.store(span + 2 * batch, begins)
         tl.store(span + 2 * batch + 1, at + 1)
-    return raw
+    return near
 
 
 @kernel("slot")
@@ -129,24 +90,10 @@ def _append(
     position,
     filled,
     keys,
-    key_scales,
-    key_levels,
-    key_bounds,
     centre,
     values,
-    value_scales,
-    value_levels,
-    value_bounds,
     positions,
-    rest_keys,
-    rest_key_scales,
-    rest_key_levels,
-    rest_key_bounds,
-    rest_values,
-    rest_value_scales,
-    rest_value_levels,
-    rest_value_bounds,
-    span,
+    rests,
     first,
     k_batch,
     k_head,
@@ -167,7 +114,7 @@ def _append(
     LEAST: tl.constexpr,
     GROWS: tl.constexpr,
 ):
-    """One program: the new token of one KV head of one sequence."""
+    """One program: the key of the new token of one KV head of one sequence, or its value."""
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // kv_heads, row % kv_heads
     if GROWS:
@@ -177,43 +124,43 @@ def _append(
     begins = 0
     if PADDED:
         begins = tl.load(first + batch)
-    tl.store(positions + target, at)
-    store_token(
-        key + batch * k_batch + head * k_head,
-        value + batch * v_batch + head * v_head,
-        turn,
-        keys,
-        key_scales,
-        key_levels,
-        key_bounds,
-        centre,
-        values,
-        value_scales,
-        value_levels,
-        value_bounds,
-        rest_keys,
-        rest_key_scales,
-        rest_key_levels,
-        rest_key_bounds,
-        rest_values,
-        rest_value_scales,
-        rest_value_levels,
-        rest_value_bounds,
-        span,
-        row,
-        batch,
-        target,
-        at,
-        begins,
-        factor,
-        NEWEST,
-        SINKS,
-        REST_BITS,
-        DIM,
-        KEY_BITS,
-        VALUE_BITS,
-        LEAST,
-    )
+    near = ring_place(rests[8], at, begins, batch, row, NEWEST, SINKS)
+    if tl.program_id(1) == 0:
+        tl.store(positions + target, at)
+        vector = key + batch * k_batch + head * k_head
+        middle = tl.load(centre + row * DIM + tl.arange(0, DIM)).to(tl.float32)
+        store_vector(
+            vector,
+            turn,
+            factor,
+            middle,
+            keys,
+            rests[:4],
+            target,
+            near,
+            NEWEST,
+            REST_BITS,
+            DIM,
+            KEY_BITS,
+            LEAST,
+        )
+    else:
+        vector = value + batch * v_batch + head * v_head
+        store_vector(
+            vector,
+            turn,
+            factor,
+            0.0,
+            values,
+            rests[4:8],
+            target,
+            near,
+            NEWEST,
+            REST_BITS,
+            DIM,
+            VALUE_BITS,
+            LEAST,
+        )
 
 
 def append(key, value, position, slots, filled=None, first=0):
@@ -228,17 +175,17 @@ def append(key, value, position, slots, filled=None, first=0):
     (batch, kv_heads), dim = slots.shape, slots.widths[0]
     rests, sizes = rests_of(slots, "bounds")
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    _append[(batch * kv_heads,)](
+    _append[(batch * kv_heads, 2)](
         key,
         value,
         slots.codec.rotations["keys"],
         position,
         position if filled is None else filled,
-        *stored(slots, "keys", "bounds"),
+        stored(slots, "keys", "bounds"),
         slots.codec.centre,
-        *stored(slots, "values", "bounds"),
+        stored(slots, "values", "bounds"),
         slots.positions,
-        *rests,
+        tuple(rests),
         first if isinstance(first, torch.Tensor) else position,
         *key.stride()[:2],
         *value.stride()[:2],

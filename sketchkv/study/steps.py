@@ -12,7 +12,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache, StaticCache
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    QuantizedCache,
+    StaticCache,
+)
 
 from sketchkv import enable
 from sketchkv.fast.compiled import compiled_step
@@ -233,24 +240,27 @@ class Bench(Runs):
                 print(f"left out: {row}\n{traceback.format_exc(limit=3)}", flush=True)
         return runs
 
-    def generate(self, prompt, new, cap=512, names=("sketch", "compact"), compiled=(), chunk=CHUNK):
-        """Whole texts through `model.generate`, per new token; compiled: those whose cache is compileable, too."""
+    def generate(self, prompt, new, cap=512, names=("sketch", "compact"), others=(), chunk=CHUNK):
+        """Whole texts through `model.generate`, per new token; others: "as it is" and "compiled", beside the default, which
+        records steps on a GPU."""
         self.begin(prompt=prompt, new=new, chunk=chunk, methods=[self.method(name, cap) for name in names])
         ids = self.ids(prompt)
         own = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
+        kinds = {"as it is": dict(disable_compile=True), "compiled": dict(compile_config=CompileConfig())}
         plain, held = f"generate, {FULL}", dict[str, Any]()
 
-        def bounded(row, name):
+        def bounded(row, name, more):
             cache = held.setdefault(row, self.bounded(name, cap, prefill_chunk=chunk))
-            cache.is_compileable = "compileable" in row
             cache.reset()
-            self.model.generate(ids, past_key_values=cache, **own)
+            self.model.generate(ids, past_key_values=cache, **own, **more)
 
         runs = {plain: partial(self.plain.generate, ids, **own)}
-        rows = [(f"generate, {n}", n) for n in names] + [(f"generate, {n}, compileable", n) for n in compiled]
-        runs |= {row: partial(bounded, row, name) for row, name in rows}
+        for name in names:
+            for kind in ("", *others):
+                row = ", ".join(filter(None, ("generate", name, kind)))
+                runs[row] = partial(bounded, row, name, kinds.get(kind, {}))
         self.time(runs, per=new)
-        for row, _ in rows:
+        for row in list(runs)[1:]:
             self.table.ratio(row, plain)
 
     def prompts(self, counts, cap=512, names=("sketch", "compact"), chunks=(None, CHUNK)):

@@ -40,7 +40,7 @@ class SketchCache(Cache):
     """
 
     layers: Any
-    is_compileable: Any = Compileable()  # False, set for a cache: `model.generate` runs its steps as they are
+    is_compileable: Any = Compileable()  # True, set for a cache: on a GPU `model.generate` records its steps
 
     def __init__(
         self,

@@ -27,11 +27,14 @@ def _fuses(device):
 
 
 class Compileable:
-    """`cache.is_compileable`, unless it is set: that `model.generate` is to ask `compiled_call` for its steps. Within a pass the
-    answer is no, or transformers would build a mask."""
+    """`cache.is_compileable`, False unless it is set: that `model.generate` is to ask `compiled_call` for its steps. Within a pass
+    the answer is no, or transformers would build a mask."""
 
     def __get__(self, cache, kind=None):
-        return cache is None or not cache.is_open
+        return cache is not None and vars(cache).get("compileable", False) and not cache.is_open
+
+    def __set__(self, cache, value):
+        cache.compileable = value
 
 
 def compiled_call(model, config=None):

@@ -107,7 +107,7 @@ class KeyIndex:
     def positions(self, count):
         """Of the first `count` tokens, int32 `[batch or 1, 1, count]`, -1 for padding."""
         held = self.arrays.get("positions")
-        return numbers(self.pending.device, count) if held is None else held[:, :, :count]
+        return numbers(self.rotation.device, count) if held is None else held[:, :, :count]
 
     def code(self, keys):
         """Codes the keys of full blocks, `[batch, kv_heads, n * block, head_dim]`."""
@@ -241,7 +241,7 @@ def hold(index, positions, count):
     held, end = index.arrays.get("positions"), index.seen + count
     if positions is None and held is None:
         return
-    follow = numbers(index.pending.device, index.capacity)
+    follow = numbers(index.rotation.device, index.capacity)
     if held is None:
         with torch.inference_mode(False):
             held = index.arrays["positions"] = follow.repeat(index.shape[0], 1, 1)

@@ -72,7 +72,7 @@ def _one(bench):
     """One text at a time; what is compiled, is compiled once."""
     bench.peers(4096, others=())
     bench.waits()
-    bench.generate(1024, 32, others=("as it is", "compiled"), chunk=2048)
+    bench.generate(1024, 32, others=("recorded", "compiled"), chunk=2048)
 
 
 def machine(commit=None):

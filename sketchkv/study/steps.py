@@ -241,24 +241,24 @@ class Bench(Runs):
         return runs
 
     def generate(self, prompt, new, cap=512, names=("sketch", "compact"), others=(), chunk=CHUNK):
-        """Whole texts through `model.generate`, per new token; others: "as it is" and "compiled", beside the default, which
-        records steps on a GPU."""
+        """Whole texts through `model.generate`, per new token; others: "recorded" and "compiled" steps, beside the default."""
         self.begin(prompt=prompt, new=new, chunk=chunk, methods=[self.method(name, cap) for name in names])
         ids = self.ids(prompt)
         own = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
-        kinds = {"as it is": dict(disable_compile=True), "compiled": dict(compile_config=CompileConfig())}
+        more = {"compiled": dict(compile_config=CompileConfig())}
         plain, held = f"generate, {FULL}", dict[str, Any]()
 
-        def bounded(row, name, more):
+        def bounded(row, name, kind):
             cache = held.setdefault(row, self.bounded(name, cap, prefill_chunk=chunk))
+            cache.is_compileable = bool(kind)
             cache.reset()
-            self.model.generate(ids, past_key_values=cache, **own, **more)
+            self.model.generate(ids, past_key_values=cache, **own, **more.get(kind, {}))
 
         runs = {plain: partial(self.plain.generate, ids, **own)}
         for name in names:
             for kind in ("", *others):
                 row = ", ".join(filter(None, ("generate", name, kind)))
-                runs[row] = partial(bounded, row, name, kinds.get(kind, {}))
+                runs[row] = partial(bounded, row, name, kind)
         self.time(runs, per=new)
         for row in list(runs)[1:]:
             self.table.ratio(row, plain)

@@ -50,7 +50,7 @@ def write_gguf(model, path):
         if name.endswith(("q_proj.weight", "k_proj.weight")):  # the two of a rotated pair lie side by side
             weight = weight.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).flatten(0, 2)
         weight = weight.to(torch.float16 if weight.ndim > 1 else torch.float32)
-        writer.add_tensor(names.get_name(name, (".weight",)), weight.numpy())
+        writer.add_tensor(str(names.get_name(name, (".weight",))), weight.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

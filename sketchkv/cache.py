@@ -7,7 +7,6 @@ from typing import Any
 from transformers.cache_utils import Cache
 
 from sketchkv.checks import Settings, codec_of, fitting, per_layer, policies_of, rows, whole
-from sketchkv.devices import Compileable
 from sketchkv.layer import BoundedLayer
 from sketchkv.passes import Passes
 from sketchkv.policies import AttentionMass
@@ -40,7 +39,11 @@ class SketchCache(Cache):
     """
 
     layers: Any
-    is_compileable: Any = Compileable()  # True, set for a cache: on a GPU `model.generate` records its steps
+    is_compileable: Any = property(  # not within a pass: no mask is to be built
+        lambda self: vars(self).get("compileable", False) and not self.is_open,
+        lambda self, value: vars(self).update(compileable=value),
+        doc="False unless it is set: whether `model.generate` records steps on a GPU.",
+    )
 
     def __init__(
         self,

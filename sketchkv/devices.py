@@ -26,17 +26,6 @@ def _fuses(device):
     return device.type == "cuda" and find_spec("triton") is not None
 
 
-class Compileable:
-    """`cache.is_compileable`, False unless it is set: that `model.generate` is to ask `compiled_call` for its steps. Within a pass
-    the answer is no, or transformers would build a mask."""
-
-    def __get__(self, cache, kind=None):
-        return cache is not None and vars(cache).get("compileable", False) and not cache.is_open
-
-    def __set__(self, cache, value):
-        cache.compileable = value
-
-
 def compiled_call(model, config=None):
     """What `model.generate` calls for each token where the cache is compileable (`sketchkv.fast.compiled_call`)."""
     from sketchkv import fast

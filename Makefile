@@ -105,7 +105,8 @@ bench-peers: $(READY) smollm2 django-docs  ## cut prompts of SmolLM2 by kvpress 
 
 bench-llama: $(READY)  ## measure llama.cpp beside a step of ours, on the CPU; needs node and npm
 	npm install --prefix build/llama --ignore-scripts --no-audit --no-fund node-llama-cpp@3.21.1
-	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps gguf==0.19.0
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps \
+		"$$($(BIN)/python -c 'from sketchkv.pretrained import READER; print(READER)')"
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -m sketchkv.study.bench cpu_llama
 
 model: $(READY)  ## train the embedded model again

@@ -196,7 +196,7 @@ def test_of_equal_ranks_the_newest_are_chosen():
 
 
 FAULTS = [
-    ("tables + half * 16", "tables + (half ^ 1) * 16"),
+    ("tables[half * 16 + code]", "tables[(half ^ 1) * 16 + code]"),
     ("total += expf(resident[g] - top)", "total += 0"),
     ("end = end < coded ? end : coded", "end = end < coded ? end - 1 : coded - 1"),
     ("-index->asked[at + i]", "index->asked[at + i]"),

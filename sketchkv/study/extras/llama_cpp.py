@@ -142,4 +142,6 @@ def _agree(bench, peer, count=64):
     expected = bench.plain(ids).logits[0, -1].softmax(-1)
     apart = (torch.tensor([found[i] for i in range(len(expected))]) / expected - 1).abs().max().item()
     if apart > 0.02:
-        raise RuntimeError(f"llama.cpp and transformers give probabilities that are {100 * apart:.1f} % apart")
+        raise RuntimeError(
+            f"llama.cpp and transformers give probabilities that are {100 * apart:.1f} % apart"
+        )

@@ -1,4 +1,4 @@
-"""Which steps may be recorded without being asked for: those of an untouched model, in which the host waits for nothing."""
+"""Which steps `model.generate` may record: those of an untouched model, in which the host waits for nothing."""
 
 import threading
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ DEPENDS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 def records(model, cache):
-    """Whether steps of `model` with `cache`, a `SketchCache` with a text, are recorded by default."""
+    """Whether steps of `model` with `cache`, a compileable `SketchCache` with a text, can be recorded."""
     parts = [cache]
     for layer in cache.layers:
         parts += layer, layer.policy, layer.slots.codec

@@ -31,10 +31,14 @@ DEFAULT = {
     "cpu_generate": (75, lambda t: _cpu(t, repetitions=5, warmup=1).generate(768, 64)),
     "cpu_prompts": (75, lambda t: _cpu(t, repetitions=3, warmup=1).prompts([1024])),
     "gpu_prompts": (80, lambda t: _gpu(t).prompts([1024, 4096, 8192], chunks=(2048,))),
-    "gpu_one": (200, lambda t: _one(_gpu(t))),
-    "gpu_batch": (120, lambda t: _gpu(t, batch=16).peers(8192, caps=(1024,), plain=(), others=())),
+    "gpu_one": (140, lambda t: _one(_gpu(t))),
+    "gpu_generate": (140, lambda t: _generate(_gpu(t, warmup=4))),
+    "gpu_batch": (
+        180,
+        lambda t: _gpu(t, batch=16).peers(8192, caps=(1024,), fast=("compact",), plain=(), others=()),
+    ),
     "gpu_longest": (40, lambda t: _gpu(t, batch=16).longest()),
-    "gpu_steps": (120, lambda t: _gpu(t).steps([1024, 4096, 16384])),
+    "gpu_steps": (120, lambda t: _gpu(t).steps([1024, 4096, 32768])),
 }
 MORE = {
     "cpu_long": (900, lambda t: _cpu(t, repetitions=10).steps([1024, 2048, 4096, 8192])),
@@ -64,15 +68,18 @@ def _cpu(table, batch=1, repetitions=20, warmup=2):
     return Bench(table, "SmolLM2", batch=batch, repetitions=repetitions, warmup=warmup, seconds=150)
 
 
-def _gpu(table, shape="SmolLM2", batch=1, repetitions=20):
-    return Bench(table, shape, "cuda", batch, repetitions=repetitions, seconds=60)
+def _gpu(table, shape="SmolLM2", batch=1, repetitions=20, warmup=2):
+    return Bench(table, shape, "cuda", batch, repetitions=repetitions, warmup=warmup, seconds=60)
 
 
 def _one(bench):
     """One text at a time; what is compiled, is compiled once."""
     bench.peers(4096, others=())
     bench.waits()
-    bench.generate(1024, 32, others=("recorded", "compiled"), chunk=2048)
+
+
+def _generate(bench):
+    bench.generate(1024, 32, others=("step by step", "compiled"), static=True, chunk=2048)
 
 
 def machine(commit=None):

@@ -240,21 +240,30 @@ class Bench(Runs):
                 print(f"left out: {row}\n{traceback.format_exc(limit=3)}", flush=True)
         return runs
 
-    def generate(self, prompt, new, cap=512, names=("sketch", "compact"), others=(), chunk=CHUNK):
-        """Whole texts through `model.generate`, per new token; others: "recorded" and "compiled" steps, beside the default."""
+    def generate(
+        self, prompt, new, cap=512, names=("sketch", "compact"), others=(), static=False, chunk=CHUNK
+    ):
+        """Whole texts through `model.generate`, per new token; others: "step by step" and "compiled", beside the default, which
+        records steps on a GPU; static: a StaticCache beside them, which transformers compiles there."""
         self.begin(prompt=prompt, new=new, chunk=chunk, methods=[self.method(name, cap) for name in names])
         ids = self.ids(prompt)
         own = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
-        more = {"compiled": dict(compile_config=CompileConfig())}
+        more: dict[str, dict[str, Any]] = {
+            "step by step": dict(disable_compile=True),
+            "compiled": dict(compile_config=CompileConfig()),
+        }
         plain, held = f"generate, {FULL}", dict[str, Any]()
 
         def bounded(row, name, kind):
             cache = held.setdefault(row, self.bounded(name, cap, prefill_chunk=chunk))
-            cache.is_compileable = bool(kind)
             cache.reset()
             self.model.generate(ids, past_key_values=cache, **own, **more.get(kind, {}))
 
         runs = {plain: partial(self.plain.generate, ids, **own)}
+        if static:
+            runs["generate, StaticCache, compiled"] = partial(
+                self.plain.generate, ids, cache_implementation="static", **own
+            )
         for name in names:
             for kind in ("", *others):
                 row = ", ".join(filter(None, ("generate", name, kind)))

@@ -85,7 +85,6 @@ class SketchCache(Cache):
         super().__init__(layers=layers)
         self.passes.layers = self.layers
 
-    recordable = True  # steps: a cache that chooses on the host says no
     max_chunk_size = property(
         lambda self: 1 if self.index is not None and self.index.exact_prompts else None,
         doc="Tokens of a text to be scored that may pass at once: with an index, prompts may pass otherwise than steps.",

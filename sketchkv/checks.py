@@ -28,6 +28,15 @@ def whole(name, value, least, most=None):
     return number
 
 
+def refusal(why):
+    """A method of a layer that raises NotImplementedError: what a bounded cache can't do, and what to do."""
+
+    def refuse(self, *_):
+        raise NotImplementedError(f"a bounded cache {why}")
+
+    return refuse
+
+
 def real(value) -> TypeGuard[float]:
     """Whether `value` is a real number, of Python or numpy."""
     return isinstance(value, numbers.Real)

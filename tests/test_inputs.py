@@ -865,10 +865,15 @@ DECODING = [
         (-1, NotImplementedError, "use greedy search, sampling or beam search"),
     ),
     *cases(
+        "offload",
+        lambda w, given: w.used().offload(given),
+        (0, NotImplementedError, "stays on its device"),
+    ),
+    *cases(
         "another batch",
         lambda w, given: getattr(w.used(), given[0])(given[1]),
-        (("batch_repeat_interleave", 2), NotImplementedError, "batch .* is fixed: reset"),
-        (("batch_select_indices", torch.tensor([1])), NotImplementedError, "batch .* is fixed: reset"),
+        (("batch_repeat_interleave", 2), NotImplementedError, "has one batch: reset"),
+        (("batch_select_indices", torch.tensor([1])), NotImplementedError, "has one batch: reset"),
     ),
 ]
 

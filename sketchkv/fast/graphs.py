@@ -29,8 +29,8 @@ class StepGraphs:
     A kind of step runs as it is when it first comes, is recorded when it comes again, and replayed from then on. Recordings
     stay valid after `cache.reset()`, for texts without padding. On a CPU nothing is recorded: the same steps run one by one;
     so do those of a model that makes the host wait for the device.
-    compiled: the model's `CompiledStep`, to be recorded instead of the model as it is. Raises ValueError for a policy or cache
-    that is not `recordable`.
+    compiled: the model's `CompiledStep`, to be recorded instead of the model as it is. Raises ValueError for a policy that is
+    not `recordable`.
     """
 
     # Tensors of the device, None until the first step.
@@ -45,10 +45,6 @@ class StepGraphs:
             raise ValueError(
                 f"steps with this {refused[0]} cannot be recorded, since it draws or counts outside the device (random scores, "
                 "8-bit counters): decode with graph=False"
-            )
-        if not getattr(cache, "recordable", True):
-            raise ValueError(
-                f"a {type(cache).__name__} decides on the host while it decodes: decode with graph=False"
             )
         self._model: Any = weakref.ref(model)  # recordings go with it, too
         self.state, self.cache, self.compiled = state(model), cache, compiled

@@ -25,9 +25,8 @@ def records(model, cache):
     for layer in cache.layers:
         parts += layer, layer.policy, layer.slots.codec
     return (
-        cache.recordable
         # What others wrote may count in Python.
-        and all(type(part).__module__.startswith("sketchkv.") for part in parts)
+        all(type(part).__module__.startswith("sketchkv.") for part in parts)
         and all(layer.ops.suits and layer.policy.recordable for layer in cache.layers)
         and on_one_gpu(model)
         and untouched(model)

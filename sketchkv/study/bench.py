@@ -32,13 +32,13 @@ DEFAULT = {
     "cpu_prompts": (75, lambda t: _cpu(t, repetitions=3, warmup=1).prompts([1024])),
     "gpu_prompts": (80, lambda t: _gpu(t).prompts([1024, 4096, 8192], chunks=(2048,))),
     "gpu_one": (140, lambda t: _one(_gpu(t))),
-    "gpu_generate": (140, lambda t: _generate(_gpu(t, warmup=4))),
+    "gpu_generate": (200, lambda t: _generate(_gpu(t, warmup=4))),
     "gpu_batch": (
-        180,
+        150,
         lambda t: _gpu(t, batch=16).peers(8192, caps=(1024,), fast=("compact",), plain=(), others=()),
     ),
     "gpu_longest": (40, lambda t: _gpu(t, batch=16).longest()),
-    "gpu_steps": (120, lambda t: _gpu(t).steps([1024, 4096, 32768])),
+    "gpu_steps": (110, lambda t: _gpu(t).steps([1024, 4096, 32768])),
 }
 MORE = {
     "cpu_long": (900, lambda t: _cpu(t, repetitions=10).steps([1024, 2048, 4096, 8192])),

@@ -11,7 +11,8 @@ from scipy.stats import binomtest
 
 from sketchkv.study.stats import against, percent
 
-EIGHTH = (0.12, 0.1251)  # shares of the bytes that count as an eighth
+# Shares of the bytes that count as an eighth, and as a sixteenth.
+EIGHTH, SIXTEENTH = (0.12, 0.1251), (0.06, 0.0626)
 TEXTS = ("prose", "code")
 
 
@@ -45,8 +46,8 @@ class Found(NamedTuple):
         )
 
     def added(self):
-        """Of a loss: as `short`, or that it is too small to be measured."""
-        return "nothing measurable" if self.low <= 0 <= self.high else self.short()
+        """Of a loss: as `short`, or that none can be measured."""
+        return "nothing measurable" if self.low <= 0 else self.short()
 
     def _digits(self):
         return 0 if self.mean >= 20 else 1 if abs(self.mean) >= 0.1 else 2
@@ -55,7 +56,19 @@ class Found(NamedTuple):
 def gather(found):
     """{name: Claim or None} of `report.Results`."""
     claims = {}
-    for part in (at_an_eighth, longer, past, keys, parts, slot, forgotten, speed, prompts, peers):
+    for part in (
+        at_an_eighth,
+        at_a_sixteenth,
+        longer,
+        past,
+        keys,
+        parts,
+        slot,
+        forgotten,
+        speed,
+        prompts,
+        peers,
+    ):
         try:
             claims[part.__name__] = part(found)
         except (KeyError, IndexError):
@@ -67,17 +80,10 @@ def at_an_eighth(found):
     """`loss[text][method]` (Found), `slots[method]` of the pretrained model; `embedded` of the embedded one."""
     table = found.frame("pretrained_losses")
     table = table[table["share"].between(*EIGHTH)]
-    loss = {
-        text: {
-            row.method: Found(row.percent, row.low, row.high)
-            for row in table[table.text == text].itertuples()
-        }
-        for text in TEXTS
-    }
     front = found.frame("baseline_front")
     front = front[front["share"].between(*EIGHTH)].set_index("method").loss
     return Claim(
-        loss=loss,
+        loss=_losses(table),
         slots=table.groupby("method").max_cache_size.first().to_dict(),
         n=int(table.n.min()),
         tokens=found.facts["pretrained_tokens"],
@@ -85,14 +91,24 @@ def at_an_eighth(found):
     )
 
 
+def at_a_sixteenth(found):
+    """`loss[text][method]` (Found) at a sixteenth of the bytes."""
+    table = found.frame("pretrained_losses")
+    return Claim(loss=_losses(table[table["share"].between(*SIXTEENTH)]))
+
+
 def longer(found):
     """`loss[text][method]` (Found) at an eighth of the bytes of a longer text."""
     table = found.frame("pretrained_longer")
-    loss = {
+    table = table[table["share"].between(*EIGHTH)]
+    return Claim(loss=_losses(table), n=int(table.n.min()), tokens=found.facts["pretrained_longer_tokens"])
+
+
+def _losses(table):
+    return {
         text: {row.method: Found(row.percent, row.low, row.high) for row in part.itertuples()}
-        for text, part in table[table["share"].between(*EIGHTH)].groupby("text")
+        for text, part in table.groupby("text")
     }
-    return Claim(loss=loss, n=int(table.n.min()), tokens=found.facts["pretrained_longer_tokens"])
 
 
 def past(found):

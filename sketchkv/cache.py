@@ -39,11 +39,6 @@ class SketchCache(Cache):
     """
 
     layers: Any
-    is_compileable: Any = property(  # not within a pass: no mask is to be built
-        lambda self: vars(self).get("compileable", True) and not self.is_open,
-        lambda self, value: vars(self).update(compileable=value),
-        doc="True unless it is set otherwise: `model.generate` records steps on a GPU.",
-    )
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ import torch
 
 from sketchkv.cache import SketchCache
 from sketchkv.checks import digest
-from sketchkv.devices import compiled_call
+from sketchkv.devices import compiled_call, records
 
 NAME = "prepare_inputs_for_generation"
 
@@ -52,16 +52,25 @@ class Prepare:
                         f"the cache holds {seen} tokens of another text than this prompt begins with: "
                         "call cache.reset() before a new text, or use a new cache"
                     )
-        if not (isinstance(cache, SketchCache) and cache.is_compileable):
-            return self.own(input_ids, *args, **kwargs)
-        mask = kwargs.pop("attention_mask", None)  # as it is: none is built as for a static cache
-        return self.own(input_ids, *args, **kwargs) | {"attention_mask": mask}
+        return self.own(input_ids, *args, **kwargs)
+
+
+def in_less_time(model, given, config):
+    """In place of `model._valid_auto_compile_criteria`: whether steps with these arguments, `given`, are to be recorded or
+    compiled. The cache itself does not say that it can be compiled: transformers would make masks as for a static one."""
+    if not isinstance(given.get("past_key_values"), SketchCache):
+        return type(model)._valid_auto_compile_criteria(model, given, config)
+    asked, weights = config.compile_config, getattr(model, "hf_quantizer", None)
+    everywhere = asked is not None and asked._compile_all_devices
+    can_be = not config.disable_compile and getattr(weights, "is_compileable", True)
+    return can_be and (records(model.device) or everywhere)
 
 
 def watch(model):
-    """Puts `Prepare` in its place, and what `model.generate` takes for a compiled step, once."""
+    """Puts `Prepare` in its place, and how `model.generate` comes to faster steps, once."""
     if hasattr(model, NAME) and NAME not in vars(model):
         setattr(model, NAME, Prepare(model))
+        model._valid_auto_compile_criteria = partial(in_less_time, model)
         model.get_compiled_call = partial(compiled_call, model)
 
 
@@ -69,4 +78,4 @@ def unwatch(model):
     """Takes `watch` back."""
     if isinstance(vars(model).get(NAME), Prepare):
         delattr(model, NAME)
-        del model.get_compiled_call
+        del model.get_compiled_call, model._valid_auto_compile_criteria

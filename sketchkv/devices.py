@@ -26,8 +26,13 @@ def _fuses(device):
     return device.type == "cuda" and find_spec("triton") is not None
 
 
+def records(device):
+    """Whether `model.generate` records its steps there."""
+    return device.type == "cuda"
+
+
 def compiled_call(model, config=None):
-    """What `model.generate` calls for each token where the cache is compileable (`sketchkv.fast.compiled_call`)."""
+    """What `model.generate` calls for each token where steps are recorded or compiled (`sketchkv.fast.compiled_call`)."""
     from sketchkv import fast
 
     return fast.compiled_call(model, config)

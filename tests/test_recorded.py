@@ -1,17 +1,37 @@
 """Steps that `model.generate` records by itself. Without a GPU the same steps run one by one."""
 
 import copy
+import gc
 import pickle
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
+import models
 import pytest
 import torch
 from conftest import VOCABULARY, build, named
-from transformers import CompileConfig, DynamicCache, StoppingCriteriaList
-from transformers.generation import BaseStreamer, GenerationMixin
+from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    CompileConfig,
+    DynamicCache,
+    StoppingCriteriaList,
+)
+from transformers.generation import BaseStreamer
 
-from sketchkv import H2O, AttentionMass, Random, Sketch, SketchCache, Summary, Window, disable, enable
+from sketchkv import (
+    H2O,
+    AttentionMass,
+    Random,
+    Sketch,
+    SketchCache,
+    Summary,
+    Window,
+    continued,
+    disable,
+    enable,
+)
 from sketchkv.fast import recorded
 from sketchkv.fast.graphs import StepGraphs
 from sketchkv.fast.recorded import Waits, pretended, state
@@ -25,11 +45,7 @@ def steps(monkeypatch):
     """Counts recorded steps; on a CPU models and caches are taken for those of a GPU."""
     if DEVICE == "cpu":
         monkeypatch.setattr(recorded, "on_one_gpu", lambda model: True)
-
-        def asked(self, given, config):
-            return not config.disable_compile and given["past_key_values"].is_compileable
-
-        monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", asked)
+        monkeypatch.setattr(continued, "records", lambda device: True)
     with mock.patch.object(StepGraphs, "__call__", autospec=True, side_effect=StepGraphs.__call__) as count:
         yield count
 
@@ -148,9 +164,7 @@ def test_what_is_switched_off_or_drawn_or_made_elsewhere_is_not_recorded(llama, 
         pass
 
     ids = ids[:, :50].to(DEVICE)
-    off = cache_of(llama)
-    off.is_compileable = False
-    for cache in (off, cache_of(llama, policy=Random()), cache_of(llama, policy=Own())):
+    for cache in (cache_of(llama, policy=Random()), cache_of(llama, policy=Own())):
         twin = copy.deepcopy(cache)
         assert torch.equal(written(llama, ids, cache), as_it_is(llama, ids, twin))
     written(llama, ids, DynamicCache(config=llama.config), disable_compile=True)
@@ -174,6 +188,9 @@ def test_a_model_that_changes(llama, ids, steps):
     def scale():
         norm.variance_epsilon = 3.0
 
+    def configure():  # of a Llama it changes nothing, others read it in each pass
+        llama.config.logits_scaling = 2.0
+
     texts = []
     for change, model in (
         (lambda: None, llama),
@@ -190,6 +207,8 @@ def test_a_model_that_changes(llama, ids, steps):
     assert len({str(text.tolist()) for text in texts}) == 5
     before = state(llama)
     assert state(llama) == before
+    configure()
+    assert state(llama) != before
     llama.to(torch.float64)
     assert state(llama) != before
 
@@ -215,6 +234,63 @@ def test_hooks_are_called_at_each_step(llama, ids, steps):
     assert not steps.called
 
 
+def test_modules_that_others_wrote_run_at_each_step(llama, ids, steps):
+    class Steered(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.seen = inner, []
+
+        def forward(self, x):
+            self.seen.append(x)
+            return self.inner(x)
+
+    llama.model.layers[1].mlp = Steered(llama.model.layers[1].mlp)
+    written(llama, ids[:, :50].to(DEVICE), cache_of(llama))
+    assert len(llama.model.layers[1].mlp.seen) == 20 and not steps.called
+
+
+def test_recordings_keep_no_cache_alive(llama, ids, steps):
+    cache = cache_of(llama)
+    written(llama, ids[:, :50].to(DEVICE), cache)
+    assert steps.called and cache.recordings is not None
+    gone = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache
+        steps.reset_mock()  # holds what it was called with
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_an_inner_model_that_generates():
+    """transformers makes no masks of its own, as it would for a cache that can be compiled."""
+    small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48)
+    text = dict(model_type="opt", ffn_dim=48, vocab_size=VOCABULARY, word_embed_proj_dim=32) | small
+    config = Blip2Config(
+        vision_config=small | dict(image_size=16, patch_size=8),
+        qformer_config=small | dict(encoder_hidden_size=32),
+        text_config=text,
+        num_query_tokens=4,
+        image_token_index=VOCABULARY - 1,
+    )
+    model = enable(Blip2ForConditionalGeneration(config).eval().to(DEVICE))
+    ids, cache = torch.randint(1, 90, (1, 60), device=DEVICE), SketchCache(config, 40)
+    ids[:, :4] = VOCABULARY - 1
+    assert not cache.is_compileable
+    given = dict(pixel_values=torch.randn(1, 3, 16, 16, device=DEVICE), input_ids=ids, past_key_values=cache)
+    model.generate(**given, attention_mask=torch.ones_like(ids), max_new_tokens=20, **GREEDY)
+    assert cache.evicted_tokens > 0
+
+
+def test_a_model_that_doubles_its_texts():
+    model = enable(models.build("MusicgenForCausalLM")).to(DEVICE)
+    ids, cache = torch.randint(1, 90, (1, 60), device=DEVICE), SketchCache(model.config, 40)
+    model.generation_config.decoder_start_token_id = 0
+    written(model, ids, cache, guidance_scale=3.0)
+    assert cache.evicted_tokens > 0
+
+
 def test_a_model_that_makes_the_host_wait_is_not_recorded(llama, ids, steps):
     class Looks(torch.nn.Module):
         def __init__(self, inner):
@@ -224,6 +300,7 @@ def test_a_model_that_makes_the_host_wait_is_not_recorded(llama, ids, steps):
         def forward(self, x):
             return self.inner(x) if x.abs().max().item() < 1e9 else x
 
+    Looks.__module__ = "transformers"  # what others wrote is not recorded
     ids = ids[:, :50].to(DEVICE)
     llama.model.layers[1].mlp = Looks(llama.model.layers[1].mlp)
     cache = cache_of(llama)

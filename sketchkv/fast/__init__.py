@@ -1,7 +1,6 @@
 """The same decode steps in less time: fused operations on a GPU, C on a CPU, steps recorded as CUDA graphs, and torch.compile.
 
-Nothing outside imports this folder but `sketchkv.devices`, `generate(graph=True)`, `generate(compile=True)` and, for a cache
-that is compileable, `model.generate`.
+Nothing outside imports this folder but `sketchkv.devices`, `generate(graph=True)` and `generate(compile=True)`.
 """
 
 from functools import lru_cache
@@ -41,8 +40,8 @@ def step(model, cache, padded=False, graph=False, compile=False):
 
 
 def compiled_call(model, config=None):
-    """In place of `model.get_compiled_call`: a function that `model.generate` calls for each token where its cache is
-    compileable. Steps with a `SketchCache` are recorded on a GPU where they can be, and compiled where a `CompileConfig` is
+    """In place of `model.get_compiled_call`: a function that `model.generate` calls for each token where steps
+    are recorded or compiled. Steps with a `SketchCache` are recorded on a GPU where they can be, and compiled where a `CompileConfig` is
     given; all others run as they are, with caches of transformers as transformers has it."""
     theirs = lru_cache(lambda: type(model).get_compiled_call(model, config))
 

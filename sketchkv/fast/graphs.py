@@ -7,20 +7,17 @@ of its own runs operations whose shapes are the number of slots: its steps are r
 of the `evict_every` phases between two evictions.
 """
 
-import threading
 import weakref
 from typing import Any
 
 import torch
 
-from sketchkv.fast.launch import usable
+from sketchkv.fast.launch import recording, usable
 from sketchkv.fast.ops import Fused, grows
 from sketchkv.fast.recalled import ready
 from sketchkv.fast.recorded import Waits, pretended, state
 from sketchkv.passes import Tokens
 from sketchkv.recall import RecallLayer
-
-_one = threading.Lock()  # one recording at a time, pretended or not
 
 
 class StepGraphs:
@@ -46,11 +43,14 @@ class StepGraphs:
                 f"steps with this {refused[0]} cannot be recorded, since it draws or counts outside the device (random scores, "
                 "8-bit counters): decode with graph=False"
             )
-        self._model: Any = weakref.ref(model)  # recordings go with it, too
-        self.state, self.cache, self.compiled = state(model), cache, compiled
+        self._model: Any = weakref.ref(model)  # recordings go with it, and with the cache
+        self._cache: Any = weakref.ref(cache)
+        self.state, self.compiled = state(model), compiled
         self.warm, self.graphs, self.waits = set(), {}, False
         self.slots: Any = []  # that steps were recorded for
         self.counts: Any = None  # tokens seen and stored, as the device knows them
+
+    cache = property(lambda self: self._cache())
 
     def __reduce__(self):
         return type(None), ()  # a copy of a cache records for itself
@@ -117,7 +117,7 @@ class StepGraphs:
         """A step as it is, which tells whether others like it can be recorded; what is compiled can."""
         if self.compiled:
             return self._step()
-        with _one, pretended(), Waits() as waits:
+        with recording, pretended(), Waits() as waits:
             logits = self._step()
         self.waits |= waits.found
         return logits
@@ -144,7 +144,7 @@ class StepGraphs:
         # Matrix products write to a workspace that torch keeps per stream. Taken over from an earlier graph, it would lie in
         # memory that is not ours, to be freed when torch.compile clears workspaces; so there is none when recording begins,
         # and none of ours is left for others when it ends.
-        with _one:
+        with recording:
             torch._C._cuda_clearCublasWorkspaces()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 logits = self._step()

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import threading
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,10 @@ except ImportError:  # the CPU builds of torch come without: importing works, on
 INTERPRETED = (
     os.environ.get("TRITON_INTERPRET") == "1"
 )  # kernels run on the CPU, slowly, to check their arithmetic
+
+recording = (
+    threading.Lock()
+)  # one CUDA graph at a time: to begin one waits for the device, which another would not outlive
 
 
 def usable(device):

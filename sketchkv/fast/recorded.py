@@ -12,6 +12,7 @@ from sketchkv.fast.launch import usable
 from sketchkv.support import text_config
 
 # Of `sketchkv.enable`, and those that do nothing unless hidden states are asked for.
+KNOWN = {"torch", "transformers", "peft", "sketchkv"}  # modules of others may do more than compute
 HARMLESS = ("sketchkv.attention", "transformers.utils.output_capturing")
 aten = torch.ops.aten
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
@@ -20,7 +21,7 @@ DEPENDS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 def records(model, cache):
-    """Whether steps of `model` with `cache`, a compileable `SketchCache` with a text, can be recorded."""
+    """Whether steps of `model` with `cache`, a `SketchCache` with a text, can be recorded."""
     parts = [cache]
     for layer in cache.layers:
         parts += layer, layer.policy, layer.slots.codec
@@ -47,21 +48,24 @@ def on_one_gpu(model):
 
 
 def untouched(model):
-    """Whether a step runs nothing that wants to be run each time: a hook, a function in place of a module's `forward`."""
+    """Whether a step runs nothing that wants to be run each time: a hook, a function in place of a module's `forward`, a
+    module that others wrote."""
     hooked = bool(modules._has_any_global_hook()) or model.training
     for each in model.modules():
         hooks = chain(each._forward_hooks.values(), each._forward_pre_hooks.values())
         hooked |= any(getattr(hook, "__module__", None) not in HARMLESS for hook in hooks)
         hooked |= "forward" in vars(each) or each._compiled_call_impl is not None
+        hooked |= type(each).__module__.partition(".")[0] not in KNOWN
     # Masks of flex attention are compiled in each pass.
     return not (hooked or text_config(model.config)._attn_implementation.endswith("flex_attention"))
 
 
 def state(model):
-    """What a recorded step holds of the model: where its weights lie, which modules it has, and flags and numbers in them (which
-    adapter is on, and how it is scaled)."""
-    where = [tensor.data_ptr() for tensor in chain(model.parameters(), model.buffers())]
-    return where, [_plain(vars(module)) for module in model.modules()]
+    """What a recorded step holds of the model: where its weights lie, which modules it has, and flags and numbers in them and in
+    its configuration (which adapter is on, how it is scaled, a softcap)."""
+    where = [(tensor.data_ptr(), tensor.dtype) for tensor in chain(model.parameters(), model.buffers())]
+    configs = [_plain(vars(config)) for config in (model.config, text_config(model.config))]
+    return where, configs, [_plain(vars(module)) for module in model.modules()]
 
 
 def _plain(thing):

@@ -8,11 +8,11 @@ Recordings last as long as the pass, so that a prompt needs none of its length b
 
 from copy import deepcopy
 from functools import lru_cache
-from threading import Lock
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from sketchkv.fast.launch import recording
 from sketchkv.layer import BoundedLayer
 from sketchkv.policies import AttentionMass, Window
 from sketchkv.sketch_policy import Sketch
@@ -21,7 +21,6 @@ from sketchkv.sketch_policy import Sketch
 MOST = 2**23
 POLICIES = AttentionMass, Sketch, Window  # all state of which is in their tensors
 
-_recording = Lock()
 _passes = WeakIdKeyDictionary()  # {positions of a pass: {kind of layer: its recording, None before}}
 _several: set = set()  # kinds, but for the text, of which a pass brought several layers
 
@@ -122,7 +121,7 @@ class Recording:
 
 def captured(run):
     """(a graph of what `run` does on the device, what `run` returned); nothing is done there yet."""
-    with _recording:
+    with recording:
         keeper, side = _memory(torch.cuda.current_stream())
         return _captured(run, side, keeper.pool())
 

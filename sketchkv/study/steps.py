@@ -107,8 +107,8 @@ class Runs:
         assert cache.evicted_tokens > 0
         if not fast:
             return lambda: self._steps(self.model, ids, cache)
-        step = StepGraphs(self.model, cache, compiled_step(self.model))
-        return lambda: [step(token) for token in ids.split(1, 1)]
+        cache.recordings = StepGraphs(self.model, cache, compiled_step(self.model))
+        return lambda: [cache.recordings(token) for token in ids.split(1, 1)]
 
     def full(self, seen, kind=FULL):
         """The same with a cache of transformers and the untouched model; `seen` random keys and values, no prompt."""

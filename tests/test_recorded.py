@@ -7,7 +7,6 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
-import models
 import pytest
 import torch
 from conftest import VOCABULARY, build, named
@@ -283,12 +282,17 @@ def test_an_inner_model_that_generates():
     assert cache.evicted_tokens > 0
 
 
-def test_a_model_that_doubles_its_texts():
-    model = enable(models.build("MusicgenForCausalLM")).to(DEVICE)
-    ids, cache = torch.randint(1, 90, (1, 60), device=DEVICE), SketchCache(model.config, 40)
-    model.generation_config.decoder_start_token_id = 0
-    written(model, ids, cache, guidance_scale=3.0)
-    assert cache.evicted_tokens > 0
+def test_a_model_gets_what_it_prepares(llama, ids):
+    class Prepares(type(llama)):
+        def prepare_inputs_for_generation(self, *args, **kwargs):
+            return super().prepare_inputs_for_generation(*args, **kwargs) | {"attention_mask": None}
+
+    llama.__class__, got = Prepares, []
+    llama.register_forward_pre_hook(
+        lambda module, args, given: got.append(given["attention_mask"]), with_kwargs=True
+    )
+    written(llama, ids[:, :50].to(DEVICE), cache_of(llama))
+    assert got == 20 * [None]
 
 
 def test_a_model_that_makes_the_host_wait_is_not_recorded(llama, ids, steps):

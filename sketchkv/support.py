@@ -78,6 +78,13 @@ def refusal(model, config):
     return next((reason for reason, holds in reasons if holds), None)
 
 
+def counts_positions(model):
+    """Whether a transformers model counts positions itself, by its tokens or its cache, whatever it is told: then no step is like
+    another, and one that was compiled or recorded goes wrong."""
+    told = "position_ids" in inspect.signature(type(model).forward).parameters
+    return not told or any(hasattr(each, "create_position_ids_from_input_ids") for each in model.modules())
+
+
 def _is_attention(module):
     """Attention of a decoder knows its layer and whether it is causal; that of an encoder inside knows neither."""
     return isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")

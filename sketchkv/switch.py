@@ -19,7 +19,7 @@ def enable(model):
 
     Raises ValueError for a model that can't be bounded, with the reason, and TypeError for what is no model.
     """
-    models = _models(model)
+    models = inner_models(model)
     top = models[0]
     config = text_config(top.config)
     reason = refusal(top, config)
@@ -44,7 +44,7 @@ def enable(model):
 
 def disable(model):
     """Takes `enable` back: hooks removed, the former attention restored; returns the model."""
-    models = _models(model)
+    models = inner_models(model)
     unwatch(models[0])
     for each in models:
         for hooks, ours, marks in (
@@ -62,10 +62,10 @@ def disable(model):
 
 def is_enabled(model):
     """Whether `enable` was called for the model and not taken back."""
-    return text_config(_models(model)[0].config)._attn_implementation.startswith(PREFIX)
+    return text_config(inner_models(model)[0].config)._attn_implementation.startswith(PREFIX)
 
 
-def _models(model):
+def inner_models(model):
     """The transformers model in `model`, which may be wrapped, and the models inside of it, from the outside in."""
     modules = model.modules() if isinstance(model, torch.nn.Module) else ()
     models = [module for module in modules if isinstance(module, PreTrainedModel)]

@@ -117,6 +117,11 @@ def interpreted(path, *arguments):
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, so that no process is left alone with them at the end."""
+    items.sort(key=lambda item: item.name != "test_with_the_interpreter")
+
+
 def named(settings):
     """A test's name from its settings, the same in every process."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(settings))

@@ -11,6 +11,7 @@ import json
 import os
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from models import NOT_BUILT, OTHERS, PEFT, VOCABULARY, build, names, rows
 from transformers import DynamicCache
 
 import sketchkv
-from sketchkv import SketchCache
+from sketchkv import SketchCache, fast
 from sketchkv.oracle import decode_and_watch
 
 TABLE = Path(__file__).parent.parent / "data/benchmarks/models.csv"
@@ -186,6 +187,7 @@ FEW = [
     ("GptOssForCausalLM", ""),
     ("OPTForCausalLM", ""),
     ("BartForCausalLM", ""),
+    ("RobertaForCausalLM", "decoder"),
     ("BertLMHeadModel", ""),
     ("BertLMHeadModel", "decoder"),
     ("GPTJForCausalLM", ""),
@@ -314,6 +316,35 @@ def test_right_or_refused(name, variant, table):
 def committed():
     with open(TABLE, newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("name, variant", ROWS)
+def test_a_step_to_be_compiled_is_right_or_refused(name, variant):
+    """What `torch.compile` is given, as it is: without the cache, told of its position."""
+    ids = torch.randint(1, VOCABULARY, (2, 61))
+    try:
+        model = sketchkv.enable(build(name, variant))
+    except ValueError:
+        return  # refused whole: `test_right_or_refused`
+    logits = []
+    with torch.no_grad(), mock.patch.object(torch, "compile", lambda function, **_: function):
+        for compile in (False, True):
+            cache = SketchCache(model.config, 40)
+            try:
+                run = fast.step(model, cache, compile=True) if compile else model
+            except ValueError as error:
+                assert "counts positions itself" in str(error)
+                return
+            model(ids[:, :-1], past_key_values=cache)
+            try:
+                if compile:
+                    logits.append(run(ids[:, -1:], None, None)[:, -1])
+                else:
+                    logits.append(run(ids[:, -1:], past_key_values=cache).logits[:, -1])
+            except RuntimeError as error:
+                assert "does not take the keys" in str(error)
+                return
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
 
 
 def test_committed_table_has_a_row_for_every_class(committed):

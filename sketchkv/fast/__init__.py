@@ -9,6 +9,8 @@ from typing import Any
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from sketchkv.cache import SketchCache
+from sketchkv.support import counts_positions
+from sketchkv.switch import inner_models
 
 LOOK = 256  # tokens between two looks for NaN importance
 
@@ -16,7 +18,7 @@ LOOK = 256  # tokens between two looks for NaN importance
 def step(model, cache, padded=False, graph=False, compile=False):
     """What runs one decode step: a function of (token, mask, positions) that returns logits `[batch, 1, vocabulary]`.
 
-    Raises ValueError for a cache or padding that recorded or compiled steps can't take.
+    Raises ValueError for a cache, a model or padding that recorded or compiled steps can't take.
     """
     if compile and not isinstance(cache, SketchCache):
         raise ValueError(
@@ -24,6 +26,12 @@ def step(model, cache, padded=False, graph=False, compile=False):
         )
     if graph and (padded or not isinstance(cache, SketchCache)):
         raise ValueError("graph=True takes a SketchCache and texts without padding")
+    top = inner_models(model)[0]
+    if counts_positions(top):
+        raise ValueError(
+            f"steps of a {type(top).__name__}, which counts positions itself, can be neither compiled nor recorded: decode "
+            "with compile=False and graph=False"
+        )
     compiled: Any = None
     if compile:
         from sketchkv.fast.compiled import compiled_step
@@ -50,6 +58,8 @@ def compiled_call(model, config=None):
         from sketchkv.fast.recorded import records
 
         padded = cache.passes.first is not None
+        if counts_positions(model):
+            return None
         recorded = not padded and records(model, cache)
         return step(model, cache, padded, recorded, config is not None) if recorded or config else None
 

@@ -182,7 +182,7 @@ def test_four_keys_are_told_in_the_words_of_the_table(written):
 
 
 def test_what_the_tail_adds_is_told_once_it_was_measured(committed):
-    said = "Without its tail it is"
+    said = "Without the tail it is"
     path = committed / "data" / "results" / "facts_11_pretrained.json"
     stored = sources.read_json(path)
     facts = {name: value for name, value in stored["facts"].items() if "recall_alone" not in name}

@@ -28,7 +28,7 @@ def whole(name, value, least, most=None):
     return number
 
 
-def refusal(why):
+def refuses(why):
     """A method of a layer that raises NotImplementedError: what a bounded cache can't do, and what to do."""
 
     def refuse(self, *_):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from sketchkv.checks import memory, refusal, slot_nbytes
+from sketchkv.checks import memory, refuses, slot_nbytes
 from sketchkv.ops import eager
 from sketchkv.slots import Slots
 
@@ -105,10 +105,10 @@ class BoundedLayer(CacheLayerMixin):
         for tensor in self.slots.tensors() + self.policy.tensors() + own:
             tensor.copy_(tensor.index_select(0, beam_idx.to(tensor.device)))
 
-    crop = refusal("cannot give back tokens it has evicted: use greedy search, sampling or beam search")
-    batch_select_indices = refusal("has one batch: reset() it and begin with all rows")
+    crop = refuses("cannot give back tokens it has evicted: use greedy search, sampling or beam search")
+    batch_select_indices = refuses("has one batch: reset() it and begin with all rows")
     batch_repeat_interleave = batch_select_indices
-    offload = refusal("stays on its device: hold fewer tokens, or others in a store (SketchCache.recall)")
+    offload = refuses("stays on its device: hold fewer tokens, or others in a store (SketchCache.recall)")
 
     # What makes it bounded
 

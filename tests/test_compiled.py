@@ -140,7 +140,7 @@ def test_without_a_compiler_the_error_says_what_to_do(gpt2, ids, monkeypatch):
 
 @needs_compiler
 @pytest.mark.parametrize("padded", [False, True])
-def test_model_generate_compiles_the_steps_of_a_compileable_cache(gpt2, ids, padding, padded):
+def test_model_generate_compiles_steps_where_it_is_asked_to(gpt2, ids, padding, padded):
     """The same tokens as without, though transformers compiles by itself only on a GPU; other caches go on as before."""
     ids, mask = padding if padded else (ids, torch.ones_like(ids))
     model, ids, mask = gpt2.to(DEVICE), ids[:, :60].to(DEVICE), mask[:, :60].to(DEVICE)

@@ -48,9 +48,9 @@ def step(model, cache, padded=False, graph=False, compile=False):
 
 
 def compiled_call(model, config=None):
-    """In place of `model.get_compiled_call`: a function that `model.generate` calls for each token where steps
-    are recorded or compiled. Steps with a `SketchCache` are recorded on a GPU where they can be, and compiled where a `CompileConfig` is
-    given; all others run as they are, with caches of transformers as transformers has it."""
+    """In place of `model.get_compiled_call`: a function that `model.generate` calls for each token where steps are recorded or
+    compiled. Steps with a `SketchCache` are recorded on a GPU where they can be, and compiled where a `CompileConfig` is given; all
+    others run as they are, with caches of transformers as transformers has it."""
     theirs = lru_cache(lambda: type(model).get_compiled_call(model, config))
 
     @lru_cache(1)
@@ -58,10 +58,10 @@ def compiled_call(model, config=None):
         from sketchkv.fast.recorded import records
 
         padded = cache.passes.first is not None
-        if counts_positions(model):
-            return None
         recorded = not padded and records(model, cache)
-        return step(model, cache, padded, recorded, config is not None) if recorded or config else None
+        if not (recorded or config) or counts_positions(model):
+            return None
+        return step(model, cache, padded, recorded, config is not None)
 
     def call(**given):
         cache = given.get("past_key_values")

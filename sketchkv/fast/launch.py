@@ -27,9 +27,8 @@ INTERPRETED = (
     os.environ.get("TRITON_INTERPRET") == "1"
 )  # kernels run on the CPU, slowly, to check their arithmetic
 
-recording = (
-    threading.Lock()
-)  # one CUDA graph at a time: to begin one waits for the device, which another would not outlive
+# One CUDA graph at a time: to begin one waits for the device, which another would not outlive.
+recording = threading.Lock()
 
 
 def usable(device):

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sketchkv.fast.launch import usable
 from sketchkv.support import text_config
 
-# Of `sketchkv.enable`, and those that do nothing unless hidden states are asked for.
 KNOWN = {"torch", "transformers", "peft", "sketchkv"}  # modules of others may do more than compute
+# Hooks of `sketchkv.enable`, and those that do nothing unless hidden states are asked for.
 HARMLESS = ("sketchkv.attention", "transformers.utils.output_capturing")
 aten = torch.ops.aten
 INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)

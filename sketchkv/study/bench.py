@@ -32,7 +32,12 @@ DEFAULT = {
     "cpu_prompts": (75, lambda t: _cpu(t, repetitions=3, warmup=1).prompts([1024])),
     "gpu_prompts": (80, lambda t: _gpu(t).prompts([1024, 4096, 8192], chunks=(2048,))),
     "gpu_one": (140, lambda t: _one(_gpu(t))),
-    "gpu_generate": (200, lambda t: _generate(_gpu(t, warmup=4))),
+    "gpu_generate": (
+        200,
+        lambda t: _gpu(t, warmup=4).generate(
+            1024, 32, others=("step by step", "compiled"), static=True, chunk=2048
+        ),
+    ),
     "gpu_batch": (
         150,
         lambda t: _gpu(t, batch=16).peers(8192, caps=(1024,), fast=("compact",), plain=(), others=()),
@@ -76,10 +81,6 @@ def _one(bench):
     """One text at a time; what is compiled, is compiled once."""
     bench.peers(4096, others=())
     bench.waits()
-
-
-def _generate(bench):
-    bench.generate(1024, 32, others=("step by step", "compiled"), static=True, chunk=2048)
 
 
 def machine(commit=None):

@@ -230,7 +230,7 @@ def speed(found):
     slopes = found.frame("speed_rows").set_index("row")[["median", "low", "high"]]
     slopes = 100 * slopes[slopes.index.str.endswith(", slope per doubling")]
     return Claim(
-        device=here,
+        device=here.partition(", measured")[0],
         ratio={cache: (column.min(), column.max()) for cache, column in ratios[here].items()},
         cards={device: ratios[device].iloc[-1].dropna().to_dict() for device in devices[1:]},
         milliseconds={cache: (column.iloc[0], column.iloc[-1]) for cache, column in medians[here].items()},

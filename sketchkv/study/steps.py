@@ -341,7 +341,7 @@ class Bench(Runs):
         ours, theirs = f"longest context, compact at 1/{share}", f"longest context, {FULL}"
         for row, fits in ((ours, compact), (theirs, full)):
             self.table.add(row, "tokens", [most(fits)])
-        self.table.ratio(theirs, ours)
+        self.table.ratio(ours, theirs)
 
 
 def most(fits, least=4096):

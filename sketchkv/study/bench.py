@@ -24,26 +24,25 @@ from sketchkv.study.steps import Bench
 from sketchkv.study.timing import COLUMNS, Table, limited
 
 FOLDER = sources.ROOT / "data" / "benchmarks"
+LONG, RESIDENT = [1024, 4096, 32768], ("sketch", "compact", "recall", "recall, all resident")
 # {group: (seconds it may take, what it measures)}; the limits of a device sum up to 12 minutes. The rest: BENCH=all.
 DEFAULT = {
     "cpu_steps": (270, lambda t: _cpu(t).steps([1024, 2048, 4096])),
     "cpu_peers": (300, lambda t: _cpu(t).peers(3072, fast=("compact",))),
     "cpu_generate": (75, lambda t: _cpu(t, repetitions=5, warmup=1).generate(768, 64)),
     "cpu_prompts": (75, lambda t: _cpu(t, repetitions=3, warmup=1).prompts([1024])),
-    "gpu_prompts": (80, lambda t: _gpu(t).prompts([1024, 4096, 8192], chunks=(2048,))),
-    "gpu_one": (140, lambda t: _one(_gpu(t))),
+    "gpu_prompts": (50, lambda t: _gpu(t).prompts([1024, 4096, 8192], chunks=(2048,))),
+    "gpu_one": (165, lambda t: _one(_gpu(t))),
     "gpu_generate": (
-        200,
-        lambda t: _gpu(t, warmup=4).generate(
-            1024, 32, others=("step by step", "compiled"), static=True, chunk=2048
-        ),
+        160,
+        lambda t: _gpu(t, warmup=3, seconds=130).generate(1024, 32, steps=True, chunk=2048),
     ),
     "gpu_batch": (
         150,
         lambda t: _gpu(t, batch=16).peers(8192, caps=(1024,), fast=("compact",), plain=(), others=()),
     ),
-    "gpu_longest": (40, lambda t: _gpu(t, batch=16).longest()),
-    "gpu_steps": (110, lambda t: _gpu(t).steps([1024, 4096, 32768])),
+    "gpu_longest": (25, lambda t: _gpu(t, batch=16).longest()),
+    "gpu_steps": (135, lambda t: _gpu(t, seconds=90).steps(LONG, names=RESIDENT)),
 }
 MORE = {
     "cpu_long": (900, lambda t: _cpu(t, repetitions=10).steps([1024, 2048, 4096, 8192])),
@@ -58,7 +57,7 @@ MORE = {
     "cpu_llama": (900, lambda t: llama_cpp.beside(_cpu(t), 3072)),
     "cpu_batch": (900, lambda t: _cpu(t, batch=8).peers(1024, plain=("compact",))),
     "gpu_peers": (400, lambda t: _gpu(t).peers(4096)),
-    "gpu_steps_8": (300, lambda t: _gpu(t, batch=8).steps([1024, 8192, 32768])),
+    "gpu_steps_8": (250, lambda t: _gpu(t, batch=8, seconds=90).steps(LONG, names=RESIDENT)),
     "gpu_large": (
         500,
         lambda t: _gpu(t, "Llama-3.1-8B", batch=8).peers(
@@ -73,8 +72,8 @@ def _cpu(table, batch=1, repetitions=20, warmup=2):
     return Bench(table, "SmolLM2", batch=batch, repetitions=repetitions, warmup=warmup, seconds=150)
 
 
-def _gpu(table, shape="SmolLM2", batch=1, repetitions=20, warmup=2):
-    return Bench(table, shape, "cuda", batch, repetitions=repetitions, warmup=warmup, seconds=60)
+def _gpu(table, shape="SmolLM2", batch=1, repetitions=20, warmup=2, seconds=60):
+    return Bench(table, shape, "cuda", batch, repetitions=repetitions, warmup=warmup, seconds=seconds)
 
 
 def _one(bench):
@@ -169,7 +168,8 @@ def main(arguments=None):
         kept = pd.concat([kept[kept.group != name], new], ignore_index=True)
         sources.atomic_write(output, kept.to_csv(index=False, lineterminator="\n"))
         took = notes.get("seconds", {}) | {name: round(time.monotonic() - begin, 1)}
-        notes = facts | {"seconds": took, "missing": missing}
+        commits = notes.get("commits", {}) | {name: facts["commit"]}
+        notes = facts | {"commits": commits, "seconds": took, "missing": missing}
         sources.atomic_write(output.with_suffix(".json"), sources.to_json(notes))
     for name, reason in missing.items():
         print(f"{name}: {reason}")

@@ -7,13 +7,13 @@ evictions, so each eviction is paid for by the tokens that it serves.
 import copy
 import math
 import traceback
+import unittest.mock
 import warnings
 from functools import partial
 from typing import Any
 
 import torch
 from transformers import (
-    CompileConfig,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,7 +21,7 @@ from transformers import (
     StaticCache,
 )
 
-from sketchkv import enable
+from sketchkv import enable, recall
 from sketchkv.fast.compiled import compiled_step
 from sketchkv.fast.graphs import StepGraphs
 from sketchkv.study.measured import digest
@@ -75,13 +75,12 @@ class Runs:
         return torch.randint(1, self.config.vocab_size, (self.batch, count), generator=draw).to(self.device)
 
     def method(self, name, cap):
-        """The study's settings of a method; 16-bit methods hold the model's own dtype, recall a store in host memory."""
+        """The study's settings of a method; 16-bit methods hold the model's own dtype, recall a store in host memory, but as
+        "recall, all resident" in the device's."""
+        name, _, resident = name.partition(", ")
         own = {key: value for key, value in BOUNDED[name].items() if (key, value) != ("bits", 16)}
-        return (
-            own
-            | {"max_cache_size": cap}
-            | ({"store": "host", "top": min(cap // 2, cap - 68)} if name == "recall" else {})
-        )
+        store = {"store": "device" if resident else "host", "top": min(cap // 2, cap - 68)}
+        return own | {"max_cache_size": cap} | (store if name == "recall" else {})
 
     def bounded(self, name, cap, **changes):
         return make_cache(self.config, **self.method(name, cap), **changes)
@@ -99,15 +98,19 @@ class Runs:
 
     # Cycles of steps
 
-    def cycle(self, name, seen, cap=512, fast=False):
-        """A function that decodes `CYCLE` tokens after `seen` with a bounded cache that has read all of them. fast: steps
-        compiled, and on a GPU recorded."""
-        chunk = {} if name == "recall" else {"prefill_chunk": CHUNK}
-        cache, ids = self.prompt(self.model, self.bounded(name, cap, **chunk), seen), self.ids(CYCLE)
+    def cycle(self, name, seen, cap=512, fast=None):
+        """A function that decodes `CYCLE` tokens after `seen` with a bounded cache that has read all of them. fast: "recorded"
+        on a GPU, or "compiled", and on a GPU recorded."""
+        chunk = 4 * CHUNK if self.device == "cuda" else CHUNK
+        own = {} if name.startswith("recall") else {"prefill_chunk": chunk}
+        with unittest.mock.patch.object(recall, "stream", _nothing):
+            cache = self.prompt(self.model, self.bounded(name, cap, **own), seen, chunk)
+        ids = self.ids(CYCLE)
         assert cache.evicted_tokens > 0
         if not fast:
             return lambda: self._steps(self.model, ids, cache)
-        cache.recordings = StepGraphs(self.model, cache, compiled_step(self.model))
+        compiled = compiled_step(self.model) if fast == "compiled" else None
+        cache.recordings = StepGraphs(self.model, cache, compiled)
         return lambda: [cache.recordings(token) for token in ids.split(1, 1)]
 
     def full(self, seen, kind=FULL):
@@ -163,10 +166,14 @@ class Bench(Runs):
     """Groups of rows: what is compared with what."""
 
     def steps(self, contexts, cap=512, names=("sketch", "compact", "recall")):
-        """Milliseconds a token against the context, all caches of all contexts in turn; the least time that copying takes."""
+        """Milliseconds a token against the context, all caches of all contexts in turn, as `model.generate` runs them: on a GPU
+        steps of bounded caches are recorded. Beside them the least time that copying takes."""
         self.begin(contexts=contexts, methods=[self.method(name, cap) for name in names])
+        fast = "recorded" if self.device == "cuda" else None
         runs = {f"{FULL}, {seen} seen": self.full(seen) for seen in contexts}
-        runs |= {f"{name}, {seen} seen": self.cycle(name, seen, cap) for name in names for seen in contexts}
+        runs |= {
+            f"{name}, {seen} seen": self.cycle(name, seen, cap, fast) for name in names for seen in contexts
+        }
         self.time(runs)
         for seen in contexts:
             for name in names:
@@ -209,7 +216,7 @@ class Bench(Runs):
         for cap in caps:
             makers |= {f"{n}, cap {cap}": partial(self.cycle, n, seen, cap) for n in plain}
             makers |= {
-                f"{n}, cap {cap}, compiled": partial(self.cycle, n, seen, cap, fast=True) for n in fast
+                f"{n}, cap {cap}, compiled": partial(self.cycle, n, seen, cap, "compiled") for n in fast
             }
         runs = self._there({f"{name}, {where}": make for name, make in makers.items()})
         self.time(runs)
@@ -240,34 +247,25 @@ class Bench(Runs):
                 print(f"left out: {row}\n{traceback.format_exc(limit=3)}", flush=True)
         return runs
 
-    def generate(
-        self, prompt, new, cap=512, names=("sketch", "compact"), others=(), static=False, chunk=CHUNK
-    ):
-        """Whole texts through `model.generate`, per new token; others: "step by step" and "compiled", beside the default, which
-        records steps on a GPU; static: a StaticCache beside them, which transformers compiles there."""
+    def generate(self, prompt, new, cap=512, names=("sketch", "compact"), steps=False, chunk=CHUNK):
+        """Whole texts through `model.generate`, per new token; steps: on a GPU, where steps are recorded, one by one, too."""
         self.begin(prompt=prompt, new=new, chunk=chunk, methods=[self.method(name, cap) for name in names])
         ids = self.ids(prompt)
         own = dict(attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0)
-        more: dict[str, dict[str, Any]] = {
-            "step by step": dict(disable_compile=True),
-            "compiled": dict(compile_config=CompileConfig()),
-        }
         plain, held = f"generate, {FULL}", dict[str, Any]()
 
-        def bounded(row, name, kind):
+        def bounded(row, name, **more):
             cache = held.setdefault(row, self.bounded(name, cap, prefill_chunk=chunk))
             cache.reset()
-            self.model.generate(ids, past_key_values=cache, **own, **more.get(kind, {}))
+            self.model.generate(ids, past_key_values=cache, **own, **more)
 
         runs = {plain: partial(self.plain.generate, ids, **own)}
-        if static:
-            runs["generate, StaticCache, compiled"] = partial(
-                self.plain.generate, ids, cache_implementation="static", **own
-            )
         for name in names:
-            for kind in ("", *others):
-                row = ", ".join(filter(None, ("generate", name, kind)))
-                runs[row] = partial(bounded, row, name, kind)
+            row = f"generate, {name}"
+            runs[row] = partial(bounded, row, name)
+            if steps:
+                row = f"generate, {name}, step by step"
+                runs[row] = partial(bounded, row, name, disable_compile=True)
         self.time(runs, per=new)
         for row in list(runs)[1:]:
             self.table.ratio(row, plain)
@@ -298,7 +296,7 @@ class Bench(Runs):
         """How often the host waits for a GPU in a cycle of steps, per step."""
         self.begin(methods=[self.method(name, cap) for name in names])
         for name in names:
-            for kind, fast in (("as it is", False), ("recorded", True)):
+            for kind, fast in (("as it is", None), ("recorded", "compiled")):
                 run = self.cycle(name, seen, cap, fast)
                 for _ in range(3):  # recorded when they come again
                     run()
@@ -342,6 +340,11 @@ class Bench(Runs):
         for row, fits in ((ours, compact), (theirs, full)):
             self.table.add(row, "tokens", [most(fits)])
         self.table.ratio(ours, theirs)
+
+
+def _nothing(layer, query, *_):
+    """In place of attention over recall's store while a text is read that is only to fill it: 32,768 tokens take minutes."""
+    return torch.zeros_like(query)
 
 
 def most(fits, least=4096):

@@ -99,7 +99,7 @@ def beside(bench, seen, cap=512):
         with LlamaCpp(path, threads, seen + CYCLE) as peer:
             _agree(bench, peer)
             peer.ask(read=ids)
-            ours, steps = bench.cycle("compact", seen, cap, fast=True), bench.ids(CYCLE)[0].tolist()
+            ours, steps = bench.cycle("compact", seen, cap, fast="compiled"), bench.ids(CYCLE)[0].tolist()
 
             def halved():
                 with torch.autocast("cpu", torch.float16):

@@ -20,7 +20,7 @@ import transformers
 from sketchkv.fast.launch import triton
 from sketchkv.study import sources
 from sketchkv.study.extras import llama_cpp
-from sketchkv.study.steps import Bench
+from sketchkv.study.steps import FULL, Bench
 from sketchkv.study.timing import COLUMNS, Table, limited
 
 FOLDER = sources.ROOT / "data" / "benchmarks"
@@ -39,7 +39,7 @@ DEFAULT = {
     ),
     "gpu_batch": (
         150,
-        lambda t: _gpu(t, batch=16).peers(8192, caps=(1024,), fast=("compact",), plain=(), others=()),
+        lambda t: _gpu(t, batch=16).peers(8192, caps=(1024,), fast=("compact",), plain=(), others=(FULL,)),
     ),
     "gpu_longest": (25, lambda t: _gpu(t, batch=16).longest()),
     "gpu_steps": (135, lambda t: _gpu(t, seconds=90).steps(LONG, names=RESIDENT)),
@@ -59,9 +59,9 @@ MORE = {
     "gpu_peers": (400, lambda t: _gpu(t).peers(4096)),
     "gpu_steps_8": (250, lambda t: _gpu(t, batch=8, seconds=90).steps(LONG, names=RESIDENT)),
     "gpu_large": (
-        500,
+        300,  # beside 34 GB of StaticCache no other full cache has room
         lambda t: _gpu(t, "Llama-3.1-8B", batch=8).peers(
-            32768, (4096,), fast=("compact",), plain=("compact",)
+            32768, (4096,), fast=("compact",), plain=(), others=()
         ),
     ),
 }
@@ -78,7 +78,7 @@ def _gpu(table, shape="SmolLM2", batch=1, repetitions=20, warmup=2, seconds=60):
 
 def _one(bench):
     """One text at a time; what is compiled, is compiled once."""
-    bench.peers(4096, others=())
+    bench.peers(4096, others=(FULL,))
     bench.waits()
 
 

@@ -28,11 +28,15 @@ def verdicts(found, folder=measured.BENCHMARKS):
     """A DataFrame: a row for each of `CLAIMS`, a column for each of `MODELS`, and "everywhere": the verdict if it is the same on
     all of them, else "open" or "differs".
 
-    found: `sketchkv.study.report.Results`; folder: of what was measured of SmolLM2.
+    found: `sketchkv.study.report.Results`; folder: of what was measured of SmolLM2, of Gemma in its folder "gemma3".
     """
     rows = []
     for name, claim in CLAIMS.items():
-        words = [_asked(_EMBEDDED.get(name), found), _asked(_SMOLLM2.get(name), found, folder), "open"]
+        words = [
+            _asked(_EMBEDDED.get(name), found),
+            _asked((_PRETRAINED | _TIMED).get(name), found, folder),
+            _asked(_PRETRAINED.get(name), found, folder / "gemma3"),
+        ]
         known = set(words)
         alike = words[0] if len(known) == 1 else "differs" if {"holds", "does not"} <= known else "open"
         rows.append([claim, *words, alike])
@@ -140,14 +144,15 @@ _EMBEDDED = {
     "forgotten": _forgotten,
 }
 
-# What was measured of SmolLM2: of a folder, and of `found` where it is timed
+# What was measured of a pretrained model: of a folder, and of `found` where its shape is timed
 
 
 def texts(folder, share):
-    """Losses at one share of the bytes, code and prose apart: tables as `more` and `baselines.hypothesis` take them."""
+    """Losses at one share of the bytes, code and prose apart, on the shortest texts measured: tables as `more` and
+    `baselines.hypothesis` take them."""
     table = pd.read_csv(folder / "pretrained_quality.csv")
     table = table[
-        (table.tokens == measured.LENGTH) & ((table.share == share) | table.name.isin(measured.WHOLE))
+        (table.tokens == table.tokens.min()) & ((table.share == share) | table.name.isin(measured.WHOLE))
     ]
     table = table.rename(columns={"name": "method", "share": "budget"})
     table["share"] = table.bytes_total / table.bytes_full
@@ -184,11 +189,11 @@ def _slope(found, _):
     return below([(max(low, -high), max(high, -low))], LEVEL)
 
 
-_SMOLLM2 = {
+_PRETRAINED = {
     "hypothesis": _on_both,
     "bits": _differences("compact", "decayed", below),
     "past": _differences("sketch", "decayed", not_below_zero),
     "keys": _differences("recall", "decayed", below),
     "forgotten": _far,
-    "speed": _slope,
 }
+_TIMED = {"speed": _slope}

@@ -69,7 +69,7 @@ MORE = {
 
 def _cpu(table, batch=1, repetitions=20, warmup=2):
     torch.set_num_threads(min(2, torch.get_num_threads()))
-    return Bench(table, "SmolLM2", batch=batch, repetitions=repetitions, warmup=warmup, seconds=150)
+    return Bench(table, "SmolLM2", batch=batch, repetitions=repetitions, warmup=warmup)
 
 
 def _gpu(table, shape="SmolLM2", batch=1, repetitions=20, warmup=2, seconds=60):
@@ -136,6 +136,9 @@ def main(arguments=None):
     )
     parser.add_argument("groups", nargs="*", default=["default"], help="default, all, or names of groups")
     parser.add_argument("--output", help="CSV to write (default: data/benchmarks/speed_NAME.csv)")
+    parser.add_argument(
+        "--patience", type=float, default=1, help="factor of all limits: more time, more repetitions"
+    )
     parser.add_argument("--commit", help="commit of the code, where git cannot tell")
     options = parser.parse_args(arguments)
     device = "gpu" if torch.cuda.is_available() else "cpu"
@@ -147,11 +150,15 @@ def main(arguments=None):
         parser.error("a GPU is measured with triton: install it, or hide the GPU (CUDA_VISIBLE_DEVICES=)")
     facts = machine(options.commit)
     output = Path(options.output or FOLDER / f"{default_name(facts)}.csv")
-    kept = pd.read_csv(output) if output.exists() else pd.DataFrame(columns=["group", *COLUMNS])
+    kept = (
+        pd.read_csv(output, float_precision="round_trip")
+        if output.exists()
+        else pd.DataFrame(columns=["group", *COLUMNS])
+    )
     notes = sources.read_json(output.with_suffix(".json")) if output.exists() else {}
     missing = notes.get("missing", {})
     for name, (limit, group) in groups.items():
-        begin = time.monotonic()
+        begin, limit = time.monotonic(), limit * options.patience
         table = Table(until=begin + 0.8 * limit)
         missing.pop(name, None)
         try:

@@ -66,6 +66,7 @@ def gather(found):
         slot,
         forgotten,
         speed,
+        recorded,
         prompts,
         peers,
     ):
@@ -216,30 +217,44 @@ def forgotten(found):
 
 
 def speed(found):
-    """A decode step beside that of the full cache: `ratio[cache]` (least, most) where the study ran, `cards[device][cache]` at
-    the longest text elsewhere, `milliseconds[cache]` at the shortest and the longest text, `slope[cache]` for each doubling."""
+    """A decode step beside that of the full cache, where the study ran: `ratio[cache]` (least, most), `milliseconds[cache]` at
+    the shortest and the longest text, `slope[cache]` for each doubling."""
     table = found.frame("speed_steps")
     table = table[table["kind"] == "measured"].replace({"cache": {"DynamicCache": "full"}})
-    devices = list(dict.fromkeys(table.device))
-    medians = {
-        device: part.pivot(index="context", columns="cache", values="median")
-        for device, part in table.groupby("device")
-    }
-    ratios = {device: at.div(at["full"], axis=0).drop(columns="full") for device, at in medians.items()}
-    here = devices[0]
+    here = table.device.iloc[0]
+    table = table[table.device == here]
+    medians = table.pivot(index="context", columns="cache", values="median")
+    ratio = medians.div(medians["full"], axis=0).drop(columns="full")
     slopes = found.frame("speed_rows").set_index("row")[["median", "low", "high"]]
     slopes = 100 * slopes[slopes.index.str.endswith(", slope per doubling")]
     return Claim(
         device=here.partition(", measured")[0],
-        ratio={cache: (column.min(), column.max()) for cache, column in ratios[here].items()},
-        cards={device: ratios[device].iloc[-1].dropna().to_dict() for device in devices[1:]},
-        milliseconds={cache: (column.iloc[0], column.iloc[-1]) for cache, column in medians[here].items()},
-        contexts=(int(medians[here].index.min()), int(medians[here].index.max())),
+        ratio={cache: (column.min(), column.max()) for cache, column in ratio.items()},
+        milliseconds={cache: (column.iloc[0], column.iloc[-1]) for cache, column in medians.items()},
+        contexts=(int(medians.index.min()), int(medians.index.max())),
         slope={
             row[0].partition(",")[0].replace("DynamicCache", "full"): Found(*row[1:])
             for row in slopes.itertuples()
         },
         n=int(table.n.min()),
+    )
+
+
+def recorded(found):
+    """Time of a token on a GPU beside the full cache's: `generate[cache]` through `model.generate`, `long` of recall after 32k
+    tokens, `compiled` of compact beside a compiled full cache, of one text, of 16 and of 8 with a larger model's shape."""
+    rows = found.frame("speed_questions").set_index("question")
+    median = rows["median"]
+    return Claim(
+        card=rows.device["model.generate, compact / full cache"],
+        generate={cache: median[f"model.generate, {cache} / full cache"] for cache in ("sketch", "compact")},
+        long=median["recorded step, recall with its store in host memory / full cache, 32k tokens"],
+        compiled=[
+            median["recorded step, compact / compiled full cache, 4096 tokens"],
+            median["recorded step, compact / compiled full cache, batch 16, 8192 tokens, cap 1024"],
+            median["recorded step, the same with Llama-3.1-8B's shape, batch 8, 32k tokens, cap 4096"],
+        ],
+        n=int(rows.n["model.generate, compact / full cache"]),
     )
 
 

@@ -1,4 +1,4 @@
-"""What is measured of SmolLM2-135M-Instruct, and how: groups of a method at one size, on all texts of a kind."""
+"""What is measured of a pretrained model, and how: groups of a method at one size, on all texts of a kind."""
 
 import hashlib
 import itertools
@@ -20,10 +20,14 @@ BENCHMARKS = DATA / "benchmarks"
 TEXTS = {"prose": "django-docs", "code": "embedded"}
 DOCUMENTS, LENGTH = 16, 4096
 LONG_DOCUMENTS, LONG = 8, 8192
+FEW_DOCUMENTS, HALF = 8, 2048  # for what a CPU measures
 INSTANCES, DEVELOPMENT = 30, 12  # of a cell of recall; to choose how a question is asked
 SHARES = (1 / 8, 1 / 4, 1 / 16, 1 / 32)  # of the bytes of the full cache in float16
 NEAR, STRIDE = 256, 16  # tokens that the model without memory sees, and how many of them it may lack
-TOKENS = 2048  # of a pass, over all documents: bounds the logits
+TOKENS, VOCABULARY = (
+    2048,
+    49152,
+)  # of a pass, over all documents; fewer of a larger vocabulary: bounds the logits
 ROWS = {"full": 30}  # texts of a batch of recall, by method
 MOST_ROWS = 150
 COUNTS = 20  # right answers of the full cache, of 30, from which a cell counts
@@ -145,6 +149,9 @@ def groups(piece):
     elif piece == "quality-8192":
         common = {"table": "pretrained_quality", "texts": list(TEXTS), "tokens": LONG}
         order = [("near", None), *((name, share) for share in SHARES[:2] for name in LONGER)]
+    elif piece == "quality-2048":
+        common = {"table": "pretrained_quality", "texts": list(TEXTS), "tokens": HALF}
+        order = [*((name, SHARES[0]) for name in FIRST), ("compact", SHARES[1])]
     elif piece in ("recall-4096", "recall-8192"):
         tokens, tasks, asked = (
             (LENGTH, TASKS, ASKED) if piece == "recall-4096" else (LONG, LONG_TASKS, ASKED_LONGER)
@@ -167,7 +174,8 @@ def groups(piece):
 
 
 PIECES = (
-    *("quality", "quality-prose", "quality-code", "quality-8192", "recall-4096", "recall-8192"),
+    *("quality", "quality-prose", "quality-code", "quality-2048", "quality-8192"),
+    *("recall-4096", "recall-8192"),
     *("sweep", "attention"),
 )
 
@@ -218,7 +226,7 @@ def prepare(path, tokenizer):
 
     held, names = {}, {}
     for text, dataset in TEXTS.items():
-        for number, tokens in ((DOCUMENTS, LENGTH), (LONG_DOCUMENTS, LONG)):
+        for number, tokens in ((DOCUMENTS, LENGTH), (LONG_DOCUMENTS, LONG), (FEW_DOCUMENTS, HALF)):
             found = read(dataset, tokenizer, "test", number, tokens)
             held[f"{text}_{tokens}"], names[f"{text}_{tokens}"] = found.input_ids, found.names
 
@@ -229,17 +237,18 @@ def prepare(path, tokenizer):
             held[name] = torch.stack([ids for ids, _, _ in made], 1)
             names[name] = [made[0][1], max(tail for _, _, tail in made)]
 
-    for split, number, depths in (("test", INSTANCES, DEPTHS), ("development", DEVELOPMENT, (0.5,))):
-        fillers = read(TEXTS["prose"], tokenizer, split, number, LENGTH)
-        names[f"{split}_{LENGTH}"] = fillers.names
-        ask(split, fillers.input_ids, TASKS, depths)
-    fillers = read(TEXTS["prose"], tokenizer, "test", None, LONG)  # as many facts in fewer texts
-    names[f"test_{LONG}"] = fillers.names[:INSTANCES]
-    ask("test", fillers.input_ids[torch.arange(INSTANCES) % len(fillers.names)], LONG_TASKS, DEPTHS)
-    shared = set(names[f"test_{LENGTH}"]) & set(names[f"development_{LENGTH}"])
-    assert not shared, f"development documents among held-out ones: {shared}"
-    assert max(int(ids.max()) for ids in held.values()) < 2**16
-    arrays = {name: ids.numpy().astype(np.uint16) for name, ids in held.items()}
+    if tokenizer.chat_template:  # without one, texts are scored and nothing is asked
+        for split, number, depths in (("test", INSTANCES, DEPTHS), ("development", DEVELOPMENT, (0.5,))):
+            fillers = read(TEXTS["prose"], tokenizer, split, number, LENGTH)
+            names[f"{split}_{LENGTH}"] = fillers.names
+            ask(split, fillers.input_ids, TASKS, depths)
+        fillers = read(TEXTS["prose"], tokenizer, "test", None, LONG)  # as many facts in fewer texts
+        names[f"test_{LONG}"] = fillers.names[:INSTANCES]
+        ask("test", fillers.input_ids[torch.arange(INSTANCES) % len(fillers.names)], LONG_TASKS, DEPTHS)
+        shared = set(names[f"test_{LENGTH}"]) & set(names[f"development_{LENGTH}"])
+        assert not shared, f"development documents among held-out ones: {shared}"
+    dtype = np.min_scalar_type(max(int(ids.max()) for ids in held.values()))
+    arrays = {name: ids.numpy().astype(dtype) for name, ids in held.items()}
     np.savez_compressed(path, names=np.array(json.dumps(names)), **arrays)
 
 

@@ -21,6 +21,7 @@ from sketchkv.study.measured import (
     SHORT_DOCUMENTS,
     STRIDE,
     TOKENS,
+    VOCABULARY,
     WATCHED,
     prepared,
 )
@@ -56,8 +57,8 @@ def near_losses(lm, ids, seen=NEAR, stride=STRIDE):
 def quality(lm, ids, method):
     """Scores of one method beside the full cache, chunk by chunk: ({name: `[documents, tokens]`}, cache)."""
     cache, full = make_cache(lm.config, length=ids.shape[1], **method), DynamicCache(config=lm.config)
-    scores = []
-    for start, logits in stream(lm, ids, cache, max(1, TOKENS // len(ids))):
+    scores, tokens = [], TOKENS * VOCABULARY // max(VOCABULARY, lm.get_output_embeddings().out_features)
+    for start, logits in stream(lm, ids, cache, max(1, tokens // len(ids))):
         stop = start + logits.shape[1]
         found = logits.float().log_softmax(-1)
         del logits

@@ -19,7 +19,7 @@ from sketchkv.study.extras.expected import ExpectedAttention
 from sketchkv.study.extras.kivi import KiviCache
 from sketchkv.study.extras.ranges import ranges
 from sketchkv.summary import Summary
-from sketchkv.support import text_config
+from sketchkv.support import layer_windows, text_config
 
 POLICIES = {
     "window": Window,
@@ -133,15 +133,20 @@ def make_cache(config, method, length=None, **options):
         (`KiviCache`); "compact" is `SketchCache.compact`; "recall" is `SketchCache.recall`, whose `top`, if not given, is all
         slots that sinks and recent window leave.
     length: tokens of the text, which "full" and "kivi" need.
+    max_cache_size: of the layers that attend to the whole text; those with a sliding window hold their window.
     options: parameters of the policy and of the cache, and those that `_spelled` knows.
 
     Raises ValueError for an unknown method and TypeError for an unknown parameter.
     """
     options = _spelled(config, **options)
+    if method == "recall":
+        options = {"top": _top(config, **options)} | options
+    if isinstance(cap := options.get("max_cache_size"), int):
+        options["max_cache_size"] = _with_windows(config, cap)
     if method == "compact":
         return SketchCache.compact(config, **options)
     if method == "recall":
-        return _recall(config, **{"top": _top(config, **options)} | options)
+        return _recall(config, **options)
     if method == "full":
         return SketchCache(config, length, policy=Window(), **options)
     if method == "kivi":
@@ -158,6 +163,12 @@ def make_cache(config, method, length=None, **options):
         options["config"] = config
     policy = kind(**{name: options.pop(name) for name in list(options) if name in own})
     return SketchCache(config, policy=policy, **options)
+
+
+def _with_windows(config, cap):
+    """The cap, or of a hybrid model one per layer: those with a sliding window keep it, however small the cap is."""
+    windows = layer_windows(text_config(config))
+    return [max(cap, window or 0) for window in windows] if any(windows) else cap
 
 
 def _recall(config, max_cache_size, top, store="host", exact_prompts=True, **options):
@@ -208,8 +219,10 @@ def _spelled(
 
 def nbytes(config, length=None, dtype=torch.float32, **method):
     """Bytes that a method holds for one sequence, by kind (`SketchCache.nbytes`), of tensors without memory. An index, which
-    grows, is one of `length` tokens."""
+    grows, is one of `length` tokens. Of a hybrid model only the layers count that attend to the whole text: its windows can't
+    shrink below themselves."""
     cache = make_cache(config, length=length, **method)
+    cache.layers = [layer for layer in cache.layers if not layer.is_sliding]
     _, heads, head_dim = _shape(config)
     keys = torch.zeros(1, heads, length or 0, head_dim, dtype=dtype, device="meta")
     index = None
@@ -224,17 +237,18 @@ def nbytes(config, length=None, dtype=torch.float32, **method):
 
 
 def full_nbytes(config, length, dtype=torch.float16):
-    """Bytes of the keys and values of `length` tokens in a full cache: what every method is compared with."""
+    """Bytes of the keys and values of `length` tokens in a full cache: what every method is compared with. Counted as `nbytes`
+    counts: layers with a sliding window are left out."""
     layers, heads, head_dim = _shape(config)
     return 2 * layers * heads * head_dim * length * dtype.itemsize
 
 
 def _shape(config):
-    """Layers, KV heads and numbers a head."""
+    """Layers that attend to the whole text, KV heads and numbers a head."""
     text = text_config(config)
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return text.num_hidden_layers, heads, head_dim
+    return layer_windows(text).count(None), heads, head_dim
 
 
 def fit(config, budget, dtype=torch.float32, multiple=1, length=None, **method):

@@ -1,11 +1,11 @@
-"""The study's second leg: SmolLM2-135M-Instruct, measured once on a GPU with frozen settings, into tables that are committed.
+"""The study's second leg: a pretrained model, measured once with frozen settings, into tables that are committed.
 
     python -m sketchkv.study.pretrained --prepare build/pretrained.npz
     python -m sketchkv.study.pretrained --convert PART PART --weights build/smollm2
     python -m sketchkv.study.pretrained --piece quality --ids build/pretrained.npz --weights build/smollm2 --out OUT
 
 The first command needs texts and tokenizer, and writes token ids alone. The others need neither: they run where there is no
-package index. A piece is a list of groups, the most important first; a group is one method at one size on all its texts. What
+package index. `--model gemma3` measures Gemma 3 270M instead of SmolLM2-135M-Instruct. A piece is a list of groups, the most important first; a group is one method at one size on all its texts. What
 the table holds already with the same settings is not measured again, and no group begins that would not end in time.
 """
 
@@ -25,6 +25,7 @@ import pandas as pd
 import torch
 
 from sketchkv import load
+from sketchkv.pretrained import MODELS, convert, model_folder
 from sketchkv.study import measured, measuring
 from sketchkv.study.methods import DoesNotFit, full_nbytes, make_cache, nbytes
 from sketchkv.study.questions import DEPTHS
@@ -36,7 +37,17 @@ from sketchkv.study.sources import atomic_write, commit
 class Run:
     """One call of the runner: what is there, what is due, and the tables that are written after every group."""
 
-    def __init__(self, ids_path, weights, out, device="auto", commit="unknown", have=measured.BENCHMARKS):
+    def __init__(
+        self,
+        ids_path,
+        weights,
+        out,
+        device="auto",
+        commit="unknown",
+        have=measured.BENCHMARKS,
+        title=MODELS["smollm2"].title,
+    ):
+        self.title = title
         self.ids_path, self.weights, self.out = str(ids_path), str(weights), Path(out)
         self.device = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         self.lm = measuring.model_of(self.weights, self.device)
@@ -81,7 +92,8 @@ class Run:
                 return None
             columns["bytes_total"] = nbytes(config, tokens, torch.float32, **method)["total"]
             columns["max_cache_size"] = method.get("max_cache_size", tokens)
-            layer = make_cache(config, length=tokens, **method).layers[0]
+            layers = make_cache(config, length=tokens, **method).layers
+            layer = next(layer for layer in layers if not layer.is_sliding)
             made = measured.described(
                 {k: v for k, v in vars(layer).items() if k not in ("slots", "home", "nan")}
             )
@@ -167,7 +179,7 @@ class Run:
             if name.rsplit("_", 1)[0] in (*measured.TEXTS, "development", "test")
         }
         notes = {
-            "model": "SmolLM2-135M-Instruct with Q4_1 weights",
+            "model": self.title,
             "weights": self.model,
             "dtype": "float32",
             "columns": measured.TABLES[table],
@@ -253,7 +265,10 @@ def main(arguments=None):
     )
     parser.add_argument("--piece", choices=measured.PIECES)
     parser.add_argument("--ids", help="what --prepare wrote")
-    parser.add_argument("--weights", default="smollm2", help="a folder in hub layout; --convert writes it")
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument(
+        "--weights", help="a folder in hub layout; --convert writes it (default: the model's)"
+    )
     parser.add_argument("--out", help="folder of the tables")
     parser.add_argument("--have", default=measured.BENCHMARKS, help="folder of tables to go on from")
     parser.add_argument("--seconds", type=float, default=500)
@@ -263,19 +278,19 @@ def main(arguments=None):
         "--commit", default=os.environ.get("SKETCHKV_COMMIT"), help="of the sources, without git"
     )
     given = parser.parse_args(arguments)
+    given.weights = given.weights or given.model
     if given.prepare:
         measured.prepare(given.prepare, load(given.weights, "cpu")[1])
         return 0
     if given.convert:
-        from sketchkv.pretrained import MODELS, convert
-
-        convert(MODELS["smollm2"], given.convert, Path(given.weights))
+        convert(MODELS[given.model], given.convert, Path(given.weights))
         return 0
     if not (given.piece and given.ids and given.out):
         parser.error("give --piece, --ids and --out")
     if given.commit is None:
         given.commit = commit()[0]
-    run = Run(given.ids, _folder(given.weights), given.out, given.device, given.commit, given.have)
+    title = MODELS[given.model].title
+    run = Run(given.ids, _folder(given.weights), given.out, given.device, given.commit, given.have, title)
     done, failed, left = run.run(given.piece, given.seconds, given.workers)
     for table in run.tables:
         run.write(table)
@@ -286,8 +301,6 @@ def main(arguments=None):
 def _folder(weights):
     if Path(weights).is_dir():
         return weights
-    from sketchkv.pretrained import model_folder
-
     return model_folder(weights)
 
 

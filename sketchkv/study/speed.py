@@ -109,6 +109,8 @@ def picture(axis, rows):
 
 def caption(found, cap):
     """What the picture of `steps` says: of the first device, at its longest text."""
+    cards = [device for device in found.device.unique() if not device.startswith("CPU")]
+    recorded = " On a GPU steps of bounded caches are recorded, as `model.generate` does." if cards else ""
     first = found[(found.device == found.device.iloc[0]) & (found.kind == "measured")]
     last = first[first.context == first.context.max()].set_index("cache")["median"]
     ratio = {name: last[name] / last[_FULL] for name in ("sketch", "compact", "recall")}
@@ -117,5 +119,5 @@ def caption(found, cap):
         f"{finding}. With the sketch {ratio['sketch']:.2f}, with recall {ratio['recall']:.2f} times. Milliseconds per token, "
         f"cap {cap}, one sequence, a model of random weights. Dashed: predicted, not measured; the least time that reading "
         f"weights and the full cache (grey) or compact takes at the bandwidth of a copy. Bars: 10th to 90th percentile of "
-        f"{int(first.n.min())} cycles or more. Measured on: {', '.join(found.device.unique())}."
+        f"{int(first.n.min())} cycles or more.{recorded} Measured on: {', '.join(found.device.unique())}."
     )

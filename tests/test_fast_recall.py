@@ -130,7 +130,7 @@ CASES = {
 @pytest.mark.parametrize("case", ["fine", "padded", "few bits"] if INTERPRET else CASES)
 def test_steps_are_those_of_torch(case):
     given = dict(CASES[case])
-    last = 90 if INTERPRET else 130
+    last = 84 if INTERPRET else 130
     text = Text(last, **{name: given.pop(name) for name in ("group", "dim", "padding") if name in given})
     layers = [layer_of(ops, **given) for ops in (Fused(), Eager())]
     for layer in layers:
@@ -279,14 +279,15 @@ def test_a_text_begins_again_and_rows_move():
     order = torch.tensor([1, 1], device=DEVICE)
     for layer in layers:
         text.passed(layer, 0, 90)
-        [text.passed(layer, t, t + 1) for t in range(90, 100)]
+        [text.passed(layer, t, t + 1) for t in range(90, 91 if INTERPRET else 100)]
         layer.reset()
-        other.passed(layer, 0, 1)
-        [other.passed(layer, t, t + 1) for t in range(1, 36)]  # kernels serve it once the codec has settled
+        [other.passed(layer, t, t + 1) for t in range(3)]
+        other.passed(layer, 3, 35)
+        other.passed(layer, 35, 36)  # kernels serve it once the codec has settled
         other.passed(layer, 36, 70)
         layer.reorder_cache(order)
     found, expected = (
-        torch.cat([other.passed(layer, t - 1, t) for t in range(71, 75 if INTERPRET else 131)])
+        torch.cat([other.passed(layer, t - 1, t) for t in range(71, 73 if INTERPRET else 131)])
         for layer in layers
     )
     assert_alike(found, expected)
@@ -299,11 +300,11 @@ def test_a_text_begins_again_and_rows_move():
 def test_recorded_steps_give_the_same_tokens(store):
     """Where nothing can be recorded, the steps that would be run one by one."""
     model = sketchkv.enable(build("llama", positions=2048)).to(DEVICE)
-    ids = torch.randint(1, 97, (2, 1000), device=DEVICE)
+    ids = torch.randint(1, 97, (2 if DEVICE == "cuda" else 1, 1000), device=DEVICE)
     settings = dict(recent_window=16, index=KeyIndex(top=12, block=16, store=store), bits=(6, 5))
     caches = [SketchCache.recall(model.config, 40, **settings) for _ in "ab"]
     # On a GPU the first text passes a place where memory grows, and the second finds the recordings of the first.
-    for length, new in ((1000, 60), (300, 40)) if DEVICE == "cuda" else ((70, 3), (60, 3)):
+    for length, new in ((1000, 60), (300, 40)) if DEVICE == "cuda" else ((70, 2), (60, 2)):
         expected, got = (
             generate(model, ids[:, :length], cache, new, graph=cache is caches[1]) for cache in caches
         )

@@ -8,12 +8,14 @@ import pytest
 import torch
 from conftest import VOCABULARY, build
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DynamicCache, PreTrainedTokenizerFast
+from transformers import DynamicCache, Gemma3TextConfig, PreTrainedTokenizerFast
 
 import sketchkv
+from sketchkv import texts
 from sketchkv.study import measured, measuring, pretrained, pretrained_tables
 from sketchkv.study.methods import fit, full_nbytes, make_cache, nbytes
 from sketchkv.study.questions import DEPTHS, FORMS, TASKS, instances
+from sketchkv.texts import Documents
 
 TOKENS = 320
 
@@ -232,6 +234,34 @@ def test_caps_fill_the_budget_and_no_more(name, llama):
     cap = fit(llama.config, budget, length=4096, **method)
     held = [nbytes(llama.config, 4096, max_cache_size=cap + more, **method)["total"] for more in (0, 1)]
     assert held[0] <= budget < held[1]
+
+
+@pytest.mark.parametrize("name", ["compact", "recall", "decayed"])
+def test_of_a_hybrid_the_layers_count_that_attend_to_the_whole_text(name):
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3TextConfig(
+        num_hidden_layers=3, layer_types=kinds, sliding_window=600, num_key_value_heads=2, head_dim=16
+    )
+    assert (
+        full_nbytes(config, 4096) == 2 * 1 * 2 * 16 * 4096 * 2
+    )  # keys and values, layers, heads, numbers, bytes
+    method, budget = measured.BOUNDED[name], full_nbytes(config, 4096) // 8
+    cap = fit(config, budget, length=4096, **method)
+    cache = make_cache(config, length=4096, max_cache_size=cap, **method)
+    assert [layer.max_cache_size for layer in cache.layers] == [600, cap, 600]  # windows stay whole
+    held = [nbytes(config, 4096, max_cache_size=cap + more, **method)["total"] for more in (0, 1)]
+    assert held[0] <= budget < held[1]
+
+
+def test_texts_are_prepared_for_a_model_that_nobody_can_ask(tmp_path, monkeypatch):
+    alphabet = {letter: i + 70000 for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(alphabet, [])))
+    found = Documents(torch.tensor([[70001, 70002]]), ["a"])
+    monkeypatch.setattr(texts, "documents", lambda *asked: found)
+    measured.prepare(tmp_path / "ids.npz", tokenizer)
+    ids, names = measured.prepared(str(tmp_path / "ids.npz"))
+    assert torch.equal(ids["prose_2048"], found.input_ids)  # larger than 16 bits
+    assert names["code_4096"] == ["a"] and not any("needle" in name for name in ids)
 
 
 def test_a_store_on_the_device_gives_the_same(llama):

@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic on cases known by hand; that every group of rows runs, and measures what it says."""
 
+import json
 import shutil
 import time
 from unittest.mock import MagicMock
@@ -213,4 +214,12 @@ def test_every_group_of_rows_runs(tiny, tmp_path, monkeypatch):
     (tmp_path / "speed_cpu.json").write_text("{}")
     assert bench.main(["--output", str(output), "--commit", "abc"]) == 1
     assert pd.read_csv(output).row.tolist() == ["b", "a"]
-    assert "ZeroDivisionError" in (tmp_path / "speed_cpu.json").read_text()
+    notes = json.loads((tmp_path / "speed_cpu.json").read_text())
+    assert "ZeroDivisionError" in notes["missing"]["cpu_two"] and notes["commits"]["cpu_one"] == "abc"
+    # More patience, more time; what other groups were measured with stays told.
+    slow = {"cpu_slow": (0.1, lambda t: (time.sleep(0.3), t.add("s", "ms", [1])))}
+    monkeypatch.setattr(bench, "DEFAULT", slow)
+    assert bench.main(["cpu_slow", "--output", str(output), "--commit", "def"]) == 1
+    assert bench.main(["cpu_slow", "--output", str(output), "--commit", "def", "--patience", "50"]) == 0
+    notes = json.loads((tmp_path / "speed_cpu.json").read_text())
+    assert (notes["commits"]["cpu_one"], notes["commits"]["cpu_slow"]) == ("abc", "def")

@@ -146,8 +146,15 @@ class StepGraphs:
         # and none of ours is left for others when it ends.
         with recording:
             torch._C._cuda_clearCublasWorkspaces()
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = self._step()
+            try:
+                with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                    logits = self._step()
+            except Exception as error:
+                error.add_note(
+                    "This step was being recorded. model.generate(..., disable_compile=True), or graph=False of sketchkv.generate, "
+                    "decodes without recordings; call cache.reset() first."
+                )
+                raise
             torch._C._cuda_clearCublasWorkspaces()
         return graph, logits
 

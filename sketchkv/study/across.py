@@ -35,7 +35,7 @@ def verdicts(found, folder=measured.BENCHMARKS):
         words = [
             _asked(_EMBEDDED.get(name), found),
             _asked((_PRETRAINED | _TIMED).get(name), found, folder),
-            _asked(_PRETRAINED.get(name), found, folder / "gemma3"),
+            _asked(_PRETRAINED.get(name), found, folder / measured.GEMMA.name),
         ]
         known = set(words)
         alike = words[0] if len(known) == 1 else "differs" if {"holds", "does not"} <= known else "open"

@@ -17,6 +17,7 @@ from sketchkv.study.sweep import method as sweep_method
 
 FORMAT = 1  # raise it when what is measured changes
 BENCHMARKS = DATA / "benchmarks"
+GEMMA = BENCHMARKS / "gemma3"
 TEXTS = {"prose": "django-docs", "code": "embedded"}
 DOCUMENTS, LENGTH = 16, 4096
 LONG_DOCUMENTS, LONG = 8, 8192
@@ -123,6 +124,7 @@ TABLES = {
 SOURCES = {
     "pretrained_losses": "pretrained_quality",
     "pretrained_longer": "pretrained_quality",
+    "pretrained_second": "gemma3/pretrained_quality",
     "pretrained_answers": "pretrained_recall",
     "pretrained_swept": "pretrained_sweep",
     "pretrained_attended": "pretrained_attention",

@@ -92,11 +92,7 @@ class Run:
                 return None
             columns["bytes_total"] = nbytes(config, tokens, torch.float32, **method)["total"]
             columns["max_cache_size"] = method.get("max_cache_size", tokens)
-            layers = make_cache(config, length=tokens, **method).layers
-            layer = next(layer for layer in layers if not layer.is_sliding)
-            made = measured.described(
-                {k: v for k, v in vars(layer).items() if k not in ("slots", "home", "nan")}
-            )
+            made = _made(config, tokens, method)
         if group["table"] == "pretrained_recall":
             group = self.ask(group)
             if group is None:
@@ -235,6 +231,13 @@ class Run:
                     flying.append((group, pool.apply_async(measuring.measure, asked), time.monotonic()))
             pool.terminate()
         return counts[1], counts[0], len(due) + len(left) + len(flying)
+
+
+def _made(config, tokens, method):
+    """What a cache is made of, for its hash: of a layer that attends to the whole text."""
+    layers = make_cache(config, length=tokens, **method).layers
+    layer = next(layer for layer in layers if not layer.is_sliding)
+    return measured.described({k: v for k, v in vars(layer).items() if k not in ("slots", "home", "nan")})
 
 
 def finish(run, group, get):

@@ -110,8 +110,9 @@ class Functions:
             return link
         source = measured.SOURCES[name]
         cards = pd.read_csv(measured.BENCHMARKS / f"{source}.csv", usecols=["card"]).card.unique()
+        model = "Gemma 3" if source.startswith(measured.GEMMA.name) else "SmolLM2"
         return (
-            f"{link} (SmolLM2 on {', '.join(cards)}: [{source}.csv]({self.up}/data/benchmarks/{source}.csv))"
+            f"{link} ({model} on {', '.join(cards)}: [{source}.csv]({self.up}/data/benchmarks/{source}.csv))"
         )
 
 

@@ -60,6 +60,7 @@ def gather(found):
         at_an_eighth,
         at_a_sixteenth,
         longer,
+        second,
         past,
         keys,
         parts,
@@ -103,6 +104,13 @@ def longer(found):
     table = found.frame("pretrained_longer")
     table = table[table["share"].between(*EIGHTH)]
     return Claim(loss=_losses(table), n=int(table.n.min()), tokens=found.facts["pretrained_longer_tokens"])
+
+
+def second(found):
+    """`loss[text][method]` (Found) of Gemma 3 at an eighth of the bytes of its layers that attend to the whole text."""
+    table = found.frame("pretrained_second")
+    table = table[table["share"].between(*EIGHTH)]
+    return Claim(loss=_losses(table), n=int(table.n.min()), tokens=found.facts["pretrained_second_tokens"])
 
 
 def _losses(table):

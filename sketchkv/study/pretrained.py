@@ -5,8 +5,9 @@
     python -m sketchkv.study.pretrained --piece quality --ids build/pretrained.npz --weights build/smollm2 --out OUT
 
 The first command needs texts and tokenizer, and writes token ids alone. The others need neither: they run where there is no
-package index. `--model gemma3` measures Gemma 3 270M instead of SmolLM2-135M-Instruct. A piece is a list of groups, the most important first; a group is one method at one size on all its texts. What
-the table holds already with the same settings is not measured again, and no group begins that would not end in time.
+package index. `--model gemma3` measures Gemma 3 270M instead of SmolLM2-135M-Instruct. A piece is a list of groups, the most
+important first; a group is one method at one size on all its texts. What the table holds already with the same settings is not
+measured again, and no group begins that would not end in time.
 """
 
 import argparse

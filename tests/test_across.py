@@ -62,6 +62,10 @@ def test_a_model_is_judged_on_all_its_texts(folder):
     short.to_csv(folder / "gemma3" / "pretrained_quality.csv", index=False)
     again = across.verdicts(Nothing(), folder).set_index("claim")
     assert (again["Gemma 3"] == again.SmolLM2).all()
+    short[short.share == 1 / 8].to_csv(folder / "gemma3" / "pretrained_quality.csv", index=False)
+    less = across.verdicts(Nothing(), folder).set_index("claim")
+    words = less["Gemma 3"][[across.CLAIMS["hypothesis"], across.CLAIMS["bits"]]]
+    assert list(words) == ["open", "holds"]
     words = found.SmolLM2[[across.CLAIMS["hypothesis"], across.CLAIMS["bits"], across.CLAIMS["keys"]]]
     assert list(words) == ["does not", "holds", "open"]
     assert found.everywhere[across.CLAIMS["bits"]] == "open"

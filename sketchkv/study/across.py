@@ -167,6 +167,8 @@ def _differences(one, other, judge):
 def _on_both(_, folder):
     """The hypothesis on prose and on code: one method must do it on both."""
     tables = [baselines.hypothesis(part).set_index("method") for part in texts(folder, QUARTER)]
+    if not tables:
+        return "open"
     words = [
         {any_method(table.loc[[name]]) for table in tables}
         for name in set.intersection(*(set(table.index) for table in tables))

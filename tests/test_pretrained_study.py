@@ -242,9 +242,8 @@ def test_of_a_hybrid_the_layers_count_that_attend_to_the_whole_text(name):
     config = Gemma3TextConfig(
         num_hidden_layers=3, layer_types=kinds, sliding_window=600, num_key_value_heads=2, head_dim=16
     )
-    assert (
-        full_nbytes(config, 4096) == 2 * 1 * 2 * 16 * 4096 * 2
-    )  # keys and values, layers, heads, numbers, bytes
+    # Keys and values, whole-text layers, heads, numbers, tokens, bytes.
+    assert full_nbytes(config, 4096) == 2 * 1 * 2 * 16 * 4096 * 2
     method, budget = measured.BOUNDED[name], full_nbytes(config, 4096) // 8
     cap = fit(config, budget, length=4096, **method)
     cache = make_cache(config, length=4096, max_cache_size=cap, **method)

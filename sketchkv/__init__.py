@@ -1,4 +1,4 @@
-"""sketchkv: a KV cache under a hard cap, and sketches that remember which tokens mattered."""
+"""A bounded KV cache for transformers: few bits, exact scores, one summary slot, or an index of the keys that each query asks."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING

@@ -77,6 +77,8 @@ class SketchCache(Cache):
         for number, (cap, window, own) in enumerate(zip(caps, windows, policies, strict=True)):
             layers.append(self.make_layer(cap, window, copy.deepcopy(own), settings, copy.deepcopy(summary)))
             layers[-1].policy.layer = number
+        for layer in layers:
+            layer.all_slots = sum(each.capacity for each in layers)
         super().__init__(layers=layers)
         self.passes.layers = self.layers
 
@@ -136,8 +138,6 @@ class SketchCache(Cache):
     def seen_tokens(self):
         """Tokens that passed through the cache, padding included; the next token's position."""
         return self.layers[0].seen
-
-    is_open = property(lambda self: self.passes.tokens is not None, doc="Whether a pass is under way.")
 
     @property
     def evicted_tokens(self):
@@ -202,7 +202,9 @@ class SketchCache(Cache):
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         if self.passes.tokens is None:
             raise RuntimeError(
-                "SketchCache needs a model whose attention knows it: call sketchkv.enable(model) once before using the cache"
+                "SketchCache needs a model whose attention knows it: call sketchkv.enable(model) once before using the cache. "
+                "One under torch.compile can't announce its passes: call the model as it is; "
+                "sketchkv.generate(..., compile=True) compiles steps"
             )
         key_states, value_states = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         key_states._sketchkv = self.layers[layer_idx], self.passes.tokens

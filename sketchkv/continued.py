@@ -34,7 +34,7 @@ class Prepare:
     def __call__(self, input_ids, *args, **kwargs):
         cache = kwargs.get("past_key_values")
         # A pass that broke off is told when the next one begins.
-        if isinstance(cache, SketchCache) and kwargs.get("is_first_iteration") and not cache.is_open:
+        if isinstance(cache, SketchCache) and kwargs.get("is_first_iteration") and not cache.passes.torn():
             held: Any = cache.passes.digest()
             seen = cache.seen_tokens
             whole = input_ids is not None and kwargs.get("inputs_embeds") is None
@@ -47,7 +47,12 @@ class Prepare:
                 )
             if whole and held is not None and 0 < seen < input_ids.shape[1]:
                 told = digest(input_ids[:, :seen])
-                if told.shape != held.shape or not torch.equal(told, held.to(told.device)):
+                if told.shape != held.shape:
+                    raise ValueError(
+                        f"the cache holds {held.shape[0]} rows, and this prompt with its beams has {told.shape[0]}: "
+                        "call cache.reset() and begin with all rows, or use a new cache"
+                    )
+                if not torch.equal(told, held.to(told.device)):
                     raise ValueError(
                         f"the cache holds {seen} tokens of another text than this prompt begins with: "
                         "call cache.reset() before a new text, or use a new cache"

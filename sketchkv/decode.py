@@ -46,8 +46,9 @@ def generate(
     do_sample: draw from torch's global generator, else greedy; temperature, top_k, top_p: of the draw.
     eos_token_id: one id or a list; a row that has produced one is filled with pad_token_id (default: the first of them),
         and generation ends when all rows have. None: generation does not end early.
-    generation_config: a transformers `GenerationConfig`, such as `model.generation_config`, from which all of these are
-        taken that are left at their defaults.
+    generation_config: a transformers `GenerationConfig`, such as `model.generation_config`, from which max_new_tokens,
+        do_sample, temperature, top_k, top_p, eos_token_id and pad_token_id are taken where they are left at their defaults;
+        one that asks for more, such as beams or a penalty, is refused.
     streamer: a transformers streamer, given the prompt and each token as it comes.
     chunk_size: at most so many tokens of the prompt per forward pass, a matter of memory and speed only.
     graph: record steps as CUDA graphs (`sketchkv.fast.graphs`), for a `SketchCache` and texts without padding.
@@ -59,8 +60,9 @@ def generate(
     """
     if generation_config is not None:
         given = dict(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)
-        given |= dict(eos_token_id=eos_token_id, pad_token_id=pad_token_id)
-        do_sample, temperature, top_k, top_p, eos_token_id, pad_token_id = _filled(given, generation_config)
+        given |= dict(eos_token_id=eos_token_id, pad_token_id=pad_token_id, max_new_tokens=max_new_tokens)
+        filled = _filled(given, generation_config)
+        do_sample, temperature, top_k, top_p, eos_token_id, pad_token_id, max_new_tokens = filled
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
     chunk_size = whole("chunk_size", chunk_size, 1)
     input_ids, attention_mask, cache = _checked(model, input_ids, cache, max_new_tokens - 1, attention_mask)
@@ -115,7 +117,9 @@ def stream(model, input_ids, cache=None, chunk_size=512):
     """What the model predicts along a text, chunk by chunk: yields (start, logits), logits `[batch, n, vocabulary]` of the
     tokens from `start` on, each predicted from the cache as decoding would find it. Parameters and errors as of `score`."""
     chunk_size = whole("chunk_size", chunk_size, 1)
-    input_ids, _, cache = _checked(model, input_ids, cache)
+    input_ids, mask, cache = _checked(model, input_ids, cache)
+    if mask is not None and not mask.all():
+        raise ValueError("texts with padding can't be scored: give texts of equal length")
     if input_ids.shape[1] < 2:
         raise ValueError("a text of one token has nothing to predict: give at least two tokens")
     # What is scored is decoded, not a prompt: a cache whose prompts pass otherwise gets no more than decoding may bring.
@@ -194,8 +198,6 @@ def _checked(model, input_ids, cache, new_tokens=0, attention_mask=None):
             raise ValueError(
                 "attention_mask must be 0 for padding, 1 for tokens, and padding must be on the left"
             )
-        if not new_tokens and attention_mask is None and not bool(mask.all()):
-            raise ValueError("texts with padding can't be scored: give texts of equal length")
     config = text_config(model.config)
     if ids.device.type != "meta" and (bool((ids < 0).any()) or bool((ids >= config.vocab_size).any())):
         raise ValueError(
@@ -212,10 +214,24 @@ def _checked(model, input_ids, cache, new_tokens=0, attention_mask=None):
         )
     if cache.get_seq_length() > 0:
         raise ValueError("the cache already holds a text: call cache.reset() or make a new one")
-    length, positions = ids.shape[1] + max(new_tokens, 0), getattr(config, "max_position_embeddings", None)
+    text = ids.shape[1] if mask is None else int(mask.sum(-1).max())  # padding on the left takes no position
+    length, positions = text + max(new_tokens, 0), getattr(config, "max_position_embeddings", None)
     if positions and length > positions and getattr(config, "rope_parameters", None) is None:
         raise ValueError(f"{length} tokens are more than the model's {positions} positions: shorten the text")
     return ids, mask, cache
+
+
+# What a `GenerationConfig` may ask for that `generate` does not do, and the value that asks for nothing.
+BEYOND = {
+    **dict.fromkeys(("num_beams", "num_return_sequences", "repetition_penalty", "typical_p"), 1),
+    **dict.fromkeys(
+        ("no_repeat_ngram_size", "min_length", "min_new_tokens", "min_p", "epsilon_cutoff", "eta_cutoff"), 0
+    ),
+    **dict.fromkeys(
+        ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "stop_strings"), None
+    ),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "penalty_alpha", "guidance_scale"), None),
+}
 
 
 def _filled(given, config):
@@ -224,11 +240,28 @@ def _filled(given, config):
         raise TypeError(
             f"generation_config must be a transformers.GenerationConfig, got {told(config)}: use GenerationConfig(**...)"
         )
-    defaults = dict(do_sample=False, temperature=1.0)
-    return [
-        value if value != defaults.get(name) or getattr(config, name, None) is None else getattr(config, name)
-        for name, value in given.items()
+    more = [
+        f"{name}={getattr(config, name)}"
+        for name in BEYOND
+        if getattr(config, name, None) not in (None, BEYOND[name])
     ]
+    if more:
+        raise ValueError(
+            f"generation_config asks for {', '.join(more)}, which this loop does not do: set it to None, or use "
+            "model.generate(..., past_key_values=cache)"
+        )
+    defaults = dict(do_sample=False, temperature=1.0, max_new_tokens=20)
+    filled = {
+        name: value
+        if value != defaults.get(name) or getattr(config, name, None) is None
+        else getattr(config, name)
+        for name, value in given.items()
+    }
+    if not filled[
+        "do_sample"
+    ]:  # as transformers has it, what a greedy configuration says of sampling is without effect
+        filled |= {name: given[name] for name in ("temperature", "top_k", "top_p")}
+    return list(filled.values())
 
 
 def _sampler(temperature, top_k, top_p):

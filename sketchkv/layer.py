@@ -42,6 +42,7 @@ class BoundedLayer(CacheLayerMixin):
         self.slots = self.home = self.nan = None
         self.seen = self.evicted = 0
         self.waiting = False  # whether `update` took tokens that no attention has come for yet
+        self.all_slots = None  # of all layers of a cache, per head
 
     selective = property(lambda self: self.attend_topk < self.max_cache_size)
     capacity = property(
@@ -64,16 +65,15 @@ class BoundedLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         """Takes note of new keys and values and returns them as they are: storing, attending and evicting come in `attend`,
         after the mask of this pass was built."""
-        held, batch = self.slots, key_states.shape[0]
-        like = key_states.dtype, key_states.device
-        if held is None or (self.seen == 0 and (held.shape[0], held.dtype, held.device) != (batch, *like)):
+        held = self.slots
+        if held is None or (self.seen == 0 and _made_for(held) != _made_for(key_states, value_states)):
             try:
                 self.lazy_initialization(key_states, value_states)
             except BaseException:
                 self.slots = self.home = None  # memory ended on the way: nothing is left half made
                 raise
         else:
-            _fits(held, batch, like)
+            _fits(held, key_states, value_states)
         self.waiting = True
         return key_states, value_states
 
@@ -205,8 +205,16 @@ class BoundedLayer(CacheLayerMixin):
         return {id(tensor): ("kv", tensor.nbytes) for tensor in tensors}
 
 
-def _fits(held, batch, like):
-    """Raises ValueError where slots were made for another batch, dtype or device."""
+def _made_for(held, values=None):
+    """(batch, KV heads), widths, dtype and device of slots, or of new keys and values."""
+    if values is None:
+        return tuple(held.shape), tuple(held.widths), held.dtype, held.device
+    return tuple(held.shape[:2]), (held.shape[-1], values.shape[-1]), held.dtype, held.device
+
+
+def _fits(held, keys, values):
+    """Raises ValueError where slots were made for another batch, model, dtype or device."""
+    batch, like = keys.shape[0], (keys.dtype, keys.device)
     if held.shape[0] != batch:
         raise ValueError(
             f"the cache holds a batch of {held.shape[0]}, this call brings {batch}: "
@@ -217,12 +225,17 @@ def _fits(held, batch, like):
             f"the cache holds {held.dtype} on {held.device}, this call brings {like[0]} on {like[1]}: "
             "use a new cache after converting or moving a model"
         )
+    if _made_for(held) != _made_for(keys, values):
+        raise ValueError(
+            f"the cache holds {held.shape[1]} KV heads of {held.widths[0]} and {held.widths[1]} channels, this call brings "
+            f"{keys.shape[1]} of {keys.shape[-1]} and {values.shape[-1]}: use a new cache for another model"
+        )
 
 
 def _allocated(layer, shape, widths, like):
     """Empty slots of a layer, and what its policy and summary hold."""
-    needed = shape.numel() * layer.capacity * slot_nbytes(layer.codec, like[0], widths)
-    remedy = f"lower max_cache_size, evict_every or the batch ({layer.capacity} slots per head and layer)"
+    needed = shape.numel() * (layer.all_slots or layer.capacity) * slot_nbytes(layer.codec, like[0], widths)
+    remedy = f"lower max_cache_size, evict_every or the batch ({layer.capacity} slots per head in this layer)"
     memory(needed, like[1], remedy)
     slots = Slots(shape, layer.capacity, widths, layer.codec(*like))
     layer.nan = torch.zeros((), dtype=torch.bool, device=like[1])

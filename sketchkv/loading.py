@@ -253,8 +253,13 @@ def _model_folder(name_or_path):
 def _check_files(folder, name_or_path):
     """Raises `LoadError` if a file differs from what the folder's own SHA256SUMS, if it has one, says."""
     sums = folder / SUMS
-    for line in sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else ():
-        expected, name = line.split("  ", 1)
+    for line in filter(str.strip, sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else ()):
+        expected, _, name = line.partition(" ")
+        name = name.lstrip(" *")  # `sha256sum -b` writes an asterisk
+        if not (folder / name).is_file():
+            raise LoadError(
+                f"{folder} lacks {name or 'the file'!r} that {SUMS} tells of. {_remedy(name_or_path)}"
+            )
         with open(folder / name, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != expected:
                 raise LoadError(

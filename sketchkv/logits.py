@@ -28,7 +28,7 @@ class Form(NamedTuple):
 def products(query, keys, scaling):
     """Scaled logits, float32 `[rows, m, n]`. Half precision is multiplied so that no logit overflows on the way."""
     keys = keys.transpose(1, 2)
-    if query.dtype == torch.float32:
+    if query.dtype in (torch.float32, torch.float64):
         return torch.baddbmm(query.new_empty(()), query, keys, beta=0, alpha=scaling)
     if query.is_cuda:
         return torch.bmm(query, keys, out_dtype=torch.float32).mul_(scaling)

@@ -17,10 +17,7 @@ CHECK_EVERY = 16
 class Eager:
     """The operations of a layer. `layer` is the `BoundedLayer`, `tokens` what the block brings (`sketchkv.passes.Tokens`)."""
 
-    @property
-    def suits(self) -> bool:
-        """Whether `suited` may replace it: it was not set by hand."""
-        return self is eager
+    suits = False  # whether `suited` may replace it: it was not set by hand
 
     def turn(self, layer, query, key, value):
         """Vectors of one block as the layer's codec stores and multiplies them."""
@@ -86,7 +83,7 @@ class Eager:
             received = received.squeeze(2) if received.shape[2] == 1 else received.sum(2)
             if tokens.padded:
                 received = received * (tokens.positions >= 0)[:, None, :, None]
-            layer.policy.observe(slots, received)
+            layer.policy.observe(slots, received.float())
         return output.view(batch, -1, count, values.shape[-1])
 
     def settle(self, layer, tokens):
@@ -131,6 +128,7 @@ class Eager:
 
 
 eager = Eager()
+eager.suits = True  # and of its copies, which a copied cache holds
 
 
 def order(scores, positions):

@@ -87,14 +87,24 @@ class Passes:
                 self.length.check(self.seen + count, count, None)
                 self.tokens = tokens
             self.owners.append((id(owner), self.seen))
-        yield
+        depth = len(self.owners)
+        try:
+            yield
+        except BaseException:
+            if not self.torn():  # no layer has taken anything: the step may be made again, by others, too
+                del self.owners[depth - 1 :]
+            raise
         self.end(owner)
+
+    def torn(self):
+        """Whether a pass broke off when some layers had taken its tokens."""
+        start = self.seen
+        held = any(layer.seen != start or layer.waiting for layer in self.layers)
+        return held or any(before != start for _, before in self.owners)
 
     def _opens(self, owner):
         """Whether a pass begins, not one within another's. Raises RuntimeError after one that broke off in the middle."""
-        start = self.seen
-        torn = any(layer.seen != start or layer.waiting for layer in self.layers)
-        if torn or any(before != start for _, before in self.owners):
+        if self.torn():
             raise RuntimeError(BROKEN)
         if id(owner) in [name for name, _ in self.owners]:
             self.owners = []  # the pass before broke off, but no layer had taken anything: nothing is lost

@@ -55,6 +55,9 @@ class Window(Policy):
         return slots["positions"].float()
 
 
+MOST_DECAY = 0.9999  # between this and 1, sums of its powers lose their digits
+
+
 def exposure(age, decay):
     """Queries that could have attended to a token of this age (in tokens, itself included), discounted like its mass: the
     sum of decay^i for i below age."""
@@ -76,6 +79,10 @@ class AttentionMass(Policy):
 
     def __init__(self, decay=0.99, mean=True, value_norm=False):
         self.decay = share("decay", decay, "; 1 never forgets")
+        if MOST_DECAY < self.decay < 1:
+            raise ValueError(
+                f"decay must be 1 or at most {MOST_DECAY}, which float32 can tell from 1; got {decay!r}"
+            )
         self.mean, self.value_norm = flag("mean", mean), flag("value_norm", value_norm)
 
     def allocate(self, slots):

@@ -17,7 +17,10 @@ def attend(ops, layer, query, near, tokens, form):
         layer.policy.query(slots, query)
         return _flash(query, keys, values, form.scaling)
     # Blocks of queries, each of which finds the slots as they were when its tokens came: no query sees what lies beyond.
-    most, outputs = max(1, SCORES[query.device.type] // (query.shape[:2].numel() * slots.used)), []
+    most, outputs = (
+        max(1, SCORES.get(query.device.type, 2**26) // (query.shape[:2].numel() * slots.used)),
+        [],
+    )
     before = slots.used - count
     for start in range(0, count, most):
         part = slice(start, min(start + most, count))

@@ -67,13 +67,16 @@ def finely(settings, given, window, max_cache_size):
             raise ValueError("fine_window needs bits: without them nothing is rounded")
         return settings
     caps = max_cache_size if isinstance(max_cache_size, (list, tuple)) else [max_cache_size]
-    cap = min(whole("max_cache_size", each, 1, MOST_TOKENS) for each in caps)
-    if window is None:
-        window = 0 if cap < LEAST_FINE else min(MOST_FINE, cap // FINE_SHARE)
+    # Of an empty list of caps the cache says what is wrong.
+    cap = min((whole("max_cache_size", each, 1, MOST_TOKENS) for each in caps), default=LEAST_FINE)
     # With an index, a token that is held finely must be one that is always in a slot.
-    most = settings.get("recent_window", 16) if settings.get("index") else cap
+    recent = whole("recent_window", settings.get("recent_window", 16), 0, MOST_TOKENS)
+    most = recent if settings.get("index") else cap
+    if window is None:
+        window = 0 if cap < LEAST_FINE else min(MOST_FINE, cap // FINE_SHARE, most)
     window = whole("fine_window", window, 0, most)
-    return settings | {"codec": quantized(bits, window, settings.get("num_sinks", 4))}
+    sinks = whole("num_sinks", settings.get("num_sinks", 4), 0, MOST_NEAR)
+    return settings | {"codec": quantized(bits, window, sinks)}
 
 
 class Quantized(Plain):
@@ -157,7 +160,10 @@ class Quantized(Plain):
         keys = slots["keys"]
         if self.ring:
             keys = self.ring.added(slots, keys)
-        member = (slots["positions"] >= first)[..., None] & keys.isfinite().all(-1, keepdim=True)
+        real = (slots["positions"] >= first) & (
+            slots["positions"] >= 0
+        )  # of a row that has not begun, first is below 0
+        member = real[..., None] & keys.isfinite().all(-1, keepdim=True)
         total = keys.where(member, 0).sum(2, keepdim=True)
         self.centre.copy_(total / member.sum(2, keepdim=True).clamp(min=1))
         arrays = self.encode("keys", keys)

@@ -68,6 +68,7 @@ class RecallLayer(BoundedLayer):
         slots.add("asked", torch.int32)  # tokens seen when a query last attended to it
         parts = {name: slots.arrays[name] for group in slots.parts.values() for name in group}
         self.store.open(parts, slots.shape, slots.device.type == "cuda")
+        self.index.shape = None  # what it held elsewhere, or for another batch or dtype, is not taken
         self.index.reset()
 
     def reset(self):

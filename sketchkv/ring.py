@@ -42,9 +42,12 @@ class Near:
         """The same for some of the queries of a pass (slice), when so many slots are `used`: no token after them is there."""
         own = self.at.shape[-1] - self.queries.shape[1]
         first = own + max(0, part.start - self.newest)
-        index = torch.tensor([*range(own), *range(first, own + part.stop)], device=self.at.device)
-        at, present, positions = (x[..., index] for x in (self.at, self.present, self.positions))
-        keys, values = (x[:, :, index] for x in (self.keys, self.values))
+
+        def cut(x, dim=-1):
+            return torch.cat([x.narrow(dim, 0, own), x.narrow(dim, first, own + part.stop - first)], dim)
+
+        at, present, positions = cut(self.at), cut(self.present), cut(self.positions)
+        keys, values = cut(self.keys, 2), cut(self.values, 2)
         at, present = at.clamp(max=used - 1), present & (at < used)
         return Near(at, keys, values, present, positions, self.queries[:, part], self.newest, self.sinks)
 

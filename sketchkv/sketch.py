@@ -187,7 +187,7 @@ class CountMinSketch:
             weights, torch.Tensor
         ):  # filled on the device: copying a number there would stall it
             number = 1 if weights is None else weights
-            if not real(number):
+            if isinstance(number, bool) or not real(number):
                 raise TypeError(
                     f"weights must be a tensor or one number, got {number!r}: use torch.tensor(weights)"
                 )
@@ -315,6 +315,10 @@ class CountMinSketch:
 
 
 def check_weights(sketch, weights):
+    if weights.dtype == torch.bool or weights.is_complex():
+        raise TypeError(
+            f"weights must be real numbers, got {weights.dtype}: use weights.int() or weights.abs()"
+        )
     if weights.is_floating_point() and not sketch.number.is_floating_point:
         raise TypeError(
             f"{sketch.table.dtype} counters can't take {weights.dtype} weights: use a float dtype"

@@ -88,7 +88,7 @@ class Summary:
 
     def output(self, attention):
         """What attention `[batch * num_kv_heads, m, count]` takes from the summary: float32 `[..., m, width of values]`."""
-        return attention @ self.values.flatten(0, 1)
+        return attention.float() @ self.values.flatten(0, 1)
 
     def protect(self, scores, slots):
         """`scores`, or with `protects` raised by the distance of each token from the nearest mean, key and value as one

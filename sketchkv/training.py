@@ -111,8 +111,8 @@ def train(args):
     groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     short, long = windows(stream, SHORT_WINDOW, rng), windows(stream, args.positions, rng)
     batch_tokens = args.batch * SHORT_WINDOW
-    steps = budget // batch_tokens
-    warmup = min(200, steps // 10)
+    steps = max(1, budget // batch_tokens)
+    warmup = max(1, min(200, steps // 10))
     log, first_step, checkpoint = [], 0, work / "checkpoint.pt"
     recipe = {name: value for name, value in vars(args).items() if name not in ("out", "work", "minutes")}
     if checkpoint.exists():

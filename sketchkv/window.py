@@ -25,6 +25,14 @@ class WindowLayer(BoundedLayer):
         super().__init__(Window(), window, settings)
         self.capped = capped
 
+    def lazy_initialization(self, key_states, value_states):
+        super().lazy_initialization(key_states, value_states)
+        codec = self.slots.codec
+        if (
+            codec.settles_after > self.max_cache_size
+        ):  # tokens would leave the window before their centre is known
+            codec.settles_after = 0
+
     def attend(self, query, key, value, tokens, form):
         codec, total, outputs = self.slots.codec, query.shape[2], []
         query, key, value = codec.turn(query, key, value)

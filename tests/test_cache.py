@@ -390,7 +390,7 @@ def test_a_failed_call_leaves_no_open_cache(gpt2, ids):
     cache = bounded(gpt2)
     with pytest.raises(ValueError, match="4-D"):
         gpt2(ids, attention_mask=torch.ones(2, 1, 100, 64), past_key_values=cache)
-    assert not cache.is_open
+    assert cache.passes.tokens is None
     assert score(gpt2, ids, bounded(gpt2)).isfinite().all()
 
 

@@ -98,7 +98,12 @@ def _settle(
         rests = line_of(rests, line, NEWEST + SINKS, DIM, REST_BITS)
         near, held = ring_row(at, begins, end, NEWEST, SINKS)
         key += vectors(rests, near, held, DIM, REST_BITS)
-    member = inside & (at >= begins + num_sinks) & (tl.min((tl.abs(key) < float("inf")).to(tl.int32), 1) > 0)
+    member = (
+        inside
+        & (at >= 0)
+        & (at >= begins + num_sinks)
+        & (tl.min((tl.abs(key) < float("inf")).to(tl.int32), 1) > 0)
+    )
     total = tl.sum(tl.where(member[:, None], key, 0.0), 0)
     middle = (total / tl.maximum(tl.sum(member.to(tl.float32), 0), 1.0)).to(tl.float16)
     tl.debug_barrier()  # all have read what is overwritten

@@ -39,10 +39,6 @@ class _Slots(ctypes.Structure):
 class Coded(Eager):
     """One call to code and store a token, one to attend and accumulate."""
 
-    @property
-    def suits(self) -> bool:
-        return self is coded
-
     def turn(self, layer, query, key, value):
         """What the C takes, it turns itself."""
         return (query, key, value) if _view(layer, query) else super().turn(layer, query, key, value)
@@ -105,6 +101,7 @@ class Coded(Eager):
 
 
 coded = Coded()
+coded.suits = True
 
 
 class View:

@@ -40,8 +40,8 @@ class StepGraphs:
         refused = [type(layer.policy).__name__ for layer in cache.layers if not layer.policy.recordable]
         if refused:
             raise ValueError(
-                f"steps with this {refused[0]} cannot be recorded, since it draws or counts outside the device (random scores, "
-                "8-bit counters): decode with graph=False"
+                f"steps with this {refused[0]} cannot be recorded, since it draws or counts outside the device (random scores): "
+                "decode with graph=False"
             )
         self._model: Any = weakref.ref(model)  # recordings go with it, and with the cache
         self._cache: Any = weakref.ref(cache)

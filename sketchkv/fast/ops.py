@@ -44,10 +44,6 @@ class Fused(Eager):
     filled: int32 `[1]`, tokens that the layer has stored, where the device counts them; None: Python does.
     """
 
-    @property
-    def suits(self) -> bool:
-        return self is fused
-
     def __init__(self, filled=None):
         self.filled = filled
 
@@ -226,6 +222,7 @@ class Fused(Eager):
 
 
 fused = Fused()
+fused.suits = True
 
 
 @lru_cache

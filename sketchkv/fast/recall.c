@@ -243,7 +243,7 @@ static int64_t attend_chosen(const Slots *slots, const Index *index, int64_t row
     for (int64_t i = 0; i < used; i++)
         unattended[i] = !always(index, positions[i], first, seen);
     /* Tokens of the open block are in the window. A sequence that has not begun has first < 0. */
-    int64_t start = first + index->sinks, end = first < 0 ? 0 : seen - index->window, missing = 0;
+    int64_t start = (first < 0 ? 0 : first) + index->sinks, end = first < 0 ? 0 : seen - index->window, missing = 0;
     end = end < coded ? end : coded;
     if (start < end) {
         residents(slots, index, row, used, group, own, resident);

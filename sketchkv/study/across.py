@@ -1,7 +1,7 @@
 """Each claim of the report on each model: "holds", "does not" or "open", computed from the tables.
 
-A claim holds on a model where every interval is on its side, for all tokens and for the second half of the texts alike, on
-prose and on code where both were measured. Without a measurement it is open.
+A claim holds on a model where every interval is on its side, on prose and on code where both were measured;
+where both were computed, over all tokens and over the second half of the texts. Without a measurement it is open.
 """
 
 import pandas as pd
@@ -13,10 +13,10 @@ from sketchkv.study.stats import paired_interval
 EIGHTH, QUARTER, LEVEL = 1 / 8, 1 / 4, 0.1
 CLAIMS = {
     "hypothesis": f"A cache of a quarter of the bytes adds less than {100 * baselines.LIMIT:.0f} % to perplexity",
-    "bits": "Few bits and one slot beat full precision at the same bytes",
+    "bits": "Few bits and one slot beat half precision at the same bytes",
     "past": "A sketch of past attention does not beat exact scores at equal bytes",
     "keys": "An index that each query asks beats exact scores at equal bytes",
-    "parts": "A small cache loses most by the tail that it drops",
+    "parts": "The smallest cache measured loses most by the tail that it drops",
     "slot": "One slot for what was evicted pays",
     "forgotten": "Evicted is forgotten: fewer than half of the far facts of the full cache are found",
     "speed": f"A step of compact takes the same time, within {100 * LEVEL:.0f} % for each doubling of the text",

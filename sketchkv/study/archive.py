@@ -1,4 +1,4 @@
-"""Tried, and not worth keeping: what was measured of code that has left the package.
+"""Tried, and not worth keeping: what was measured of code that has left the package, and of `pyramid`, which stays.
 
 The tables lie in `data/archive` as they were made, with a manifest that names for each its checksum, the commit and the
 notebook that made it. `tried.csv` sums them up: one row per comparison, with the raw table and the commit of its code.
@@ -32,6 +32,6 @@ def manifest(folder=FOLDER):
 
 
 def table(folder=FOLDER):
-    """(DataFrame of what was tried and left the package, {column: what it says}). Raises ArchiveError."""
+    """(DataFrame of what was tried and left the package, and of `pyramid`, which stays; {column: what it says}). Raises ArchiveError."""
     columns = manifest(folder)["files"]["tried.csv"]["columns"]
     return pd.read_csv(folder / "tried.csv"), columns

@@ -7,9 +7,11 @@ template says that it was not measured.
 from types import SimpleNamespace as Claim
 from typing import NamedTuple
 
+import pandas as pd
 from scipy.stats import binomtest
 
-from sketchkv.study.stats import against, percent
+from sketchkv.study import measured, sweep
+from sketchkv.study.stats import against, paired_interval, percent
 
 # Shares of the bytes that count as an eighth, and as a sixteenth.
 EIGHTH, SIXTEENTH = (0.12, 0.1251), (0.06, 0.0626)
@@ -46,7 +48,9 @@ class Found(NamedTuple):
         )
 
     def added(self):
-        """Of a loss: as `short`, or that none can be measured."""
+        """Of a loss: as `short`, or that there is none, or none that can be measured."""
+        if self.high < 0:
+            return "nothing"
         return "nothing measurable" if self.low <= 0 else self.short()
 
     def _digits(self):
@@ -65,15 +69,17 @@ def gather(found):
         keys,
         parts,
         slot,
+        swept,
         forgotten,
         speed,
         recorded,
+        generated,
         prompts,
         peers,
     ):
         try:
             claims[part.__name__] = part(found)
-        except (KeyError, IndexError):
+        except (KeyError, IndexError, FileNotFoundError):
             claims[part.__name__] = None
     return claims
 
@@ -201,6 +207,19 @@ def slot(found):
     )
 
 
+def swept(_):
+    """The sweep on SmolLM2 at its smallest cap, in `n` documents: whether four summary slots are `worse` than none, of as many slots in
+    all, at every shape of the sketch that was measured with both."""
+    table, cap = pd.read_csv(measured.BENCHMARKS / "pretrained_sweep.csv"), min(sweep.CAPS)
+    losses = table.pivot(index="document", columns="name", values="nll")
+    pairs = [
+        (name, name.replace("aggregate", f"topk{cap}")) for name in losses if name.startswith("aggregate")
+    ]
+    pairs = [(four, none) for four, none in pairs if four.endswith(f" cap {cap}") and none in losses]
+    lows = [paired_interval((losses[four] - losses[none]).to_numpy(copy=True))[1] for four, none in pairs]
+    return Claim(cap=cap, worse=bool(lows) and min(lows) > 0, n=len(losses))
+
+
 def forgotten(found):
     """Right answers to questions about a fact in the text. Of a number ("needle"): `right[method]` of `n`, of the first half of
     the text `far[method]` (right, n, share as Found), of the last depth `near[method]` of `near_n`. Of one of four keys: `keys[method]`
@@ -225,19 +244,20 @@ def forgotten(found):
 
 
 def speed(found):
-    """A decode step beside that of the full cache, where the study ran: `ratio[cache]` (least, most), `milliseconds[cache]` at
+    """A decode step beside that of the full cache, where the study ran: `ratio[cache]` (least, most) of samples taken in turn, `milliseconds[cache]` at
     the shortest and the longest text, `slope[cache]` for each doubling."""
     table = found.frame("speed_steps")
     table = table[table["kind"] == "measured"].replace({"cache": {"DynamicCache": "full"}})
     here = table.device.iloc[0]
     table = table[table.device == here]
     medians = table.pivot(index="context", columns="cache", values="median")
-    ratio = medians.div(medians["full"], axis=0).drop(columns="full")
-    slopes = found.frame("speed_rows").set_index("row")[["median", "low", "high"]]
+    rows = found.frame("speed_rows")
+    pairs = rows.row.str.extract(r"^(?P<cache>\w+), (\d+) seen / DynamicCache, \d+ seen$")
+    slopes = rows.set_index("row")[["median", "low", "high"]]
     slopes = 100 * slopes[slopes.index.str.endswith(", slope per doubling")]
     return Claim(
         device=here.partition(", measured")[0],
-        ratio={cache: (column.min(), column.max()) for cache, column in ratio.items()},
+        ratio={cache: (of.min(), of.max()) for cache, of in rows["median"].groupby(pairs.cache)},
         milliseconds={cache: (column.iloc[0], column.iloc[-1]) for cache, column in medians.items()},
         contexts=(int(medians.index.min()), int(medians.index.max())),
         slope={
@@ -252,17 +272,30 @@ def recorded(found):
     """Time of a token on a GPU beside the full cache's: `generate[cache]` through `model.generate`, `long` of recall after 32k
     tokens, `compiled` of compact beside a compiled full cache, of one text, of 16 and of 8 with a larger model's shape."""
     rows = found.frame("speed_questions").set_index("question")
-    median = rows["median"]
+    median, step = rows["median"], "compiled and recorded step"
     return Claim(
         card=rows.device["model.generate, compact / full cache"],
         generate={cache: median[f"model.generate, {cache} / full cache"] for cache in ("sketch", "compact")},
         long=median["recorded step, recall with its store in host memory / full cache, 32k tokens"],
         compiled=[
-            median["recorded step, compact / compiled full cache, 4096 tokens"],
-            median["recorded step, compact / compiled full cache, batch 16, 8192 tokens, cap 1024"],
-            median["recorded step, the same with Llama-3.1-8B's shape, batch 8, 32k tokens, cap 4096"],
+            median[f"{step}, compact / compiled full cache, 4096 tokens"],
+            median[f"{step}, compact / compiled full cache, batch 16, 8192 tokens, cap 1024"],
+            median[f"{step}, the same with Llama-3.1-8B's shape, batch 8, 32k tokens, cap 4096"],
         ],
         n=int(rows.n["model.generate, compact / full cache"]),
+    )
+
+
+def generated(_):
+    """Time of a text through `model.generate` with compact, no step recorded, beside the full cache's: (ratio, n) on `cpu` and `gpu`."""
+
+    def one(name, row):
+        rows = pd.read_csv(measured.BENCHMARKS / f"speed_{name}.csv").set_index("row")
+        return rows["median"][row], int(rows.n[row])
+
+    return Claim(
+        cpu=one("cpu", "generate, compact / generate, DynamicCache"),
+        gpu=one("h100", "generate, compact, step by step / generate, DynamicCache"),
     )
 
 

@@ -18,7 +18,6 @@ NAMED = {
     "exact scores": ("exact", 4),
     "sketch 512x4": ("sketch", 5),
 }
-SHORT = {"H2O, half of the cap recent": "H2O", "SnapKV, window of 64": "SnapKV"}
 GREY = "#8c8c8c"  # of methods that are not named
 COLOURS = {label: figures.method_style(name)["color"] for name, label in LABELS.items() if name != "near"}
 LOSSES = {
@@ -230,7 +229,7 @@ def at_equal_bytes(losses):
         axis.set(title=text, xscale="log", xlim=(0.08, 90))
         axis.set_xticks([0.1, 1, 10], ["≤ 0.1", "1", "10"])
         axis.minorticks_off()
-    axes[0].set_yticks(range(len(order)), [SHORT.get(method, method) for method in order])
+    axes[0].set_yticks(range(len(order)), order)
     fig.supxlabel("perplexity above the full cache, %", fontsize=plt.rcParams["axes.labelsize"])
     code = at[at.text == "code"].set_index("method")
     ahead = "far less than" if code.high["recall"] < code.low["exact scores"] / 2 else "about as much as"
@@ -255,7 +254,7 @@ def found_again(answers):
             share, color = 100 * rows.right / rows.n, COLOURS.get(method, GREY)
             error = [share - 100 * rows.low, 100 * rows.high - share]
             axis.errorbar(rows.depth, share, error, marker="o", color=color, elinewidth=1, linewidth=1.5)
-            ends[SHORT.get(method, method)] = rows.depth.iloc[-1] + 0.01, share.iloc[-1], color
+            ends[method] = rows.depth.iloc[-1] + 0.01, share.iloc[-1], color
         axis.set(title=ASKED[task], xticks=sorted(answers.depth.unique()), xlim=(0.03, 0.97))
         axis.set(ylim=(-4, 104), yticks=range(0, 101, 20))
     label_ends(axes[0, -1], ends)

@@ -272,7 +272,7 @@ def recorded(found):
     """Time of a token on a GPU beside the full cache's: `generate[cache]` through `model.generate`, `long` of recall after 32k
     tokens, `compiled` of compact beside a compiled full cache, of one text, of 16 and of 8 with a larger model's shape."""
     rows = found.frame("speed_questions").set_index("question")
-    median, step = rows["median"], "compiled and recorded step"
+    median, step = rows["median"], "recorded step"
     return Claim(
         card=rows.device["model.generate, compact / full cache"],
         generate={cache: median[f"model.generate, {cache} / full cache"] for cache in ("sketch", "compact")},

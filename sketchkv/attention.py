@@ -14,9 +14,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sketchkv.cache import SketchCache
 from sketchkv.logits import Form
-from sketchkv.support import text_config
+from sketchkv.support import refuse_pass, text_config
 
-BOTH_WAYS = ("gemma3", "gemma4")  # models in which tokens of a picture see each other both ways
 PREFIX = "sketchkv_"  # before the name of a model's own attention implementation, where it is enabled
 HARMLESS = {"position_ids", "use_cache"}  # arguments that change no attention
 USED = object()  # the mark of keys that a layer has attended to
@@ -116,26 +115,12 @@ def begin(module, args, kwargs):
                 "a SketchCache can't give attention maps, since layers hold other tokens: leave output_attentions out, "
                 "or leave out the cache on a model with attn_implementation='eager'"
             )
-        if module.training and getattr(module, "is_gradient_checkpointing", False):
-            raise ValueError(
-                "gradient checkpointing leaves the cache out: call model.eval(), or model.gradient_checkpointing_disable()"
-            )
-        _refuse_pictures(module.config, given)
+        refuse_pass(module, given)
         _check_model(module.config, cache)
     ids = given.get("input_ids")
     inputs = given.get("inputs_embeds") if ids is None else ids
     if inputs is not None:  # without either, the model says so itself
         cache.passes.begin(inputs, ids, given.get("attention_mask"), given.get("position_ids"), module)
-
-
-def _refuse_pictures(config, given):
-    """Raises ValueError for pictures whose tokens see each other both ways; elsewhere such types change positions alone."""
-    for name in ("token_type_ids", "mm_token_type_ids") if config.model_type.startswith(BOTH_WAYS) else ():
-        if given.get(name) is not None and bool(given[name].any()):
-            raise ValueError(
-                f"{name} marks pictures, whose tokens see later ones, which a SketchCache can't give: "
-                "leave the pictures out, or use another cache"
-            )
 
 
 def _check_model(config, cache):

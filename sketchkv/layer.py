@@ -9,6 +9,7 @@ from transformers.cache_utils import CacheLayerMixin
 from sketchkv.checks import memory, refuses, slot_nbytes
 from sketchkv.ops import eager
 from sketchkv.slots import Slots
+from sketchkv.support import fits, made_for
 
 
 class BoundedLayer(CacheLayerMixin):
@@ -66,14 +67,14 @@ class BoundedLayer(CacheLayerMixin):
         """Takes note of new keys and values and returns them as they are: storing, attending and evicting come in `attend`,
         after the mask of this pass was built."""
         held = self.slots
-        if held is None or (self.seen == 0 and _made_for(held) != _made_for(key_states, value_states)):
+        if held is None or (self.seen == 0 and made_for(held) != made_for(key_states, value_states)):
             try:
                 self.lazy_initialization(key_states, value_states)
             except BaseException:
                 self.slots = self.home = None  # memory ended on the way: nothing is left half made
                 raise
         else:
-            _fits(held, key_states, value_states)
+            fits(held, key_states, value_states)
         self.waiting = True
         return key_states, value_states
 
@@ -203,33 +204,6 @@ class BoundedLayer(CacheLayerMixin):
         """Tensors that layers share, which count once: {identity: (kind, bytes)}."""
         tensors = () if self.slots is None else self.slots.codec.shared()
         return {id(tensor): ("kv", tensor.nbytes) for tensor in tensors}
-
-
-def _made_for(held, values=None):
-    """(batch, KV heads), widths, dtype and device of slots, or of new keys and values."""
-    if values is None:
-        return tuple(held.shape), tuple(held.widths), held.dtype, held.device
-    return tuple(held.shape[:2]), (held.shape[-1], values.shape[-1]), held.dtype, held.device
-
-
-def _fits(held, keys, values):
-    """Raises ValueError where slots were made for another batch, model, dtype or device."""
-    batch, like = keys.shape[0], (keys.dtype, keys.device)
-    if held.shape[0] != batch:
-        raise ValueError(
-            f"the cache holds a batch of {held.shape[0]}, this call brings {batch}: "
-            "finish one batch before the next, with cache.reset() between them or a new cache"
-        )
-    if (held.dtype, held.device) != like:
-        raise ValueError(
-            f"the cache holds {held.dtype} on {held.device}, this call brings {like[0]} on {like[1]}: "
-            "use a new cache after converting or moving a model"
-        )
-    if _made_for(held) != _made_for(keys, values):
-        raise ValueError(
-            f"the cache holds {held.shape[1]} KV heads of {held.widths[0]} and {held.widths[1]} channels, this call brings "
-            f"{keys.shape[1]} of {keys.shape[-1]} and {values.shape[-1]}: use a new cache for another model"
-        )
 
 
 def _allocated(layer, shape, widths, like):

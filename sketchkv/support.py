@@ -109,3 +109,49 @@ def _stretches(config):
         if kind == "dynamic" or (kind == "longrope" and longest > (first or longest)):
             return True
     return False
+
+
+BOTH_WAYS = ("gemma3", "gemma4")  # models in which tokens of a picture see each other both ways
+
+
+def refuse_pass(module, given):
+    """Raises ValueError for gradient checkpointing, and for pictures whose tokens see each other both ways; elsewhere their
+    types change positions alone."""
+    if module.training and getattr(module, "is_gradient_checkpointing", False):
+        raise ValueError(
+            "gradient checkpointing leaves the cache out: call model.eval(), or model.gradient_checkpointing_disable()"
+        )
+    both_ways = module.config.model_type.startswith(BOTH_WAYS)
+    for name in ("token_type_ids", "mm_token_type_ids") if both_ways else ():
+        if given.get(name) is not None and bool(given[name].any()):
+            raise ValueError(
+                f"{name} marks pictures, whose tokens see later ones, which a SketchCache can't give: "
+                "leave the pictures out, or use another cache"
+            )
+
+
+def made_for(held, values=None):
+    """(batch, KV heads), widths, dtype and device of slots, or of new keys and values."""
+    if values is None:
+        return tuple(held.shape), tuple(held.widths), held.dtype, held.device
+    return tuple(held.shape[:2]), (held.shape[-1], values.shape[-1]), held.dtype, held.device
+
+
+def fits(held, keys, values):
+    """Raises ValueError where slots were made for another batch, model, dtype or device."""
+    batch, like = keys.shape[0], (keys.dtype, keys.device)
+    if held.shape[0] != batch:
+        raise ValueError(
+            f"the cache holds a batch of {held.shape[0]}, this call brings {batch}: "
+            "finish one batch before the next, with cache.reset() between them or a new cache"
+        )
+    if (held.dtype, held.device) != like:
+        raise ValueError(
+            f"the cache holds {held.dtype} on {held.device}, this call brings {like[0]} on {like[1]}: "
+            "use a new cache after converting or moving a model"
+        )
+    if made_for(held) != made_for(keys, values):
+        raise ValueError(
+            f"the cache holds {held.shape[1]} KV heads of {held.widths[0]} and {held.widths[1]} channels, this call brings "
+            f"{keys.shape[1]} of {keys.shape[-1]} and {values.shape[-1]}: use a new cache for another model"
+        )

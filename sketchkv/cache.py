@@ -77,8 +77,9 @@ class SketchCache(Cache):
         for number, (cap, window, own) in enumerate(zip(caps, windows, policies, strict=True)):
             layers.append(self.make_layer(cap, window, copy.deepcopy(own), settings, copy.deepcopy(summary)))
             layers[-1].policy.layer = number
+        all_slots = sum(layer.capacity for layer in layers)
         for layer in layers:
-            layer.all_slots = sum(each.capacity for each in layers)
+            layer.all_slots = all_slots
         super().__init__(layers=layers)
         self.passes.layers = self.layers
 

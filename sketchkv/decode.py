@@ -240,26 +240,20 @@ def _filled(given, config):
         raise TypeError(
             f"generation_config must be a transformers.GenerationConfig, got {told(config)}: use GenerationConfig(**...)"
         )
-    more = [
-        f"{name}={getattr(config, name)}"
-        for name in BEYOND
-        if getattr(config, name, None) not in (None, BEYOND[name])
-    ]
+    asked = {name: getattr(config, name, None) for name in BEYOND}
+    more = [f"{name}={value}" for name, value in asked.items() if value not in (None, BEYOND[name])]
     if more:
         raise ValueError(
             f"generation_config asks for {', '.join(more)}, which this loop does not do: set it to None, or use "
             "model.generate(..., past_key_values=cache)"
         )
     defaults = dict(do_sample=False, temperature=1.0, max_new_tokens=20)
-    filled = {
-        name: value
-        if value != defaults.get(name) or getattr(config, name, None) is None
-        else getattr(config, name)
-        for name, value in given.items()
+    own = {name: getattr(config, name, None) for name in given}
+    filled = given | {
+        name: value for name, value in own.items() if value is not None and given[name] == defaults.get(name)
     }
-    if not filled[
-        "do_sample"
-    ]:  # as transformers has it, what a greedy configuration says of sampling is without effect
+    # As in transformers, what a greedy configuration says of sampling is without effect.
+    if not filled["do_sample"]:
         filled |= {name: given[name] for name in ("temperature", "top_k", "top_p")}
     return list(filled.values())
 

@@ -5,7 +5,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 # Scores that are in memory at once while many tokens come, of all heads and sequences: what a CPU's cache holds, and on a GPU
 # what is small beside the model. One query's scores always are.
-SCORES = {"cpu": 2**20, "cuda": 2**26}
+SCORES = {"cpu": 2**20}
+ON_OTHERS = 2**26
 
 
 def attend(ops, layer, query, near, tokens, form):
@@ -17,10 +18,8 @@ def attend(ops, layer, query, near, tokens, form):
         layer.policy.query(slots, query)
         return _flash(query, keys, values, form.scaling)
     # Blocks of queries, each of which finds the slots as they were when its tokens came: no query sees what lies beyond.
-    most, outputs = (
-        max(1, SCORES.get(query.device.type, 2**26) // (query.shape[:2].numel() * slots.used)),
-        [],
-    )
+    scores = SCORES.get(query.device.type, ON_OTHERS)
+    most, outputs = max(1, scores // (query.shape[:2].numel() * slots.used)), []
     before = slots.used - count
     for start in range(0, count, most):
         part = slice(start, min(start + most, count))

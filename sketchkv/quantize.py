@@ -160,10 +160,9 @@ class Quantized(Plain):
         keys = slots["keys"]
         if self.ring:
             keys = self.ring.added(slots, keys)
-        real = (slots["positions"] >= first) & (
-            slots["positions"] >= 0
-        )  # of a row that has not begun, first is below 0
-        member = real[..., None] & keys.isfinite().all(-1, keepdim=True)
+        positions = slots["positions"]
+        text = (positions >= first) & (positions >= 0)  # of a row that has not begun, `first` is below 0
+        member = text[..., None] & keys.isfinite().all(-1, keepdim=True)
         total = keys.where(member, 0).sum(2, keepdim=True)
         self.centre.copy_(total / member.sum(2, keepdim=True).clamp(min=1))
         arrays = self.encode("keys", keys)

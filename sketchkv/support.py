@@ -139,6 +139,8 @@ def made_for(held, values=None):
 
 def fits(held, keys, values):
     """Raises ValueError where slots were made for another batch, model, dtype or device."""
+    if made_for(held) == made_for(keys, values):
+        return
     batch, like = keys.shape[0], (keys.dtype, keys.device)
     if held.shape[0] != batch:
         raise ValueError(
@@ -150,8 +152,7 @@ def fits(held, keys, values):
             f"the cache holds {held.dtype} on {held.device}, this call brings {like[0]} on {like[1]}: "
             "use a new cache after converting or moving a model"
         )
-    if made_for(held) != made_for(keys, values):
-        raise ValueError(
-            f"the cache holds {held.shape[1]} KV heads of {held.widths[0]} and {held.widths[1]} channels, this call brings "
-            f"{keys.shape[1]} of {keys.shape[-1]} and {values.shape[-1]}: use a new cache for another model"
-        )
+    raise ValueError(
+        f"the cache holds {held.shape[1]} KV heads of {held.widths[0]} and {held.widths[1]} channels, this call brings "
+        f"{keys.shape[1]} of {keys.shape[-1]} and {values.shape[-1]}: use a new cache for another model"
+    )

@@ -28,10 +28,8 @@ class WindowLayer(BoundedLayer):
     def lazy_initialization(self, key_states, value_states):
         super().lazy_initialization(key_states, value_states)
         codec = self.slots.codec
-        if (
-            codec.settles_after > self.max_cache_size
-        ):  # tokens would leave the window before their centre is known
-            codec.settles_after = 0
+        if codec.settles_after > self.max_cache_size:
+            codec.settles_after = 0  # tokens would leave the window before their centre is known
 
     def attend(self, query, key, value, tokens, form):
         codec, total, outputs = self.slots.codec, query.shape[2], []

@@ -32,6 +32,6 @@ def manifest(folder=FOLDER):
 
 
 def table(folder=FOLDER):
-    """(DataFrame of what was tried and left the package, and of `pyramid`, which stays; {column: what it says}). Raises ArchiveError."""
+    """(DataFrame of what was tried, {column: what it says}). Raises ArchiveError."""
     columns = manifest(folder)["files"]["tried.csv"]["columns"]
     return pd.read_csv(folder / "tried.csv"), columns

@@ -79,7 +79,7 @@ def gather(found):
     ):
         try:
             claims[part.__name__] = part(found)
-        except (KeyError, IndexError, FileNotFoundError):
+        except (KeyError, IndexError):
             claims[part.__name__] = None
     return claims
 
@@ -208,8 +208,8 @@ def slot(found):
 
 
 def swept(_):
-    """The sweep on SmolLM2 at its smallest cap, in `n` documents: whether four summary slots are `worse` than none, of as many slots in
-    all, at every shape of the sketch that was measured with both."""
+    """The sweep on SmolLM2 at its smallest cap, in `n` documents: whether four summary slots are `worse` than none, of as many
+    slots in all, at every shape of the sketch that was measured with both."""
     table, cap = pd.read_csv(measured.BENCHMARKS / "pretrained_sweep.csv"), min(sweep.CAPS)
     losses = table.pivot(index="document", columns="name", values="nll")
     pairs = [
@@ -244,8 +244,8 @@ def forgotten(found):
 
 
 def speed(found):
-    """A decode step beside that of the full cache, where the study ran: `ratio[cache]` (least, most) of samples taken in turn, `milliseconds[cache]` at
-    the shortest and the longest text, `slope[cache]` for each doubling."""
+    """A decode step beside that of the full cache, where the study ran: `ratio[cache]` (least, most) of samples taken in turn,
+    `milliseconds[cache]` at the shortest and the longest text, `slope[cache]` for each doubling."""
     table = found.frame("speed_steps")
     table = table[table["kind"] == "measured"].replace({"cache": {"DynamicCache": "full"}})
     here = table.device.iloc[0]
@@ -272,22 +272,23 @@ def recorded(found):
     """Time of a token on a GPU beside the full cache's: `generate[cache]` through `model.generate`, `long` of recall after 32k
     tokens, `compiled` of compact beside a compiled full cache, of one text, of 16 and of 8 with a larger model's shape."""
     rows = found.frame("speed_questions").set_index("question")
-    median, step = rows["median"], "recorded step"
+    median = rows["median"]
     return Claim(
         card=rows.device["model.generate, compact / full cache"],
         generate={cache: median[f"model.generate, {cache} / full cache"] for cache in ("sketch", "compact")},
         long=median["recorded step, recall with its store in host memory / full cache, 32k tokens"],
         compiled=[
-            median[f"{step}, compact / compiled full cache, 4096 tokens"],
-            median[f"{step}, compact / compiled full cache, batch 16, 8192 tokens, cap 1024"],
-            median[f"{step}, the same with Llama-3.1-8B's shape, batch 8, 32k tokens, cap 4096"],
+            median["recorded step, compact / compiled full cache, 4096 tokens"],
+            median["recorded step, compact / compiled full cache, batch 16, 8192 tokens, cap 1024"],
+            median["recorded step, the same with Llama-3.1-8B's shape, batch 8, 32k tokens, cap 4096"],
         ],
         n=int(rows.n["model.generate, compact / full cache"]),
     )
 
 
 def generated(_):
-    """Time of a text through `model.generate` with compact, no step recorded, beside the full cache's: (ratio, n) on `cpu` and `gpu`."""
+    """Time of a text through `model.generate` with compact, no step recorded, beside the full cache's: (ratio, n) on `cpu` and
+    `gpu`."""
 
     def one(name, row):
         rows = pd.read_csv(measured.BENCHMARKS / f"speed_{name}.csv").set_index("row")

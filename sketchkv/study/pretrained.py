@@ -77,23 +77,20 @@ class Run:
             if "method" not in group and key not in self.solved:
                 self.solved[key] = measured.settled(config, *key)
             method = group.get("method") or self.solved[key]
-        except DoesNotFit as error:
-            self.note(group["table"], "left_out", f"{group['name']} at {share:g} of {tokens} tokens: {error}")
+            if method and method["method"] == "recall" and group["table"] == "pretrained_quality":
+                method = method | {"exact_prompts": False}  # what is scored is decoded
+            group = group | {"method": method}
+            columns, made = {"tokens": tokens, "bytes_full": full_nbytes(config, tokens)}, None
+            if method:
+                if method.get("max_cache_size", 0) >= tokens:
+                    raise DoesNotFit("holds all tokens")
+                columns["bytes_total"] = nbytes(config, tokens, torch.float32, **method)["total"]
+                columns["max_cache_size"] = method.get("max_cache_size", tokens)
+                made = _made(config, tokens, method)
+        except ValueError as error:  # too large, or not for a model of this kind
+            size = f"{tokens} tokens" if share is None else f"{share:g} of {tokens} tokens"
+            self.note(group["table"], "left_out", f"{group['name']} at {size}: {error}")
             return None
-        if method and method["method"] == "recall" and group["table"] == "pretrained_quality":
-            method = method | {"exact_prompts": False}  # what is scored is decoded
-        group = group | {"method": method}
-        columns = {"tokens": tokens, "bytes_full": full_nbytes(config, tokens)}
-        made = None
-        if method:
-            if method.get("max_cache_size", 0) >= tokens:
-                self.note(
-                    group["table"], "left_out", f"{group['name']} at {share:g} holds all {tokens} tokens"
-                )
-                return None
-            columns["bytes_total"] = nbytes(config, tokens, torch.float32, **method)["total"]
-            columns["max_cache_size"] = method.get("max_cache_size", tokens)
-            made = _made(config, tokens, method)
         if group["table"] == "pretrained_recall":
             group = self.ask(group)
             if group is None:

@@ -1,5 +1,7 @@
 """Expected attention: what the queries to come are likely to attend to, from the statistics of those that came."""
 
+import copy
+
 import torch
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -30,6 +32,9 @@ class ExpectedAttention(Policy):
         self.future, self.outliers = whole("future", future, 1), whole("outliers", outliers, 0)
         self.heads, self.frequencies = config.num_attention_heads, None
         if getattr(config, "rope_parameters", None):
+            if "full_attention" in config.rope_parameters:  # one rotation per kind of layer
+                config = copy.copy(config)
+                config.rope_parameters = config.rope_parameters["full_attention"]
             rotary = LlamaRotaryEmbedding(config)
             width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
             if rotary.attention_scaling != 1 or 2 * len(rotary.inv_freq) != width:

@@ -46,7 +46,7 @@ def interpreter_takes_numpy():
         yield
 
 
-def build(architecture, positions=512):
+def build(architecture, positions=512, head_dim=16):
     torch.manual_seed(0)
     common = dict(vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     grouped = common | dict(
@@ -55,7 +55,7 @@ def build(architecture, positions=512):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=positions,
     )
     if architecture == "gpt2":

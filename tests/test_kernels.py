@@ -38,6 +38,16 @@ def test_with_the_interpreter():
     interpreted(__file__)
 
 
+def test_a_rotation_too_large_for_a_gpu_is_left_to_the_eager_rule(monkeypatch):
+    """232,448 bytes on an H100, where Triton asked for 278,528 of heads of 256 numbers in single precision."""
+    properties = SimpleNamespace(shared_memory_per_block_optin=232_448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    card = torch.device("cuda")
+    assert not launch.has_room(256, torch.float32, card)
+    assert launch.has_room(256, torch.bfloat16, card) and launch.has_room(128, torch.float32, card)
+    assert launch.has_room(256, torch.float32, torch.device("cpu"))
+
+
 def test_a_launch_is_repeated_only_where_nothing_differs_that_triton_compiles_for(monkeypatch):
     def kernel(x, size, scale, count, WIDTH):
         pass

@@ -52,6 +52,30 @@ def test_a_gpu_takes_fused_operations_by_itself(settings):
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: shared memory is what wide heads lack")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("preset", ["compact", "recall"])
+def test_wide_heads_on_a_gpu(preset, head_dim, dtype):
+    """Gemma's heads have 256 numbers: what is multiplied by a rotation must fit, or the eager rule serves."""
+    model = sketchkv.enable(build("llama", head_dim=head_dim)).to(DEVICE, dtype)
+    ids = torch.randint(1, 97, (2, 260), device=DEVICE)
+    own = dict(top=60, recent_window=32) if preset == "recall" else {}
+    caches = [getattr(SketchCache, preset)(model.config, 128, **own) for _ in "ab"]
+    for layer in caches[1].layers:
+        layer.ops = ops.Eager()
+    parts = [ids[:, :200], *ids[:, 200:].split(1, 1)]
+    with mock.patch.object(devices, "_fuses", lambda device: True):
+        found, expected = (
+            torch.cat([model(part, past_key_values=cache).logits for part in parts], 1) for cache in caches
+        )
+    assert all(layer.ops is fused for layer in caches[0].layers)
+    assert caches[0].evicted_tokens == caches[1].evicted_tokens > 0
+    # What rounds otherwise may choose otherwise: most logits are near, not each.
+    far = (found - expected).abs().amax(-1) > (1e-2 if dtype == torch.float32 else 0.3)
+    assert far.float().mean() < 0.05
+
+
 @runs
 def test_a_policy_that_scores_nonsense_is_refused():
     class Wrong(Window):

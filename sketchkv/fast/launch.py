@@ -36,6 +36,16 @@ def usable(device):
     return triton is not None and (device.type == "cuda" or INTERPRETED)
 
 
+def has_room(width, dtype, device):
+    """Whether one program on `device` can multiply by a matrix `[width, width]` of a dtype: it lies in shared memory, with the
+    rows that it turns."""
+    if device.type != "cuda":
+        return True
+    least = 99 * 1024  # of every GPU since 2020
+    room = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", least)
+    return width * (width + 32) * dtype.itemsize <= room
+
+
 class Kernel:
     """A Triton kernel: `kernel[grid](*tensors, numbers and tuples of tensors, **constants)`.
 

@@ -24,6 +24,7 @@ from sketchkv.fast import (
     survivors,
     token,
 )
+from sketchkv.fast.launch import has_room
 from sketchkv.layer import BoundedLayer
 from sketchkv.ops import Eager
 from sketchkv.policies import AttentionMass, Policy
@@ -294,6 +295,7 @@ def _serves_codes(layer):
         and width == other
         and width >= 16
         and not width & width - 1
+        and has_room(width, layer.slots.dtype, layer.slots.device)
         and (summary is None or (type(summary) is Summary and summary.count == 1 and not summary.spread))
         and not layer.selective
         and type(layer).hide is BoundedLayer.hide

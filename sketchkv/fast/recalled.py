@@ -13,7 +13,7 @@ from sketchkv.fast import coded, coding
 from sketchkv.fast.attention import LOG2E
 from sketchkv.fast.choice import choose, copied, record_of
 from sketchkv.fast.codes import bits_of, rests_of, stored
-from sketchkv.fast.launch import kernel, power, tl
+from sketchkv.fast.launch import has_room, kernel, power, tl
 from sketchkv.fast.scan import TILE, candidates
 from sketchkv.fast.tail import take
 from sketchkv.fast.token import ring_place, store_vector
@@ -236,6 +236,7 @@ def _serves(layer):
         and dim == slots.widths[1]
         and 16 <= dim <= 256
         and not dim & (dim - 1)
+        and has_room(dim, torch.float32, slots.device)  # the index codes a block in single precision
         and slots.capacity <= MOST_SLOTS
         and type(index) is KeyIndex
         and index.pooling == "softmax"

@@ -259,7 +259,7 @@ def test_texts_are_prepared_for_a_model_that_nobody_can_ask(tmp_path, monkeypatc
     monkeypatch.setattr(texts, "documents", lambda *asked: found)
     measured.prepare(tmp_path / "ids.npz", tokenizer)
     ids, names = measured.prepared(str(tmp_path / "ids.npz"))
-    assert torch.equal(ids["prose_2048"], found.input_ids)  # larger than 16 bits
+    assert torch.equal(ids["prose_4096"], found.input_ids)  # larger than 16 bits
     assert names["code_4096"] == ["a"] and not any("needle" in name for name in ids)
 
 

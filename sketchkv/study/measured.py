@@ -21,7 +21,6 @@ GEMMA = BENCHMARKS / "gemma3"
 TEXTS = {"prose": "django-docs", "code": "embedded"}
 DOCUMENTS, LENGTH = 16, 4096
 LONG_DOCUMENTS, LONG = 8, 8192
-FEW_DOCUMENTS, HALF = 8, 2048  # for what a CPU measures
 INSTANCES, DEVELOPMENT = 30, 12  # of a cell of recall; to choose how a question is asked
 SHARES = (1 / 8, 1 / 4, 1 / 16, 1 / 32)  # of the bytes of the full cache in float16
 NEAR, STRIDE = 256, 16  # tokens that the model without memory sees, and how many of them it may lack
@@ -151,9 +150,6 @@ def groups(piece):
     elif piece == "quality-8192":
         common = {"table": "pretrained_quality", "texts": list(TEXTS), "tokens": LONG}
         order = [("near", None), *((name, share) for share in SHARES[:2] for name in LONGER)]
-    elif piece == "quality-2048":
-        common = {"table": "pretrained_quality", "texts": list(TEXTS), "tokens": HALF}
-        order = [*((name, SHARES[0]) for name in FIRST), ("compact", SHARES[1])]
     elif piece in ("recall-4096", "recall-8192"):
         tokens, tasks, asked = (
             (LENGTH, TASKS, ASKED) if piece == "recall-4096" else (LONG, LONG_TASKS, ASKED_LONGER)
@@ -176,7 +172,7 @@ def groups(piece):
 
 
 PIECES = (
-    *("quality", "quality-prose", "quality-code", "quality-2048", "quality-8192"),
+    *("quality", "quality-prose", "quality-code", "quality-8192"),
     *("recall-4096", "recall-8192"),
     *("sweep", "attention"),
 )
@@ -228,7 +224,7 @@ def prepare(path, tokenizer):
 
     held, names = {}, {}
     for text, dataset in TEXTS.items():
-        for number, tokens in ((DOCUMENTS, LENGTH), (LONG_DOCUMENTS, LONG), (FEW_DOCUMENTS, HALF)):
+        for number, tokens in ((DOCUMENTS, LENGTH), (LONG_DOCUMENTS, LONG)):
             found = read(dataset, tokenizer, "test", number, tokens)
             held[f"{text}_{tokens}"], names[f"{text}_{tokens}"] = found.input_ids, found.names
 

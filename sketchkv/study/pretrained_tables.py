@@ -6,7 +6,7 @@ import pandas as pd
 from scipy.stats import binomtest
 
 from sketchkv.study import figures, sweep
-from sketchkv.study.measured import ATTENTION, BENCHMARKS, COUNTS, HALF, LABELS, LENGTH, LONG
+from sketchkv.study.measured import ATTENTION, BENCHMARKS, COUNTS, LABELS, LENGTH, LONG
 from sketchkv.study.pictures import label_ends, write
 from sketchkv.study.stats import intervals, paired_interval
 
@@ -144,7 +144,11 @@ def compared(text, one, other, folder=BENCHMARKS, share=AT):
 def facts(losses):
     """What the report says beside the tables, {name: number}: paired differences at an eighth of the bytes."""
     found: dict = {"pretrained_documents": int(losses.n.min())}
-    found |= {"pretrained_tokens": LENGTH, "pretrained_longer_tokens": LONG, "pretrained_second_tokens": HALF}
+    found |= {
+        "pretrained_tokens": LENGTH,
+        "pretrained_longer_tokens": LONG,
+        "pretrained_second_tokens": LENGTH,
+    }
     measured = set(_quality(BENCHMARKS).query("share == @AT").name)
     for one, other in PAIRS:
         if {one, other} <= measured:

@@ -1,11 +1,13 @@
 """Checks of what users hand in, so that one kind of fault has one wording."""
 
+import contextlib
 import dataclasses
 import numbers
 import operator
 import os
 import warnings
-from functools import lru_cache
+from collections.abc import Hashable
+from functools import lru_cache, partial
 from typing import Any, TypeGuard
 
 import torch
@@ -172,11 +174,15 @@ class Settings:
 
 def codec_of(bits, codec):
     if bits is None:
-        if codec is not None and not callable(codec):
+        codec, made = Plain if codec is None else codec, None
+        with contextlib.suppress(TypeError):  # another number of parameters, or nothing that can be called
+            made = codec(torch.float32, torch.device("cpu"))
+        if not (hasattr(made, "encode") and hasattr(made, "arrays")):
             raise TypeError(
-                f"codec must be a function of (dtype, device), such as sketchkv.slots.Plain; got {codec!r}"
+                "codec must be a function of (dtype, device) that gives a codec, such as sketchkv.slots.Plain or "
+                f"sketchkv.quantize.quantized(bits); got {codec!r}"
             )
-        return Plain if codec is None else codec
+        return codec if isinstance(codec, Hashable) else partial(codec)  # whose bytes are counted once
     if codec is not None:
         raise TypeError("give either bits= or codec=, not both")
     from sketchkv.quantize import quantized

@@ -188,7 +188,12 @@ class FolderStore(HostStore):
 
     def close(self):
         super().close()
-        self.file = tempfile.TemporaryFile(dir=self.path)
+        try:
+            self.file = tempfile.TemporaryFile(dir=self.path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                errno.ENOENT, "the store's folder is gone: make it again", self.path
+            ) from error
 
     def _resized(self, size):
         try:

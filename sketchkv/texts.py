@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from sketchkv import corpus, loading, prose
+from sketchkv.checks import whole
 from sketchkv.corpus import CorpusError
 
 SPLITS = tuple(corpus.HELD_OUT)  # settings are chosen on "development", reported on "test"
@@ -55,11 +56,11 @@ def documents(dataset, tokenizer, split="test", count=None, length=1024):
     if split not in SPLITS:
         raise CorpusError(f'Unknown split "{split}": allowed are {", ".join(SPLITS)}.')
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    if length <= len(bos) or (count is not None and count < 1):
-        raise CorpusError(
-            f"length={length}, count={count}: length must be at least {len(bos) + 1}, count at least 1 "
-            "(None: all)."
-        )
+    try:
+        length = whole("length", length, len(bos) + 1)
+        count = None if count is None else whole("count", count, 1)
+    except ValueError as error:
+        raise CorpusError(f"{error} (count=None: all)") from None
 
     body = length - len(bos)
     rows, names, lengths = [], [], [0]

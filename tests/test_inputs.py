@@ -227,7 +227,10 @@ SETTINGS = [
     *cases(
         "codec",
         lambda w, given: w.cache(codec=given),
-        *[(each, TypeError, "codec must be a function of") for each in (3, "plain", {}, True)],
+        *[
+            (each, TypeError, "codec must be a function of")
+            for each in (3, "plain", {}, True, int, len, lambda: 0)
+        ],
     ),
     *cases(
         "bits and codec",

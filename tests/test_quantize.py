@@ -122,6 +122,16 @@ def test_bad_settings(gpt2, bits):
         SketchCache(gpt2.config, 64, bits=4, codec=ranges(4))
 
 
+def test_a_codec_need_not_be_hashable(gpt2, ids):
+    class Made(dict):
+        def __call__(self, dtype, device):
+            return quantized(4)(dtype, device)
+
+    cache = SketchCache(gpt2.config, 64, codec=Made())
+    gpt2(ids, past_key_values=cache)
+    assert cache.evicted_tokens > 0
+
+
 def rounded(x, bits):
     """The documented rule in numpy: one range per vector (head_dim 16), minimum and step rounded outwards."""
     x = x.double().numpy()

@@ -446,6 +446,15 @@ def test_bytes_are_those_of_the_tensors_held(llama, ids, bits):
     assert moved["written"] == 2 * 2 * 2 * ((100 + settled) * row + 100 * key)
 
 
+def test_a_folder_that_went_before_the_first_token_is_told(llama, tmp_path):
+    folder = tmp_path / "store"
+    folder.mkdir()
+    cache = recall(llama, store=folder)
+    folder.rmdir()
+    with pytest.raises(FileNotFoundError, match="folder is gone: make it again.*store"):
+        llama(torch.ones(1, 30, dtype=torch.int64), past_key_values=cache)
+
+
 def test_bad_combinations_are_told(llama):
     for changes, message in (
         (dict(max_cache_size=323), "4 sinks, a recent window of 64 and the top 256 .* raise it to 324"),

@@ -248,6 +248,40 @@ def test_intervals_are_exact_and_differences_are_in_words():
     assert claims.Found(3.94, 3.31, 4.6).than() == "3.9 % (3.3 to 4.6) higher"
     assert claims.Found(0.2, -0.5, 0.5).than() == "not measurably different (-0.5 to +0.5 %)"
     assert claims.Found(51.2, 43.9, 61.9).won() == "51 % (44 to 62)"
+    assert claims.Found(0.4, 0.3, 0.5).added() == "0.4 %"
+    assert claims.Found(0.1, -0.1, 0.3).added() == "nothing measurable"
+    assert claims.Found(-0.2, -0.3, -0.1).added() == "nothing"
+
+
+def test_summary_slots_are_worse_only_where_every_shape_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(claims.measured, "BENCHMARKS", tmp_path)
+    cap, documents = min(claims.sweep.CAPS), [f"{i}.py" for i in range(8)]
+
+    def told(more):
+        """Of two shapes, one of which loses `more` with four slots than with none."""
+        rows = [
+            (document, f"{use} w{width} cap {cap}", 3 + i / 10 + (use == "aggregate") * extra)
+            for i, document in enumerate(documents)
+            for width, extra in ((64, 0.2), (128, more * (1 + i)))
+            for use in ("aggregate", f"topk{cap}")
+        ]
+        pd.DataFrame(rows, columns=["document", "name", "nll"]).to_csv(tmp_path / "pretrained_sweep.csv")
+        return claims.swept(None)
+
+    assert told(0.1).worse and not told(-0.1).worse and not told(0.0).worse
+    assert (told(0.1).cap, told(0.1).n) == (cap, 8)
+
+
+def test_a_generated_text_is_timed_as_committed():
+    found = claims.generated(None)
+    for ratio, name, row in (
+        (found.cpu, "cpu", ("generate, compact", "generate, DynamicCache")),
+        (found.gpu, "h100", ("generate, compact, step by step", "generate, DynamicCache")),
+    ):
+        table = pd.read_csv(claims.measured.BENCHMARKS / f"speed_{name}.csv").set_index("row")
+        times = [table["median"][each] for each in row]
+        assert ratio[0] == pytest.approx(times[0] / times[1], rel=0.25)  # medians of ratios, and of times
+        assert ratio[1] == table.n[row[0]]
 
 
 def test_a_paired_difference_is_that_of_the_documents():

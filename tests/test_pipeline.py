@@ -290,7 +290,7 @@ def test_every_study_but_the_default_has_a_folder_of_its_own(tmp_path):
 
 def test_a_mistyped_parameter_in_a_first_cell_run_by_hand_is_told(monkeypatch):
     path = run.notebook_named("02", ROOT)
-    (first,) = (c.source for c in notebooks.cells(path) if "parameters" in c.metadata.get("tags", []))
+    (first,) = (c.source for c in notebooks.cells(path) if "parameters" in c.tags)
     shell = SimpleNamespace(user_ns={"In": ["", first, "injected = 3", 'profile = "smoke"\noutput = ""']})
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     record.start(path.stem)
@@ -312,7 +312,7 @@ def test_the_kernel_gets_no_answer_for_what_a_widget_shows():
 
 def test_every_parameter_of_a_notebook_is_read_by_it():
     for path in notebooks.find(ROOT):
-        first = [c.source for c in notebooks.cells(path) if "parameters" in c.metadata.get("tags", [])]
+        first = [c.source for c in notebooks.cells(path) if "parameters" in c.tags]
         assert first and notebooks.unread(path, first) == [], path.name
 
 

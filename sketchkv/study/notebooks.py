@@ -2,10 +2,10 @@
 the files."""
 
 import ast
+import json
 import re
 from pathlib import Path
-
-import nbformat
+from typing import NamedTuple
 
 
 def find(root):
@@ -13,8 +13,16 @@ def find(root):
     return sorted((Path(root) / "notebooks").glob("[0-9]*.ipynb"))
 
 
+class Cell(NamedTuple):
+    cell_type: str
+    source: str
+    tags: list
+
+
 def cells(path):
-    return nbformat.read(path, as_version=4).cells
+    """All cells. Every kernel and every worker comes by here: nbformat takes seconds to import and would check nothing of use."""
+    found = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    return [Cell(c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])) for c in found]
 
 
 def code(path):
@@ -33,7 +41,7 @@ def tree(source):
 def parameters(path):
     """`{name: default}` of the cell tagged `parameters`; a default that is no literal is None. Empty without
     the cell."""
-    tagged = [cell.source for cell in cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    tagged = [cell.source for cell in cells(path) if "parameters" in cell.tags]
     return _assigned(tagged[0]) if tagged else {}
 
 

@@ -112,7 +112,8 @@ def attended(layer, query, keys, values):
 def interpreted(path, *arguments):
     """Runs the tests of a file in Triton's interpreter: that must be chosen before triton is first imported, hence another
     process."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments, path]
+    plugins = "-p", "no:cacheprovider", "-p", "no:nbval", "-p", "no:xdist"  # each takes its time to be loaded
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *plugins, *arguments, path]
     done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
 

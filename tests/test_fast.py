@@ -193,7 +193,7 @@ def some(policies, features, every):
 
 
 @runs
-@pytest.mark.parametrize("policy, feature", some(POLICIES, FEATURES, 6))
+@pytest.mark.parametrize("policy, feature", some(POLICIES, FEATURES, 12))
 def test_fused_operations_equal_the_eager_rule(policy, feature):
     if policy == "random" and "padding" in feature:
         pytest.skip("draws one number per slot, and padding goes in any order: the slots may differ")

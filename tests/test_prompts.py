@@ -106,7 +106,7 @@ def test_no_score_matrix_in_memory(settings):
 
 
 @runs
-@pytest.mark.parametrize("policy, feature", some(POLICIES, FEATURES, 6))
+@pytest.mark.parametrize("policy, feature", some(POLICIES, FEATURES, 12))
 def test_kernels_equal_the_rule_of_one_block(policy, feature):
     if policy == "random" and "padding" in feature:
         pytest.skip("draws one number per slot, and padding goes in any order: the slots may differ")

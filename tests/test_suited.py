@@ -30,7 +30,7 @@ def test_with_the_interpreter():
 
 
 def logits(model, ids, cache):
-    parts = [ids[:, :30], *ids[:, 30:42].split(1, 1)]
+    parts = [ids[:, :30], *ids[:, 30:].split(1, 1)]
     return torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
 
 
@@ -38,7 +38,7 @@ def logits(model, ids, cache):
 @pytest.mark.parametrize("settings", CACHES, ids=named)
 def test_a_gpu_takes_fused_operations_by_itself(settings):
     model = sketchkv.enable(build("llama")).to(DEVICE)
-    ids = torch.randint(1, 97, (2, 42), device=DEVICE)
+    ids = torch.randint(1, 97, (1, 36) if INTERPRET else (2, 42), device=DEVICE)
     caches = [
         SketchCache(model.config, 24, num_sinks=2, recent_window=4, evict_every=4, **settings) for _ in "ab"
     ]

@@ -121,11 +121,9 @@ def held_out_texts(split):
             expected = manifest["packages"][split][package]
             raise CorpusError(
                 f"Held-out file {entry['path']}: expected sha256 {entry['sha256']}, found "
-                f"{found or 'no file'}. "
-                f"It belongs to {package} {expected}; installed is {_version(package)}. `make env` "
-                "installs the pinned "
-                f"packages; if the version agrees, the file was changed: remove {package} and run `make "
-                "env` again."
+                f"{found or 'no file'}. It belongs to {package} {expected}; installed is "
+                f"{_version(package)}. `make env` installs the pinned packages; if the version agrees, the "
+                f"file was changed: remove {package} and run `make env` again."
             )
         yield entry["path"], by_sum[entry["sha256"]].decode("utf-8")
 

@@ -95,14 +95,12 @@ def load(name_or_path="embedded", device="auto", dtype=None):
     if missing := sorted(info["missing_keys"]):
         raise LoadError(
             f"The weights in {folder} don't fit its config.json: {len(missing)} parameters are missing, "
-            "first "
-            f"{missing[0]}. {_remedy(name_or_path)}"
+            f"first {missing[0]}. {_remedy(name_or_path)}"
         )
     if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
         raise LoadError(
             f"The tokenizer in {folder} has {len(tokenizer)} ids, and the model embeds {rows}: they don't "
-            "belong "
-            f"together. {_remedy(name_or_path)}"
+            f"belong together. {_remedy(name_or_path)}"
         )
     return model.to(device).eval().requires_grad_(False), tokenizer
 
@@ -187,8 +185,7 @@ def hub_folder(repo, patterns, complete, instead, kind="model", commit=None):
     except (httpx.HTTPError, OSError, ValueError) as error:
         raise LoadError(
             f"The {kind} \"{repo}\" at revision {commit[:12]} is not in the hub's cache and can't be "
-            "fetched from "
-            f"{constants.ENDPOINT} ({type(error).__name__}). {instead}"
+            f"fetched from {constants.ENDPOINT} ({type(error).__name__}). {instead}"
         ) from error
 
 
@@ -279,9 +276,8 @@ def _check_config(folder, dtype):
         if "auto_map" in config:
             raise LoadError(
                 f"{folder / name} asks for code of the model's own (auto_map), and such code is never run. "
-                "If "
-                "transformers has a class of its own for the model, remove this entry; else take another "
-                "model."
+                "If transformers has a class of its own for the model, remove this entry; else take "
+                "another model."
             )
         if (
             name == "config.json"

@@ -75,8 +75,7 @@ def model_folder(name):
         if not all(found):
             raise LoadError(
                 f'"{name}" ({MODELS[name].title}) comes in {", ".join(MODELS[name].requirements)}, which '
-                "is not "
-                f"installed: `python -m sketchkv.pretrained {name}` (or `make {name}`) installs and "
+                f"is not installed: `python -m sketchkv.pretrained {name}` (or `make {name}`) installs and "
                 "converts it."
             )
         cache.mkdir(parents=True, exist_ok=True)
@@ -106,8 +105,7 @@ def convert(packaged, parts, folder):
     if found != packaged.sha256:
         raise LoadError(
             f"The weights in {', '.join(map(str, parts))} have the sha256 {found} instead of "
-            f"{packaged.sha256}: "
-            f"remove the packages, and install {', '.join(packaged.requirements)} again."
+            f"{packaged.sha256}: remove the packages, and install {', '.join(packaged.requirements)} again."
         )
     try:
         import gguf
@@ -130,9 +128,8 @@ def convert(packaged, parts, folder):
     joined.unlink()
     (folder / "README.md").write_text(
         f"# {packaged.title}\n\nConverted from {', '.join(packaged.requirements)} (GGUF, sha256 "
-        f"{packaged.sha256}): each "
-        f"weight is its dequantized value in {str(packaged.dtype).removeprefix('torch.')}.\n\n"
-        f"Licence: {packaged.licence}\n",
+        f"{packaged.sha256}): each weight is its dequantized value in "
+        f"{str(packaged.dtype).removeprefix('torch.')}.\n\nLicence: {packaged.licence}\n",
         encoding="utf-8",
     )
     write_sums(folder)

@@ -66,7 +66,11 @@ class CarterWegmanHash:
         """
         self.check(items)
         reduced = items.dtype == torch.int32 and items.device.type == "cpu"  # within [0, p]
-        return self.by_row((items.long() if reduced else items.long().remainder(PRIME)).unsqueeze(-2))
+        items = (items.long() if reduced else items.long().remainder(PRIME)).unsqueeze(-2)
+        hashed = _modulo_prime(torch.addcmul(self.b[:, None], self.a[:, None], items))
+        if self.width & self.width - 1:
+            return hashed.remainder_(self.width)
+        return hashed.bitwise_and_(self.width - 1)
 
     def check(self, items):
         """Raises what a call with these `items` raises."""
@@ -79,15 +83,6 @@ class CarterWegmanHash:
             raise ValueError("items must have shape [..., n], got a single number: use items[None]")
         if items.device.type == "cpu" and items.numel() and items.min() < 0:
             raise ValueError("items must not be negative: give an empty slot any id with weight 0")
-
-    def by_row(self, items):
-        """The same of items that differ from row to row: int64 `[..., depth, n]` in [0, p], not checked."""
-        hashed = _modulo_prime(torch.addcmul(self.b[:, None], self.a[:, None], items))
-        return (
-            hashed.remainder_(self.width)
-            if self.width & self.width - 1
-            else hashed.bitwise_and_(self.width - 1)
-        )
 
     @property
     def nbytes(self):
@@ -119,7 +114,7 @@ class CountMinSketch:
     Then an estimate is never below the true weight, and over the draw of the seed it exceeds it by at most e / width of
     the total weight with probability at least 1 - exp(-depth). Both hold up to the rounding of `dtype`: float32 counters
     ignore additions below about 6e-8 of their value, float16 ones below 5e-4, and integer counters must not overflow,
-    which a CPU checks. A subclass says how weights are added (`add`) and how an estimate is made (`ask`).
+    which a CPU checks.
 
     width: counters per row; the error falls as e / width.
     depth: rows; the risk of a larger error falls as exp(-depth).
@@ -130,35 +125,24 @@ class CountMinSketch:
     Raises ValueError for a size out of range, TypeError for a dtype that can't count.
     """
 
-    signed = False  # whether counters and weights may be negative
-    divisible = True  # whether the items of one call may as well come in several, as far as float counters go
-
     def __init__(self, width, depth, batch_shape=(), seed=0, dtype=torch.float32, device=None):
         device = checked_device(device)
-        self.hash = self.make_hash(width, depth, seed, device)
+        self.hash = CarterWegmanHash(width, depth, seed, device)
         if not isinstance(batch_shape, (tuple, list, torch.Size)):
             raise ValueError(
                 f"batch_shape must be a tuple such as (batch, num_kv_heads), got {batch_shape!r}"
             )
         shape = [whole("every dimension of batch_shape", size, 1) for size in batch_shape]
-        self.table = self.make_table((*shape, self.hash.depth, whole("width", width, 1)), dtype, device)
-
-    def make_hash(self, width, depth, seed, device):
-        """Function of items that gives each one counter per row."""
-        return CarterWegmanHash(width, depth, seed, device)
-
-    def make_table(self, shape, dtype, device):
-        """Counters `[*batch_shape, depth, width]`, all zero."""
+        shape += [self.hash.depth, self.hash.width]
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         if not floating and dtype not in (torch.int32, torch.int64):
             raise TypeError(
                 f"counters must be a float type, int32 or int64, such as torch.float32; got {dtype!r}"
             )
         memory(math.prod(shape) * dtype.itemsize, device, "lower width, depth or batch_shape")
-        return torch.zeros(shape, dtype=dtype, device=device)
+        self.table = torch.zeros(shape, dtype=dtype, device=device)
 
     batch_shape = property(lambda self: tuple(self.table.shape[:-2]))
-    number = property(lambda self: self.table.dtype, doc="The dtype of weights and estimates.")
     nbytes = property(lambda self: self.table.nbytes + self.hash.nbytes)
 
     @property
@@ -195,7 +179,7 @@ class CountMinSketch:
             one = torch.as_tensor([number], dtype=torch.float64 if large else None)
             check_weights(self, one)
             check_room(self, one)
-            wide = torch.int64 if not self.number.is_floating_point else self.number
+            wide = torch.int64 if not self.table.dtype.is_floating_point else self.table.dtype
             weights = torch.full((), number, dtype=wide, device=self.table.device)
         else:
             check_weights(self, weights)
@@ -233,8 +217,10 @@ class CountMinSketch:
     def decay(self, factor):
         """Multiplies all counters by `factor` in (0, 1]: a weight that is m calls old counts factor^m."""
         factor = share("factor", factor)
-        if not self.number.is_floating_point:
-            raise TypeError(f"{self.number} counters can't decay: make the sketch with dtype=torch.float32")
+        if not self.table.dtype.is_floating_point:
+            raise TypeError(
+                f"{self.table.dtype} counters can't decay: make the sketch with dtype=torch.float32"
+            )
         self.table.mul_(factor)
 
     def merge(self, other):
@@ -273,8 +259,8 @@ class CountMinSketch:
 
     def add(self, indices, weights):
         """Adds `weights` `[*batch_shape, n]` at `indices` `[*batch_shape, depth, n]`."""
-        self.table.scatter_add_(-1, indices, weights.to(self.number).unsqueeze(-2).expand(indices.shape))
-        if self.number == torch.float16:  # counters that pass the largest number stay there
+        self.table.scatter_add_(-1, indices, weights.to(self.table.dtype).unsqueeze(-2).expand(indices.shape))
+        if self.table.dtype == torch.float16:  # counters that pass the largest number stay there
             largest = torch.finfo(torch.float16).max
             self.table.clamp_(-largest, largest)
 
@@ -290,7 +276,7 @@ class CountMinSketch:
             and items.shape[-1] > CHUNK
             and not items.is_cuda
         )
-        if not (many and self.divisible) or indices is not None:
+        if not many or indices is not None:
             indices = self._indices(items, indices)
             yield indices, indices.shape[-1]
             return
@@ -319,31 +305,31 @@ def check_weights(sketch, weights):
         raise TypeError(
             f"weights must be real numbers, got {weights.dtype}: use weights.int() or weights.abs()"
         )
-    if weights.is_floating_point() and not sketch.number.is_floating_point:
+    if weights.is_floating_point() and not sketch.table.dtype.is_floating_point:
         raise TypeError(
             f"{sketch.table.dtype} counters can't take {weights.dtype} weights: use a float dtype"
         )
     if weights.device.type != "cpu" or not weights.numel():
         return
     low, high = weights.aminmax()  # NaN, if there is one
-    if not (low >= 0 or sketch.signed and low > -math.inf) or not high < math.inf:
+    if not 0 <= low <= high < math.inf:
         raise ValueError("weights must be finite and not negative, or the estimates mean nothing")
 
 
 def check_room(sketch, weights):
     """Raises ValueError where the counters of a CPU could overflow: integers would wrap round, floats become inf."""
-    if sketch.table.device.type != "cpu" or sketch.number == torch.float16 or not weights.numel():
+    if sketch.table.device.type != "cpu" or sketch.table.dtype == torch.float16 or not weights.numel():
         return
-    if sketch.number.is_floating_point:
-        largest = torch.finfo(sketch.number).max
+    if sketch.table.dtype.is_floating_point:
+        largest = torch.finfo(sketch.table.dtype).max
         if float(weights.abs().max()) < 1e-3 * largest / max(weights.shape[-1], 1):
             return
     else:
-        largest = torch.iinfo(sketch.number).max
+        largest = torch.iinfo(sketch.table.dtype).max
     held = max(float(sketch.table.max()), -float(sketch.table.min()))
     if held + float(weights.double().abs().sum(-1).max()) > largest:
         raise ValueError(
-            f"these weights would overflow {sketch.number} counters: use torch.float64 or torch.int64"
+            f"these weights would overflow {sketch.table.dtype} counters: use torch.float64 or torch.int64"
         )
 
 

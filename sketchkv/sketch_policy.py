@@ -44,11 +44,9 @@ class Sketch(AttentionMass):
         self.code = (
             SimHash(slots.widths[0], self.lsh_bits, self.seed, slots.device) if self.key == "lsh" else None
         )
-        self.sketches = [self.make_sketch(slots) for _ in range(1 + self.mean)]
-
-    def make_sketch(self, slots):
-        """One of the two sketches, of mass and of exposure."""
-        return CountMinSketch(self.width, self.depth, slots.shape, self.seed, device=slots.device)
+        # One of mass, one of exposure.
+        sizes = self.width, self.depth, slots.shape, self.seed
+        self.sketches = [CountMinSketch(*sizes, device=slots.device) for _ in range(1 + self.mean)]
 
     def reset(self, slots):
         for sketch in self.sketches:

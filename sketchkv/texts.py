@@ -90,9 +90,8 @@ def documents(dataset, tokenizer, split="test", count=None, length=1024):
     if not rows or len(rows) < (count or 0):
         raise CorpusError(
             f'"{dataset}" ({split}) has {len(rows)} documents of {length} tokens, and '
-            f"{count or 'at least 1'} were "
-            f"asked for: lower the length or the count, or take more text (DATASET=embedded has enough). "
-            f"Its longest text has {max(lengths)} tokens."
+            f"{count or 'at least 1'} were asked for: lower the length or the count, or take more text "
+            f"(DATASET=embedded has enough). Its longest text has {max(lengths)} tokens."
         )
     return Documents(torch.tensor(rows[:count], dtype=torch.long), names[:count])
 
@@ -195,8 +194,7 @@ def _chunks(file, alone=False):
             except UnicodeDecodeError as error:
                 raise CorpusError(
                     f"{file} is not UTF-8 text (byte {read - pending + error.start}): convert it, or take "
-                    "it out of "
-                    "the data set."
+                    "it out of the data set."
                 ) from error
             if "\0" in rest:
                 raise CorpusError(

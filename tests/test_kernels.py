@@ -43,8 +43,8 @@ def test_a_rotation_too_large_for_a_gpu_is_left_to_the_eager_rule(monkeypatch):
     properties = SimpleNamespace(shared_memory_per_block_optin=232_448)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     card = torch.device("cuda")
-    assert not launch.has_room(256, torch.float32, card)
-    assert launch.has_room(256, torch.bfloat16, card) and launch.has_room(128, torch.float32, card)
+    assert not launch.has_room(256, torch.float32, card) and not launch.has_room(256, torch.bfloat16, card)
+    assert launch.has_room(128, torch.float32, card) and launch.has_room(128, torch.bfloat16, card)
     assert launch.has_room(256, torch.float32, torch.device("cpu"))
 
 

@@ -37,13 +37,13 @@ def usable(device):
 
 
 def has_room(width, dtype, device):
-    """Whether one program on `device` can multiply by a matrix `[width, width]` of a dtype: it lies in shared memory, with the
-    rows that it turns."""
+    """Whether one program on `device` can multiply by a matrix `[width, width]` of a dtype and by its transpose: both may lie in
+    shared memory at a time."""
     if device.type != "cuda":
         return True
     least = 99 * 1024  # of every GPU since 2020
     room = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", least)
-    return width * (width + 32) * dtype.itemsize <= room
+    return 2 * width * width * dtype.itemsize <= room
 
 
 class Kernel:

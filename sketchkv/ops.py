@@ -106,11 +106,15 @@ class Eager:
         layer.on_evict(scores, evicted)
         slots.evict(evicted)
 
+    def score(self, layer, tokens):
+        """Importance of the stored tokens as the layer's policy tells it."""
+        return layer.policy.score(layer.slots, tokens.end(layer))
+
     def protected_scores(self, layer, tokens):
         """Importance of the stored tokens, `[batch, num_kv_heads, used]`: inf for sinks and the recent window, -inf for
         padding. Notes in `layer.nan` whether an importance was NaN."""
         slots, positions, end = layer.slots, layer.slots["positions"], tokens.end(layer)
-        scores = checked_scores(layer.policy.score(slots, end), layer)
+        scores = checked_scores(self.score(layer, tokens), layer)
         scores = scores.to(positions.device, torch.float32).clamp(-1e30, 1e30)
         if layer.summary:
             scores = layer.summary.protect(scores, slots)

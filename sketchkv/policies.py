@@ -104,8 +104,11 @@ class AttentionMass(Policy):
         """Adds what `count` new queries gave to each slot, weighted: float32 `[batch, num_kv_heads, used]`."""
         slots["mass"].mul_(self.decay**count).add_(sums)
 
+    def received(self, slots, seen):
+        """Attention of each occupied slot, sum or mean: float32 `[batch, num_kv_heads, used]`."""
+        mass = slots["mass"]
+        return mass / exposure(seen - slots["positions"], self.decay) if self.mean else mass
+
     def score(self, slots, seen):
-        score = (
-            slots["mass"] / exposure(seen - slots["positions"], self.decay) if self.mean else slots["mass"]
-        )
-        return score * slots["values"].float().norm(dim=-1) if self.value_norm else score
+        received = self.received(slots, seen)
+        return received * slots["values"].float().norm(dim=-1) if self.value_norm else received

@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 from conftest import build, named
-from test_fast import both
+from test_fast import Squared, both
 
 import sketchkv
-from sketchkv import AttentionMass, SketchCache, Summary
+from sketchkv import H2O, AttentionMass, SketchCache, Summary, Window
 from sketchkv.checks import Settings
 from sketchkv.fast import cpu, native
 from sketchkv.fast.cpu import Coded, coded
@@ -27,6 +27,7 @@ compiles = pytest.mark.skipif(
 )
 # Of `test_fast`: what C takes, and what falls back on the eager rule.
 TABLE = ["bits", "other bits", "compact", "ring", "other rings", "padding, ring", "padding, compact"]
+TABLE += ["bits, softcap and sinks"]
 OTHERS = ["keys alone", "ring in 16 bits", "attend_topk", "half precision", "softcap and sinks", "windows"]
 
 
@@ -117,6 +118,7 @@ def run(
         if layer.seen == slots.codec.settles_after:
             slots.codec.settle(slots, layer.num_sinks)
         if not slots.room:
+            torch.testing.assert_close(*(each.score(layer, tokens) for each in (ops, eager)))
             used = slots.used
             ops.evict(layer, tokens)
             layer.evicted += used - slots.used
@@ -138,6 +140,44 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=named)
 def test_steps_equal_attention_in_float64(shape):
     run(**shape)
+
+
+@compiles
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("policy", [AttentionMass(value_norm=True), H2O(), Window(), Squared()], ids=named)
+def test_several_tokens_are_steps_one_by_one(policy, padded):
+    """Output, slots, masses and ring, over many evictions; texts of other lengths, sinks of attention and capped logits."""
+    total, rows = 150, 2
+    first = torch.tensor([0, 37], dtype=torch.int32)[:, None, None] if padded else 0
+    positions = torch.arange(total, dtype=torch.int32)[None]
+    if padded:
+        positions = positions.expand(rows, -1).masked_fill(first[:, 0] > positions, -1)
+    tokens = Tokens(None, positions, first, padded)
+    query = torch.randn(rows, total, 6, 64).transpose(1, 2) * 3
+    key, value = torch.randn(2, rows, 2, total, 64) + 0.5
+    form, layers, outputs = Form(0.2, 5.0, torch.randn(6)), [], []
+    for sizes in [1] * total, [32, 3, 1, 17, 32, 2, 31, 32]:
+        settings = Settings(2, 3, 11, codec=quantized((5, 4), newest=7, sinks=2))
+        layer, start, found = BoundedLayer(copy.deepcopy(policy), 40, settings, Summary()), 0, []
+        layer.ops = Coded()
+        for size in sizes:
+            part = slice(start, start + size)
+            new = [x[:, :, part] for x in (query, key, value)]
+            layer.update(*new[1:])
+            found.append(layer.attend(*new, tokens.part(part), form))
+            start += size
+        assert start == total and layer.slots in cpu._views and layer.slots.coming is None
+        layers.append(layer)
+        outputs.append(torch.cat(found, 2))
+    real = (positions >= 0)[:, None, :, None]
+    close = dict(atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*(output * real for output in outputs), **close)
+    one, other = (layer.slots for layer in layers)
+    assert torch.equal(one["positions"], other["positions"]) and layers[0].evicted == layers[1].evicted > 60
+    for name in one.arrays:
+        torch.testing.assert_close(one[name], other[name], **close)
+    if not padded:  # what padding leaves there is never read
+        assert all(map(torch.equal, one.codec.ring.tensors(), other.codec.ring.tensors()))
 
 
 def broken(monkeypatch, tmp_path, old, new):

@@ -75,6 +75,11 @@ FEATURES = {
     "padding, compact": dict(padded=True, codec=quantized((5, 4)), summary=Summary()),
     "windows": dict(window=True),
     "softcap and sinks": dict(form=Form(0.25, 4.0, torch.tensor([0.5, -0.5]).to(DEVICE))),
+    "bits, softcap and sinks": dict(
+        codec=quantized((5, 4)),
+        summary=Summary(),
+        form=Form(0.25, 4.0, torch.tensor([0.5, -0.5]).to(DEVICE)),
+    ),
     "half precision": dict(dtype=torch.float16),
 }
 

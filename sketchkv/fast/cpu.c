@@ -1,5 +1,5 @@
-/* A decode step over slots in `sketchkv.quantize.Normal` codes: one new token is turned, coded and stored, and attends to all
- * slots, of which nothing is decoded to memory. `sketchkv/fast/cpu.py` compiles it, with these numbers as constants:
+/* Decode steps over slots in `sketchkv.quantize.Normal` codes: a new token is turned, coded and stored, and attends to all
+ * slots, of which nothing is decoded to memory; several tokens do so one after the other. `sketchkv/fast/cpu.py` compiles it, with these numbers as constants:
  * DIM channels of a vector; KEY_BITS, VALUE_BITS, REST_BITS of the codes.
  * The rule is that of `sketchkv.ops.Eager`; NaN and infinity spread as they do there, so no fast-math. */
 
@@ -213,9 +213,10 @@ INLINE int64_t ring_row(const Slots *slots, int64_t batch, int32_t position)
     return sink ? position - first : slots->sinks + position % slots->newest;
 }
 
-/* Stores the token at position `now` in a slot of a row, and in the ring. key, value: not turned; first: position of the
- * sequence's first real token. */
-static void store(const Slots *slots, int64_t row, int64_t slot, const float *key, const float *value, int32_t now, int32_t first)
+/* Stores the token at position `now` in a slot of a row, and in the ring if it is `near`. key, value: not turned; first:
+ * position of the sequence's first real token. */
+static void store(const Slots *slots, int64_t row, int64_t slot, const float *key, const float *value, int32_t now, int32_t first,
+                  int near)
 {
     int64_t batch = row / slots->kv_heads, at = row * slots->capacity + slot;
     float new_key[DIM], new_value[DIM], centre[DIM], distance[DIM], found[DIM];
@@ -232,26 +233,61 @@ static void store(const Slots *slots, int64_t row, int64_t slot, const float *ke
     for (int c = 0; c < DIM; c++)
         new_value[c] -= found[c];
     slots->positions[at] = now;
-    if (!slots->newest)
+    if (!slots->newest || !near)
         return;
     slots->span[2 * batch] = first;
     slots->span[2 * batch + 1] = now + 1;
-    int64_t rows = slots->newest + slots->sinks, near = ring_row(slots, batch, now);
-    near = row * rows + (near < 0 ? rows - 1 : near); /* padding comes before all that is held */
-    encode(&slots->rest_keys, near, REST_BITS, new_key, found);
-    encode(&slots->rest_values, near, REST_BITS, new_value, found);
+    int64_t rows = slots->newest + slots->sinks, own = ring_row(slots, batch, now);
+    own = row * rows + (own < 0 ? rows - 1 : own); /* padding comes before all that is held */
+    encode(&slots->rest_keys, own, REST_BITS, new_key, found);
+    encode(&slots->rest_values, own, REST_BITS, new_value, found);
 }
 
-/* Stores the new token of all heads in the slot `used`. key, value: not turned, strides of a sequence and a head, in numbers.
- * position: of each sequence, `p_batch` apart; first: of its first real token, or NULL for 0. */
-void append(const Slots *slots, int64_t used, const float *key, int64_t k_batch, int64_t k_head, const float *value,
-            int64_t v_batch, int64_t v_head, const int32_t *position, int64_t p_batch, const int32_t *first)
+/* New tokens, and their queries: strides of a sequence, a head and a token, in numbers. position: of each sequence's tokens,
+ * `p_batch` apart; first: of its first real token, or NULL for 0. */
+typedef struct {
+    const float *key, *value, *query;
+    const int32_t *position, *first;
+    int64_t k_batch, k_head, k_token, v_batch, v_head, v_token, q_batch, q_head, q_token, p_batch, count;
+} New;
+
+static void enter(const Slots *slots, const New *new, int64_t row, int64_t token, int64_t slot, int near)
 {
-    for (int64_t row = 0; row < slots->batch * slots->kv_heads; row++) {
-        int64_t batch = row / slots->kv_heads, head = row % slots->kv_heads;
-        store(slots, row, used, key + batch * k_batch + head * k_head, value + batch * v_batch + head * v_head,
-              position[batch * p_batch], first ? first[batch] : 0);
-    }
+    int64_t batch = row / slots->kv_heads, head = row % slots->kv_heads;
+    store(slots, row, slot, new->key + batch * new->k_batch + head * new->k_head + token * new->k_token,
+          new->value + batch * new->v_batch + head * new->v_head + token * new->v_token,
+          new->position[batch * new->p_batch + token], new->first ? new->first[batch] : 0, near);
+}
+
+/* Stores new tokens of all heads in the slots from `used` on. Of several the ring takes none: it holds what is near to the first
+ * of them until `attend` comes. */
+void append(const Slots *slots, const New *new, int64_t used)
+{
+    for (int64_t row = 0; row < slots->batch * slots->kv_heads; row++)
+        for (int64_t token = 0; token < new->count; token++)
+            enter(slots, new, row, token, used + token, new->count == 1);
+}
+
+/* Norms of the values in the first `used` slots, [rows, used]. */
+void norms(const Slots *slots, int64_t used, float *out)
+{
+    float x[DIM];
+    for (int64_t row = 0; row < slots->batch * slots->kv_heads; row++)
+        for (int64_t i = 0; i < used; i++) {
+            float scale = read(&slots->values, row * slots->capacity + i, VALUE_BITS, x);
+            out[row * used + i] = sqrtf(dot(x, x)) * fabsf(scale);
+        }
+}
+
+/* How logits are formed (`sketchkv.logits.Form`): softcap 0 for none; sinks: of all query heads, or NULL. */
+typedef struct {
+    float scaling, softcap;
+    const float *sinks;
+} Form;
+
+INLINE float capped(float logit, float softcap)
+{
+    return softcap > 0 ? softcap * tanhf(logit / softcap) : logit;
 }
 
 #define SLOT(i) (list ? list[i] : (i))
@@ -259,9 +295,10 @@ void append(const Slots *slots, int64_t used, const float *key, int64_t k_batch,
 /* Attention of one KV head of a sequence to the slots of a list of `used`, NULL for the first: `group` queries, turned and
  * scaled, to `out`, turned, both [group, DIM]; `weight` [group, used + 1] takes the attention, of the summary last. */
 INLINE void head_attend(const Slots *slots, int64_t row, const int32_t *list, int64_t used, int group, const float *query,
-                        int padded, float *weight, float *out)
+                        int padded, const Form *form, float *weight, float *out)
 {
     const int64_t base = row * slots->capacity, stride = used + 1, rows = slots->newest + slots->sinks;
+    const float softcap = form->softcap, *sinks = form->sinks ? form->sinks + row % slots->kv_heads * group : NULL;
     float centre[DIM], x[DIM];
     for (int64_t i = 0; i < used; i++) {
         float scale = read(&slots->keys, base + SLOT(i), KEY_BITS, x);
@@ -281,13 +318,17 @@ INLINE void head_attend(const Slots *slots, int64_t row, const int32_t *list, in
     for (int g = 0; g < group; g++) {
         float *own = weight + g * stride, top = -INFINITY, total = 0, shift = dot(query + g * DIM, centre);
         for (int64_t i = 0; i < used; i++)
-            own[i] = padded && slots->positions[base + SLOT(i)] < 0 ? -FLT_MAX : own[i] + shift;
+            own[i] = padded && slots->positions[base + SLOT(i)] < 0 ? -FLT_MAX : capped(own[i] + shift, softcap);
         own[used] = -INFINITY;
         if (slots->counts)
-            own[used] = dot(query + g * DIM, slots->means + row * DIM) + logf(slots->counts[row]);
+            own[used] = capped(dot(query + g * DIM, slots->means + row * DIM) + logf(slots->counts[row]), softcap);
 #pragma omp simd reduction(max : top)
         for (int64_t i = 0; i <= used; i++)
             top = own[i] > top ? own[i] : top;
+        if (sinks) { /* a logit that takes attention and gives nothing */
+            top = sinks[g] > top ? sinks[g] : top;
+            total = exponential(sinks[g] - top);
+        }
 #pragma omp simd reduction(+ : total)
         for (int64_t i = 0; i <= used; i++) {
             own[i] = exponential(own[i] - top);
@@ -315,14 +356,14 @@ INLINE void head_attend(const Slots *slots, int64_t row, const int32_t *list, in
 }
 
 static void attend_row(const Slots *slots, int64_t row, const int32_t *list, int64_t used, int64_t group, const float *query,
-                       int padded, float *weight, float *out)
+                       int padded, const Form *form, float *weight, float *out)
 {
     switch (group) { /* The compiler makes each of these by itself. */
-    case 1: head_attend(slots, row, list, used, 1, query, padded, weight, out); break;
-    case 2: head_attend(slots, row, list, used, 2, query, padded, weight, out); break;
-    case 3: head_attend(slots, row, list, used, 3, query, padded, weight, out); break;
-    case 4: head_attend(slots, row, list, used, 4, query, padded, weight, out); break;
-    default: head_attend(slots, row, list, used, (int)group, query, padded, weight, out);
+    case 1: head_attend(slots, row, list, used, 1, query, padded, form, weight, out); break;
+    case 2: head_attend(slots, row, list, used, 2, query, padded, form, weight, out); break;
+    case 3: head_attend(slots, row, list, used, 3, query, padded, form, weight, out); break;
+    case 4: head_attend(slots, row, list, used, 4, query, padded, form, weight, out); break;
+    default: head_attend(slots, row, list, used, (int)group, query, padded, form, weight, out);
     }
 }
 
@@ -336,32 +377,38 @@ static void turned_queries(const Slots *slots, const float *query, int64_t group
     }
 }
 
-/* Attention of the newest token, in the last of `used` slots, of `group` query heads for each KV head. query: not turned,
- * strides of a sequence and a head, in numbers. out: [batch, heads, DIM]. received: what slots receive, all heads of a group,
- * [rows, used], or NULL; with decay >= 0 it is added to the mass instead. position: of the token, where some rows are padded,
- * else NULL. Returns whether memory sufficed. */
-int attend(const Slots *slots, int64_t used, int64_t group, const float *query, int64_t q_batch, int64_t q_head,
-           float scaling, const int32_t *position, float decay, float *received, float *out)
+/* Attention of the new tokens, in the last of `used` slots, of `group` query heads for each KV head; several enter the ring as
+ * their turn comes. out: [batch, heads, tokens, DIM]. received: what slots receive, all heads of a group, [rows, tokens, used], or
+ * NULL; with decay >= 0 it is added to the mass instead. padded: whether some rows are. Returns whether memory sufficed. */
+int attend(const Slots *slots, const New *new, const Form *form, int64_t used, int64_t group, int padded, float decay,
+           float *received, float *out)
 {
     float *scratch = malloc((size_t)group * (size_t)(used + 1 + 2 * DIM) * sizeof(float));
     if (!scratch)
         return 0;
     float *own = scratch, *found = own + group * DIM, *weight = found + group * DIM;
     for (int64_t row = 0; row < slots->batch * slots->kv_heads; row++) {
-        int64_t batch = row / slots->kv_heads, head = row % slots->kv_heads;
-        turned_queries(slots, query + batch * q_batch + head * group * q_head, group, q_head, scaling, own);
-        attend_row(slots, row, NULL, used, group, own, position != NULL, weight, found);
-        for (int g = 0; g < group; g++)
-            turned(found + g * DIM, slots->back, out + (row * group + g) * DIM);
-        float *mass = slots->mass + row * slots->capacity, real = !position || position[batch] >= 0;
-        for (int64_t i = 0; (decay >= 0 || received) && i < used; i++) {
-            float sum = 0;
+        int64_t batch = row / slots->kv_heads, head = row % slots->kv_heads, count = new->count;
+        const float *query = new->query + batch * new->q_batch + head * group * new->q_head;
+        float *mass = slots->mass + row * slots->capacity;
+        for (int64_t token = 0; token < count; token++) {
+            int64_t now_used = used - count + token + 1;
+            if (count > 1)
+                enter(slots, new, row, token, now_used - 1, 1);
+            turned_queries(slots, query + token * new->q_token, group, new->q_head, form->scaling, own);
+            attend_row(slots, row, NULL, now_used, group, own, padded, form, weight, found);
             for (int g = 0; g < group; g++)
-                sum += weight[g * (used + 1) + i];
-            if (decay >= 0)
-                mass[i] = decay * mass[i] + real * sum;
-            else
-                received[row * used + i] = real * sum;
+                turned(found + g * DIM, slots->back, out + ((row * group + g) * count + token) * DIM);
+            float real = !padded || new->position[batch * new->p_batch + token] >= 0;
+            for (int64_t i = 0; (decay >= 0 || received) && i < used; i++) {
+                float sum = 0;
+                for (int g = 0; i < now_used && g < group; g++)
+                    sum += weight[g * (now_used + 1) + i];
+                if (received)
+                    received[(row * count + token) * used + i] = real * sum;
+                else if (i < now_used)
+                    mass[i] = decay * mass[i] + real * sum;
+            }
         }
     }
     free(scratch);

@@ -1,7 +1,7 @@
-"""The operations of a layer on a CPU: a decode step over coded slots in C (`cpu.c`), where there is a compiler.
+"""The operations of a layer on a CPU: decode steps over coded slots in C (`cpu.c`), where there is a compiler.
 
-Each method falls back on the eager rule where the C does not serve: several tokens at once, half precision, other codecs,
-summaries or layers.
+Each method falls back on the eager rule where the C does not serve: many tokens at once, half precision, other codecs, summaries
+or layers.
 """
 
 import ctypes
@@ -23,6 +23,8 @@ from sketchkv.tail import Tail
 SOURCE = Path(__file__).with_name("cpu.c")
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _CODED = ("keys", "values", "rest_keys", "rest_values")
+# Tokens at once that C takes one after the other, decoding all slots for each: of more, torch's one decoding is faster.
+MOST = 32
 
 
 class _Slots(ctypes.Structure):
@@ -36,8 +38,24 @@ class _Slots(ctypes.Structure):
     ]
 
 
+class _New(ctypes.Structure):
+    """`New` of cpu.c."""
+
+    _fields_ = [
+        *((name, POINTER) for name in ("key", "value", "query", "position", "first")),
+        *((f"{name}_{of}", NUMBER) for name in "kvq" for of in ("batch", "head", "token")),
+        *((name, NUMBER) for name in ("p_batch", "count")),
+    ]
+
+
+class _Form(ctypes.Structure):
+    """`Form` of cpu.c."""
+
+    _fields_ = [("scaling", REAL), ("softcap", REAL), ("sinks", POINTER)]
+
+
 class Coded(Eager):
-    """One call to code and store a token, one to attend and accumulate."""
+    """One call to code and store new tokens, one to attend and accumulate."""
 
     def turn(self, layer, query, key, value):
         """What the C takes, it turns itself."""
@@ -50,18 +68,12 @@ class Coded(Eager):
         view, slots = _view(layer, keys), layer.slots
         if view is None:
             return super().append(layer, keys, values, tokens)
-        used, key, value, (positions, first) = slots.used, flat(keys), flat(values), places(tokens)
-        view.append(
-            used,
-            *(key.data_ptr(), key.stride(0), key.stride(1)),
-            *(value.data_ptr(), value.stride(0), value.stride(1)),
-            *(positions.data_ptr(), positions.stride(0) if positions.shape[0] > 1 else 0),
-            None if first is None else first.data_ptr(),
-        )
+        slots.coming = flat(keys), flat(values), *places(tokens)
+        view.append(_new(*slots.coming), slots.used)
         if slots.codec.ring:
             slots.codec.ring.passing = None
-        slots.used = used + 1
-        return slice(used, used + 1)
+        slots.used += keys.shape[2]
+        return slice(slots.used - keys.shape[2], slots.used)
 
     def recalled(self, layer, query, key, value, tokens, form):
         """A whole step of a `RecallLayer`, parameters as of its `attend`; None: C does not serve."""
@@ -73,22 +85,20 @@ class Coded(Eager):
         view, slots, policy = _view(layer, query), layer.slots, layer.policy
         if view is None:
             return super().attend(layer, query, tokens, form)
-        if form.softcap is not None or form.sinks is not None:
-            codec = slots.codec
-            return codec.turn_back(super().attend(layer, codec.turn(query, query, query)[0], tokens, form))
         # A subclass that observes in its own way is asked to.
         accumulates = type(policy).observe is AttentionMass.observe and view.tensors["mass"] is not None
-        received = None
+        received, count = None, query.shape[2]
         if policy.uses_attention and not accumulates:
-            received = query.new_empty(*slots.shape, 1, slots.used)
-        given, positions = flat(query), tokens.positions.int().contiguous() if tokens.padded else None
-        output = torch.empty(query.shape, dtype=query.dtype)
+            received = query.new_empty(*slots.shape, count, slots.used)
+        sinks = None if form.sinks is None else form.sinks.float().contiguous()
+        coming, slots.coming = slots.coming, None
+        output = query.new_empty(query.shape)
         done = view.attend(
+            _new(*coming, flat(query)),
+            ctypes.byref(_Form(form.scaling, form.softcap or 0, None if sinks is None else sinks.data_ptr())),
             slots.used,
             query.shape[1] // slots.shape[1],
-            *(given.data_ptr(), given.stride(0), given.stride(1)),
-            form.scaling,
-            None if positions is None else positions.data_ptr(),
+            tokens.padded,
             policy.decay if accumulates else -1.0,
             None if received is None else received.data_ptr(),
             output.data_ptr(),
@@ -98,6 +108,16 @@ class Coded(Eager):
         if received is not None:
             policy.observe(slots, received)
         return output
+
+    def score(self, layer, tokens):
+        policy, slots = layer.policy, layer.slots
+        weighted = type(policy).score is AttentionMass.score and policy.value_norm
+        view = view_of(layer, SOURCE) if weighted and not layer.selective else None
+        if view is None:
+            return super().score(layer, tokens)
+        norms = torch.empty(*slots.shape, slots.used)
+        view.norms(slots.used, norms.data_ptr())
+        return policy.received(slots, tokens.end(layer)) * norms
 
 
 coded = Coded()
@@ -133,17 +153,20 @@ class View:
         sizes |= dict(newest=ring.newest if ring else 0, sinks=ring.sinks if ring else 0)
         self.slots = _Slots(**{name: x.data_ptr() for name, x in tensors.items() if x is not None}, **sizes)
         self.address, self.library = ctypes.addressof(self.slots), compiled
-        self._append, self._attend = compiled.append, compiled.attend
-        strides = POINTER, NUMBER, NUMBER
-        self._append.argtypes = (POINTER, NUMBER, *strides, *strides, POINTER, NUMBER, POINTER)
-        self._append.restype = None
-        self._attend.argtypes = (POINTER, NUMBER, NUMBER, *strides, REAL, POINTER, REAL, POINTER, POINTER)
+        self._append, self._attend, self._norms = compiled.append, compiled.attend, compiled.norms
+        self._norms.argtypes, self._norms.restype = (POINTER, NUMBER, POINTER), None
+        self._append.argtypes, self._append.restype = (POINTER, POINTER, NUMBER), None
+        sizes = NUMBER, NUMBER, ctypes.c_int, REAL
+        self._attend.argtypes = (POINTER, POINTER, POINTER, *sizes, POINTER, POINTER)
 
     def append(self, *given):
         self._append(self.address, *given)
 
     def attend(self, *given):
         return self._attend(self.address, *given)
+
+    def norms(self, *given):
+        self._norms(self.address, *given)
 
     def holds(self, layer):
         """Whether the layer still has these tensors, and such a policy."""
@@ -157,8 +180,8 @@ _views: weakref.WeakKeyDictionary[Any, View] = weakref.WeakKeyDictionary()
 
 
 def _view(layer, vectors):
-    """The `View` of a layer, for one new token of which `vectors` `[batch, heads, 1, width]` are; None: C does not serve."""
-    if vectors.shape[2] != 1 or vectors.dtype != torch.float32 or layer.selective:
+    """The `View` of a layer, for new tokens of which `vectors` `[batch, heads, n, width]` are; None: C does not serve."""
+    if vectors.shape[2] > MOST or vectors.dtype != torch.float32 or layer.selective:
         return None
     return view_of(layer, SOURCE)
 
@@ -212,9 +235,21 @@ def _rotation(rotation):
 def places(tokens):
     """Positions of new tokens, int32 `[batch or 1, n]`, and of the first real ones, int32, None for 0 in all rows."""
     first = tokens.first
-    return tokens.positions.int(), first.int().contiguous() if isinstance(first, torch.Tensor) else None
+    return flat(tokens.positions.int()), first.int().contiguous() if isinstance(first, torch.Tensor) else None
+
+
+def _new(key, value, positions, first, query=None):
+    """`New` of vectors `[batch, heads, n, width]`; it knows where the tensors lie, and does not hold them."""
+    vectors = [x for x in (key, value, query) if x is not None]
+    new = _New(*(x.data_ptr() for x in vectors), position=positions.data_ptr(), count=key.shape[2])
+    for name, x in zip("kvq", vectors):
+        for dim, of in enumerate(("batch", "head", "token")):
+            setattr(new, f"{name}_{of}", x.stride(dim))
+    new.first = None if first is None else first.data_ptr()
+    new.p_batch = positions.stride(0) if positions.shape[0] > 1 else 0
+    return ctypes.byref(new)
 
 
 def flat(x):
-    """Vectors whose numbers lie side by side."""
+    """The same, its numbers side by side along the last dimension."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -187,7 +187,7 @@ class Fused(Eager):
         )
         if not served:
             return super().evict(layer, tokens)
-        importance = checked_scores(_score(layer, tokens), layer).to(slots.device, torch.float32)
+        importance = checked_scores(self.score(layer, tokens), layer).to(slots.device, torch.float32)
         if importance.stride(-1) != 1:
             importance = importance.contiguous()
         protection = layer.num_sinks, layer.recent_window, layer.nan
@@ -201,6 +201,23 @@ class Fused(Eager):
             summary.fold(*taken, slots["positions"].gather(-1, index))
         storage.compact(slots, evicted)
 
+    def score(self, layer, tokens):
+        """`policy.score`, for the Count-Min Sketch in two launches, for norms of coded values in one."""
+        policy, slots, seen = layer.policy, layer.slots, tokens.end(layer)
+        if type(policy).score is AttentionMass.score and _is_coded(layer):
+            return codes.importance(policy, slots, tokens, layer.seen)
+        if type(policy) is not Sketch or type(policy.sketches[0]) is not CountMinSketch:
+            return super().score(layer, tokens)
+        elapsed = slots.used - slots.kept
+        if policy.key == "lsh" and type(slots.codec) is Plain:
+            eviction.codes(slots.keys, policy.code.projection, slots.arrays["signature"], slots.kept, elapsed)
+            signatures = slots["signature"]
+        else:
+            signatures = policy.signatures(slots)
+        return eviction.remember(
+            signatures, slots["mass"], slots["positions"], policy.sketches, seen, elapsed, policy.decay
+        )
+
     def look(self, layer, tokens):
         if not (layer.nan.is_cuda and torch.cuda.is_current_stream_capturing()):  # a later eviction looks
             super().look(layer, tokens)
@@ -208,7 +225,7 @@ class Fused(Eager):
     def _evict_many(self, layer, tokens):
         """Those that stay go back to the steady slots."""
         slots, summary = layer.slots, layer.summary
-        importance = checked_scores(_score(layer, tokens), layer).to(slots.device, torch.float32)
+        importance = checked_scores(self.score(layer, tokens), layer).to(slots.device, torch.float32)
         if importance.stride(-1) != 1:
             importance = importance.contiguous()
         ranks, best, index = survivors.chosen(importance, slots, tokens, layer)
@@ -300,22 +317,4 @@ def _serves_codes(layer):
         and not layer.selective
         and type(layer).hide is BoundedLayer.hide
         and type(layer.policy).query is Policy.query
-    )
-
-
-def _score(layer, tokens):
-    """`policy.score`, for the Count-Min Sketch in two launches, for norms of coded values in one."""
-    policy, slots, seen = layer.policy, layer.slots, tokens.end(layer)
-    if type(policy).score is AttentionMass.score and _is_coded(layer):
-        return codes.importance(policy, slots, tokens, layer.seen)
-    if type(policy) is not Sketch or type(policy.sketches[0]) is not CountMinSketch:
-        return policy.score(slots, seen)
-    elapsed = slots.used - slots.kept
-    if policy.key == "lsh" and type(slots.codec) is Plain:
-        eviction.codes(slots.keys, policy.code.projection, slots.arrays["signature"], slots.kept, elapsed)
-        signatures = slots["signature"]
-    else:
-        signatures = policy.signatures(slots)
-    return eviction.remember(
-        signatures, slots["mass"], slots["positions"], policy.sketches, seen, elapsed, policy.decay
     )

@@ -274,7 +274,7 @@ static int64_t attend_chosen(const Slots *slots, const Index *index, int64_t row
         }
     if (index->taken)
         slots->counts[row] = first >= 0 && index->taken[row] > 0 ? (float)(seen - first - count) : 0;
-    attend_row(slots, row, own->list, count, group, own->queries, 0, own->weight, own->found);
+    attend_row(slots, row, own->list, count, group, own->queries, 0, &(Form){0}, own->weight, own->found);
     return missing;
 }
 
@@ -296,7 +296,7 @@ static void take(const Slots *slots, const Index *index, int64_t row, const floa
     }
 }
 
-/* One step of all rows: key, value, position and first as of `append`, query, scaling and out as of `attend`. seen: tokens with
+/* One step of all rows: key, value, position and first as of `New`, query, scaling and out as of `attend`. seen: tokens with
  * the new one; used: slots occupied before it; coded: tokens of full blocks. counted: takes the tokens that were chosen, and those
  * that were missing. Returns whether memory sufficed; nothing has changed if not. */
 int step(const Slots *slots, const Index *index, int64_t seen, int64_t used, int64_t coded, int64_t group, const float *query,
@@ -329,7 +329,7 @@ int step(const Slots *slots, const Index *index, int64_t seen, int64_t used, int
             slot = own.list[0];
         }
         const float *new_key = key + batch * k_batch + head * k_head, *new_value = value + batch * v_batch + head * v_head;
-        store(slots, row, slot, new_key, new_value, position[batch * p_batch], begins);
+        store(slots, row, slot, new_key, new_value, position[batch * p_batch], begins, 1);
         if (index->taken)
             take(slots, index, row, new_key, new_value, position[batch * p_batch], begins);
         index->asked[base + slot] = 0;

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import lru_cache
 from unittest import mock
 
 import pytest
@@ -95,6 +96,18 @@ def padding(ids):
     mask = torch.ones_like(ids)
     mask[1, :23] = 0
     return ids * mask, mask
+
+
+@pytest.fixture
+def quickly(monkeypatch):
+    """C is compiled in a third of the time, for what is compiled for a single test."""
+    from sketchkv.fast import (
+        cpu,
+        native,
+    )  # not where `conftest` is imported: a test looks at what a CPU loads
+
+    monkeypatch.setattr(native, "FLAGS", ("-O1", *native.FLAGS[1:]))
+    monkeypatch.setattr(cpu, "library", lru_cache(native.library.__wrapped__))
 
 
 def attended(layer, query, keys, values):

@@ -137,6 +137,7 @@ SHAPES = [
 
 
 @compiles
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("shape", SHAPES, ids=named)
 def test_steps_equal_attention_in_float64(shape):
     run(**shape)
@@ -189,6 +190,7 @@ def broken(monkeypatch, tmp_path, old, new):
 
 
 @compiles
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize(
     "old, new",
     [
@@ -275,8 +277,8 @@ def test_several_processes_may_compile_at_once(tmp_path):
         "assert native.library(cpu.SOURCE, DIM=16, KEY_BITS=5, VALUE_BITS=4, REST_BITS=4), native.reasons"
     )
     environment = os.environ | {"SKETCHKV_CACHE": str(tmp_path)}
-    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
-    assert [process.wait() for process in processes] == [0, 0, 0]
+    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
     assert len(list((tmp_path / "compiled").iterdir())) == 1  # and nothing else is left
 
 

@@ -113,6 +113,7 @@ CASES = [
 
 
 @compiles
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("case", CASES, ids=named)
 def test_steps_equal_the_eager_rule(monkeypatch, case):
     agree(monkeypatch, **case)
@@ -170,6 +171,7 @@ def chosen(layer, query, scaling, pooling):
 
 
 @compiles
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("pooling", ["softmax", "max", "sum"])
 def test_the_choice_is_that_of_numpy(bits, pooling):
@@ -185,6 +187,7 @@ def test_the_choice_is_that_of_numpy(bits, pooling):
 
 
 @compiles
+@pytest.mark.usefixtures("quickly")
 def test_of_equal_ranks_the_newest_are_chosen():
     layers = [make(top=12) for _ in "ab"]
     for step in range(90):
@@ -209,6 +212,7 @@ FAULTS = [
 
 
 @compiles
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("old, new", FAULTS)
 def test_the_tests_see_small_faults(monkeypatch, tmp_path, old, new):
     source = fast.SOURCE.read_text()

@@ -72,7 +72,7 @@ lab: $(READY)  ## open the notebooks in JupyterLab; ARGS="--port 9999" and the l
 
 test: lint  ## check style and types, then run the tests and every notebook
 	@mkdir -p '$(IPYTHONDIR)'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:nbval -n 2 --dist worksteal tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 

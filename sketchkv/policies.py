@@ -106,8 +106,7 @@ class AttentionMass(Policy):
 
     def received(self, slots, seen):
         """Attention of each occupied slot, sum or mean: float32 `[batch, num_kv_heads, used]`."""
-        mass = slots["mass"]
-        return mass / exposure(seen - slots["positions"], self.decay) if self.mean else mass
+        return slots["mass"] / (exposure(seen - slots["positions"], self.decay) if self.mean else 1)
 
     def score(self, slots, seen):
         received = self.received(slots, seen)

@@ -69,7 +69,7 @@ class Coded(Eager):
         if view is None:
             return super().append(layer, keys, values, tokens)
         slots.coming = flat(keys), flat(values), *places(tokens)
-        view.append(_new(*slots.coming), slots.used)
+        view.append(_new(None, *slots.coming), slots.used)
         if slots.codec.ring:
             slots.codec.ring.passing = None
         slots.used += keys.shape[2]
@@ -94,7 +94,7 @@ class Coded(Eager):
         coming, slots.coming = slots.coming, None
         output = query.new_empty(query.shape)
         done = view.attend(
-            _new(*coming, flat(query)),
+            _new(flat(query), *coming),
             ctypes.byref(_Form(form.scaling, form.softcap or 0, None if sinks is None else sinks.data_ptr())),
             slots.used,
             query.shape[1] // slots.shape[1],
@@ -156,8 +156,8 @@ class View:
         self._append, self._attend, self._norms = compiled.append, compiled.attend, compiled.norms
         self._norms.argtypes, self._norms.restype = (POINTER, NUMBER, POINTER), None
         self._append.argtypes, self._append.restype = (POINTER, POINTER, NUMBER), None
-        sizes = NUMBER, NUMBER, ctypes.c_int, REAL
-        self._attend.argtypes = (POINTER, POINTER, POINTER, *sizes, POINTER, POINTER)
+        numbers = NUMBER, NUMBER, ctypes.c_int, REAL
+        self._attend.argtypes = (POINTER, POINTER, POINTER, *numbers, POINTER, POINTER)
 
     def append(self, *given):
         self._append(self.address, *given)
@@ -238,8 +238,8 @@ def places(tokens):
     return flat(tokens.positions.int()), first.int().contiguous() if isinstance(first, torch.Tensor) else None
 
 
-def _new(key, value, positions, first, query=None):
-    """`New` of vectors `[batch, heads, n, width]`; it knows where the tensors lie, and does not hold them."""
+def _new(query, key, value, positions, first):
+    """`New` of vectors `[batch, heads, n, width]`, query or None; it knows where the tensors lie, and does not hold them."""
     vectors = [x for x in (key, value, query) if x is not None]
     new = _New(*(x.data_ptr() for x in vectors), position=positions.data_ptr(), count=key.shape[2])
     for name, x in zip("kvq", vectors):

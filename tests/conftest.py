@@ -101,10 +101,8 @@ def padding(ids):
 @pytest.fixture
 def quickly(monkeypatch):
     """C is compiled in a third of the time, for what is compiled for a single test."""
-    from sketchkv.fast import (
-        cpu,
-        native,
-    )  # not where `conftest` is imported: a test looks at what a CPU loads
+    # Not where `conftest` is imported: a test looks at what a CPU loads.
+    from sketchkv.fast import cpu, native
 
     monkeypatch.setattr(native, "FLAGS", ("-O1", *native.FLAGS[1:]))
     monkeypatch.setattr(cpu, "library", lru_cache(native.library.__wrapped__))

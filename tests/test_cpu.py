@@ -154,7 +154,7 @@ def test_several_tokens_are_steps_one_by_one(policy, padded):
     if padded:
         positions = positions.expand(rows, -1).masked_fill(first[:, 0] > positions, -1)
     tokens = Tokens(None, positions, first, padded)
-    query = torch.randn(rows, total, 6, 64).transpose(1, 2) * 3
+    query = torch.randn(rows, 6, 64, total).mT * 3  # the numbers of a vector lie apart
     key, value = torch.randn(2, rows, 2, total, 64) + 0.5
     form, layers, outputs = Form(0.2, 5.0, torch.randn(6)), [], []
     for sizes in [1] * total, [32, 3, 1, 17, 32, 2, 31, 32]:

@@ -87,14 +87,14 @@ class Coded(Eager):
             return super().attend(layer, query, tokens, form)
         # A subclass that observes in its own way is asked to.
         accumulates = type(policy).observe is AttentionMass.observe and view.tensors["mass"] is not None
-        received, count = None, query.shape[2]
+        received = None
         if policy.uses_attention and not accumulates:
-            received = query.new_empty(*slots.shape, count, slots.used)
+            received = query.new_empty(*slots.shape, query.shape[2], slots.used)
         sinks = None if form.sinks is None else form.sinks.float().contiguous()
-        coming, slots.coming = slots.coming, None
+        given, coming, slots.coming = flat(query), slots.coming, None  # held until C has read them
         output = query.new_empty(query.shape)
         done = view.attend(
-            _new(flat(query), *coming),
+            _new(given, *coming),
             ctypes.byref(_Form(form.scaling, form.softcap or 0, None if sinks is None else sinks.data_ptr())),
             slots.used,
             query.shape[1] // slots.shape[1],

@@ -67,7 +67,7 @@ class Eager:
         logits = form.capped(logits)
         layer.hide(logits.view(batch, kv_heads, -1, count, used), tokens)
         if summary:
-            logits = torch.cat([logits, form.capped(summary.logits(grouped, form.scaling))], -1)
+            logits = torch.cat([logits, summary.logits(grouped, form)], -1)
         if form.sinks is not None:  # a learned logit per head that takes mass and gives nothing
             logits = torch.cat([logits, form.sink_column(batch, kv_heads, count)], -1)
         attention = logits.softmax(-1)

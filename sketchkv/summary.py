@@ -76,15 +76,14 @@ class Summary:
         self.keys += step
         self.values += (member @ values - added * self.values) / total
 
-    def logits(self, query, scaling):
-        """Logits of queries `[batch * num_kv_heads, m, width]`: float32 `[batch * num_kv_heads, m, count]`."""
-        query = query.float() * scaling
-        logits = query @ self.keys.flatten(0, 1).transpose(1, 2) + self.counts.log().flatten(0, 1)[:, None]
-        return (
-            logits + query.square() @ self.variance.flatten(0, 1).transpose(1, 2) / 2
-            if self.spread
-            else logits
-        )
+    def logits(self, query, form):
+        """Logits of queries `[batch * num_kv_heads, m, width]`, as of so many tokens alike: float32
+        `[batch * num_kv_heads, m, count]`."""
+        query = query.float() * form.scaling
+        logits = query @ self.keys.flatten(0, 1).transpose(1, 2)
+        if self.spread:
+            logits = logits + query.square() @ self.variance.flatten(0, 1).transpose(1, 2) / 2
+        return form.capped(logits) + self.counts.log().flatten(0, 1)[:, None]
 
     def output(self, attention):
         """What attention `[batch * num_kv_heads, m, count]` takes from the summary: float32 `[..., m, width of values]`."""

@@ -50,7 +50,7 @@ class Tail(Summary):
         """
         (keys, values, any_taken), self.means = self.means, None
         query = query.float().unflatten(1, (keys.shape[1], -1))
-        logits = form.capped((query * keys[:, :, None]).sum(-1, keepdim=True) * form.scaling + weight(tokens))
+        logits = form.capped((query * keys[:, :, None]).sum(-1, keepdim=True) * form.scaling) + weight(tokens)
         return logits.masked_fill(~any_taken[:, :, None], -torch.inf), values[:, :, None]
 
     def tensors(self):

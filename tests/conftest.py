@@ -108,16 +108,16 @@ def quickly(monkeypatch):
     monkeypatch.setattr(cpu, "library", lru_cache(native.library.__wrapped__))
 
 
-def attended(layer, query, keys, values):
+def attended(layer, query, keys, values, softcap=None):
     """(what a bounded layer gives for a text at once, the same of a full cache); query: `[1, num_heads, n, head_dim]`, keys and
     values: `[1, 1, n, head_dim]`; logits are scaled by 1/2."""
     layer.update(keys, values)
     positions = torch.arange(keys.shape[2], dtype=torch.int32)[None]
-    output = layer.attend(query, keys, values, Tokens(None, positions), Form(0.5))
-    keys, values = (x.expand(-1, query.shape[1], -1, -1) for x in (keys, values))
-    return output, torch.nn.functional.scaled_dot_product_attention(
-        query, keys, values, is_causal=True, scale=0.5
-    )
+    output = layer.attend(query, keys, values, Tokens(None, positions), Form(0.5, softcap))
+    logits = query @ keys.mT / 2
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    later = torch.ones_like(logits, dtype=torch.bool).triu(1)
+    return output, logits.masked_fill(later, -torch.inf).softmax(-1) @ values
 
 
 def interpreted(path, *arguments):

@@ -105,7 +105,8 @@ def test_output_equals_attention_recomputed_from_the_record(model, ids, padding,
         )
 
 
-def test_one_repeated_token_equals_the_full_cache():
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_one_repeated_token_equals_the_full_cache(softcap):
     """Keys of a bucket are equal, and so are values: log n is exact, and the bounded cache loses nothing."""
     generator = torch.Generator().manual_seed(0)
     kinds = torch.randn(5, 8, generator=generator)
@@ -119,7 +120,7 @@ def test_one_repeated_token_equals_the_full_cache():
     layer = BoundedLayer(Window(), 20, Settings(2, 4, 3), Summary(slots))
     keys, values = kinds[order][None, None], values_of[order][None, None]
     query = torch.randn(1, 3, 90, 8, generator=generator)
-    torch.testing.assert_close(*attended(layer, query, keys, values), atol=1e-5, rtol=0)
+    torch.testing.assert_close(*attended(layer, query, keys, values, softcap), atol=1e-5, rtol=0)
     assert layer.summary.counts.sum() == 90 - layer.slots.used >= 60
 
 

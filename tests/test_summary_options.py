@@ -112,7 +112,7 @@ def test_the_spread_gives_gaussian_keys_their_mass():
         summary = allocated(Summary(1, spread=second_order), (1, 2), 8)
         for part in keys.split(20_000, 2):
             summary.fold(part, part, torch.arange(20_000).expand(1, 2, -1))
-        logit = summary.logits(query.flatten(0, 1), scaling).view(1, 2, 4, 1)
+        logit = summary.logits(query.flatten(0, 1), Form(scaling)).view(1, 2, 4, 1)
         gaps.append((query @ keys.transpose(-1, -2) * scaling).logsumexp(-1) - logit[..., 0])
     torch.testing.assert_close(
         gaps[0], ((query * scaling).square() * spread.square()).sum(-1) / 2, atol=0.03, rtol=0

@@ -321,7 +321,7 @@ INLINE void head_attend(const Slots *slots, int64_t row, const int32_t *list, in
             own[i] = padded && slots->positions[base + SLOT(i)] < 0 ? -FLT_MAX : capped(own[i] + shift, softcap);
         own[used] = -INFINITY;
         if (slots->counts)
-            own[used] = capped(dot(query + g * DIM, slots->means + row * DIM) + logf(slots->counts[row]), softcap);
+            own[used] = capped(dot(query + g * DIM, slots->means + row * DIM), softcap) + logf(slots->counts[row]);
 #pragma omp simd reduction(max : top)
         for (int64_t i = 0; i <= used; i++)
             top = own[i] > top ? own[i] : top;

@@ -143,7 +143,7 @@ class Fused(Eager):
         inside = summary if summary and summary.count == 1 and not summary.spread else None
         if summary and not inside:
             grouped = query.reshape(batch * kv_heads, -1, query.shape[-1])
-            beside.append(form.capped(summary.logits(grouped, form.scaling)))
+            beside.append(summary.logits(grouped, form))
         if form.sinks is not None:
             beside.append(form.sink_column(batch, kv_heads, count))
         others = torch.cat(beside, -1).logsumexp(-1).view(batch, heads, count) if beside else None

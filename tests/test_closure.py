@@ -74,6 +74,7 @@ def test_only_what_imports_reach_changes_a_fingerprint(copy, monkeypatch):
         ("study/report.py", {"report"}),
         ("study/claims.py", {"report"}),
         ("fast/cpu.c", {"point", "notebook", "report"}),  # compiled where a module runs
+        ("fast/normal.c", {"point", "notebook", "report"}),  # included there
         ("study/recall.py", {"notebook", "report"}),  # an import inside a function
         ("study/why.py", {"point"}),
         ("study/methods.py", {"point", "notebook", "report"}),  # imported by what is imported

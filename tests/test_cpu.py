@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import build, named
+from conftest import build, named, with_fault
 from test_fast import Squared, both
 
 import sketchkv
@@ -183,10 +183,7 @@ def test_several_tokens_are_steps_one_by_one(policy, padded):
 
 def broken(monkeypatch, tmp_path, old, new):
     """C with a fault."""
-    source = cpu.SOURCE.read_text()
-    assert old in source
-    monkeypatch.setattr(cpu, "SOURCE", tmp_path / "cpu.c")
-    cpu.SOURCE.write_text(source.replace(old, new, 1))
+    monkeypatch.setattr(cpu, "SOURCE", with_fault(cpu.SOURCE, tmp_path, old, new))
 
 
 @compiles
@@ -195,12 +192,12 @@ def broken(monkeypatch, tmp_path, old, new):
     "old, new",
     [
         (
-            "i = 0; i < used; i++) {\n        float scale = read(&slots->keys",
-            "i = 0; i < used - 1; i++) {\n        float scale = read(&slots->keys",
+            "i = 0; i < used; i++) {\n        const float *key",
+            "i = 0; i < used - 1; i++) {\n        const float *key",
         ),
         (
-            "i = 0; i < used; i++) {\n        float scale = read(&slots->values",
-            "i = 1; i < used; i++) {\n        float scale = read(&slots->values",
+            "i = 0; i < used; i++) {\n        const float *value",
+            "i = 1; i < used; i++) {\n        const float *value",
         ),
         ("weight[g * stride + i] += dot", "weight[g * stride + i] += 0 * dot"),
         ("add(out + g * DIM, weight[g * stride + used]", "add(out + g * DIM, 0 * weight[g * stride + used]"),

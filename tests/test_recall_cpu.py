@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import build, named
+from conftest import build, named, with_fault
 from exact import ExactKeys
 from test_cpu import compiles
 from test_recall import attended, normal, recall, score
@@ -215,11 +215,7 @@ FAULTS = [
 @pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("old, new", FAULTS)
 def test_the_tests_see_small_faults(monkeypatch, tmp_path, old, new):
-    source = fast.SOURCE.read_text()
-    assert old in source
-    (tmp_path / "cpu.c").write_text(cpu.SOURCE.read_text())
-    monkeypatch.setattr(fast, "SOURCE", tmp_path / "recall.c")
-    fast.SOURCE.write_text(source.replace(old, new, 1))
+    monkeypatch.setattr(fast, "SOURCE", with_fault(fast.SOURCE, tmp_path, old, new))
     with pytest.raises(AssertionError):
         agree(monkeypatch, width=32, steps=110)
 

@@ -1,21 +1,13 @@
 /* Decode steps over slots in `sketchkv.quantize.Normal` codes: a new token is turned, coded and stored, and attends to all
- * slots, of which nothing is decoded to memory; several tokens do so one after the other. `sketchkv/fast/cpu.py` compiles it, with these numbers as constants:
+ * slots, of which nothing is decoded to memory; several do so one after the other, and the slots are read once for all.
+ * `sketchkv/fast/cpu.py` compiles it, with these numbers as constants:
  * DIM channels of a vector; KEY_BITS, VALUE_BITS, REST_BITS of the codes.
  * The rule is that of `sketchkv.ops.Eager`; NaN and infinity spread as they do there, so no fast-math. */
 
 #include <float.h>
-#include <math.h>
-#include <stdint.h>
 #include <stdlib.h>
-#include <string.h>
 
-#define INLINE static inline __attribute__((always_inline))
-
-typedef struct {
-    uint8_t *codes;   /* [rows, slots, DIM * bits / 8] */
-    uint16_t *scales; /* float16 [rows, slots] */
-    const float *levels, *bounds;
-} Coded;
+#include "normal.c"
 
 typedef struct {
     Coded keys, values, rest_keys, rest_values; /* the rests of a ring, if newest > 0 */
@@ -28,197 +20,28 @@ typedef struct {
     int64_t batch, kv_heads, capacity, newest, sinks;
 } Slots;
 
-INLINE float from_bits(uint32_t bits)
+/* First position and end of the tokens of a row that the ring covers, or NULL if there is none. */
+INLINE int32_t *span_of(const Slots *slots, int64_t row)
 {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-INLINE uint32_t to_bits(float x)
-{
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-
-INLINE float from_half(uint16_t half)
-{
-    uint32_t exponent = half >> 10 & 31, rest = half & 1023, sign = (uint32_t)(half & 0x8000) << 16;
-    float normal = from_bits((exponent == 31 ? 255 : exponent + 112) << 23 | rest << 13);
-    float x = exponent ? normal : (float)rest * 0x1p-24f;
-    return from_bits(to_bits(x) | sign);
-}
-
-/* Rounds to the nearest, ties to even. */
-INLINE uint16_t to_half(float x)
-{
-    uint32_t bits = to_bits(x), sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
-    if (size > 0x7f800000)
-        return (uint16_t)(sign | 0x7e00);
-    if (size >= 0x477ff000) /* 65520 */
-        return (uint16_t)(sign | 0x7c00);
-    if (size < 0x38800000) /* 2^-14 */
-        return (uint16_t)(sign | (uint32_t)lrintf(from_bits(size) * 0x1p24f));
-    size += 0xfff + (size >> 13 & 1);
-    return (uint16_t)(sign | (size - (112u << 23)) >> 13);
-}
-
-/* exp(x) of x <= 0; 0 where the result would be denormal, NaN of NaN. */
-INLINE float exponential(float x)
-{
-    float y = x < -87.0f ? -87.0f : x, shifted = y * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
-    float r = y - n * 0.693145752f - n * 1.42860677e-6f;
-    float p = 1 + r * (1 + r * (0.5f + r * (0.166666667f + r * (0.0416666667f + r * (8.33333333e-3f + r * 1.38888889e-3f)))));
-    float power = from_bits((to_bits(shifted) << 23) + 0x3f800000);
-    return x < -87.0f ? 0.0f : p * power;
-}
-
-INLINE float dot(const float *a, const float *b)
-{
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int c = 0; c < DIM; c++)
-        sum += a[c] * b[c];
-    return sum;
-}
-
-INLINE void add(float *out, float factor, const float *x)
-{
-#pragma omp simd
-    for (int c = 0; c < DIM; c++)
-        out[c] += factor * x[c];
-}
-
-static void turned(const float *x, const float *matrix, float *out)
-{
-    memset(out, 0, DIM * sizeof(float));
-    for (int i = 0; i < DIM; i++)
-        add(out, x[i], matrix + i * DIM);
-}
-
-/* Does EACH with every part of a packed vector: its bits are `width`, `shift` above the lowest, in `stretch` bytes from `offset`
- * on, of which each holds as many codes as fit (`sketchkv.quantize.pack`). */
-#define EACH_PART(bits, EACH)                                                \
-    for (int width = 8, shift = 0, offset = 0; width; width /= 2)            \
-        if ((bits) & width) {                                                \
-            const int stretch = DIM * width / 8;                             \
-            EACH;                                                            \
-            shift += width;                                                  \
-            offset += stretch;                                               \
-        }
-
-#ifdef __AVX512F__ /* a table look-up of 16 numbers in one instruction, for which C has no words: three times as fast */
-#include <immintrin.h>
-/* The parts of a vector are as wide as a load, or half of it: not so for 192 or 320 channels. */
-#define WIDE(bits) ((bits) <= 5 && DIM >= 64 && (DIM & (DIM - 1)) == 0)
-
-/* What 16 channels from `start` on have in a part, as 16 numbers. */
-INLINE __m512i part_of(const uint8_t *packed, int start, int stretch, int width)
-{
-    const __m512i second = _mm512_set_epi32(1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0);
-    __m512i shift = _mm512_set1_epi32(start / stretch * width), mask = _mm512_set1_epi32((1 << width) - 1);
-    __m128i bytes;
-    if (stretch >= 16)
-        memcpy(&bytes, packed + start % stretch, 16);
-    else { /* 8 bytes twice: they hold the channels of both halves */
-        int64_t word;
-        memcpy(&word, packed, 8);
-        bytes = _mm_set1_epi64x(word);
-        shift = _mm512_add_epi32(shift, _mm512_mullo_epi32(second, _mm512_set1_epi32(width)));
-    }
-    return _mm512_and_epi32(_mm512_srlv_epi32(_mm512_cvtepu8_epi32(bytes), shift), mask);
-}
-
-INLINE void read_wide(const uint8_t *packed, int bits, const float *table, float *levels)
-{
-    const int size = 1 << bits;
-    const __mmask16 few = (__mmask16)(size < 16 ? (1 << size) - 1 : 0xffff);
-    const __m512 low = _mm512_maskz_loadu_ps(few, table), high = size > 16 ? _mm512_loadu_ps(table + 16) : low;
-    for (int start = 0; start < DIM; start += 16) {
-        __m512i code = _mm512_setzero_si512();
-        EACH_PART(bits, code = _mm512_or_epi32(
-                            code, _mm512_slli_epi32(part_of(packed + offset, start, stretch, width), (unsigned)shift)))
-        _mm512_storeu_ps(levels + start, size > 16 ? _mm512_permutex2var_ps(low, code, high) : _mm512_permutexvar_ps(code, low));
-    }
-}
-#else
-#define WIDE(bits) 0
-INLINE void read_wide(const uint8_t *packed, int bits, const float *table, float *levels)
-{
-    (void)packed, (void)bits, (void)table, (void)levels;
-}
-#endif
-
-/* The levels of the codes at `at`; returns their scale. */
-INLINE float read(const Coded *coded, int64_t at, int bits, float *levels)
-{
-    const uint8_t *packed = coded->codes + at * (DIM * bits / 8);
-    const int block = DIM * (bits & -bits) / 8; /* the shortest stretch of channels that lie in order */
-    if (WIDE(bits))
-        read_wide(packed, bits, coded->levels, levels);
-    for (int start = 0; start < DIM && !WIDE(bits); start += block) {
-#pragma omp simd
-        for (int j = 0; j < block; j++) {
-            int code = 0;
-            EACH_PART(bits, code |= (packed[offset + start % stretch + j] >> start / stretch * width & ((1 << width) - 1)) << shift)
-            levels[start + j] = coded->levels[code];
-        }
-    }
-    return from_half(coded->scales[at]);
-}
-
-INLINE void pack(const uint8_t *codes, int bits, uint8_t *packed)
-{
-    EACH_PART(bits, for (int j = 0; j < stretch; j++) {
-        int byte = 0;
-        for (int part = 0; part < 8 / width; part++)
-            byte |= (codes[part * stretch + j] >> shift & ((1 << width) - 1)) << part * width;
-        packed[offset + j] = (uint8_t)byte;
-    })
-}
-
-/* Codes the vector x at `at`, as `Normal.encode` does; what is read from there then goes to `found`. */
-static void encode(const Coded *coded, int64_t at, int bits, const float *x, float *found)
-{
-    uint8_t codes[DIM];
-    int32_t code[DIM];
-    float level[DIM], norm = sqrtf(dot(x, x)) / sqrtf(DIM);
-    norm = norm < 0x1p-24f ? 0x1p-24f : norm;
-    memset(code, 0, sizeof code);
-    for (int i = 0; i < (1 << bits) - 1; i++) {
-        float bound = coded->bounds[i];
-#pragma omp simd
-        for (int c = 0; c < DIM; c++)
-            code[c] += !(x[c] / norm <= bound); /* NaN lies above all */
-    }
-    for (int c = 0; c < DIM; c++) {
-        codes[c] = (uint8_t)code[c];
-        level[c] = coded->levels[code[c]];
-    }
-    uint16_t scale = to_half(dot(x, level) / dot(level, level));
-    coded->scales[at] = scale;
-    pack(codes, bits, coded->codes + at * (DIM * bits / 8));
-    for (int c = 0; c < DIM; c++)
-        found[c] = level[c] * from_half(scale);
+    return slots->newest ? slots->span + 2 * (row / slots->kv_heads) : NULL;
 }
 
 /* The row of the ring where the token at `position` is (`sketchkv.ring.Ring.row`), or -1. */
-INLINE int64_t ring_row(const Slots *slots, int64_t batch, int32_t position)
+INLINE int64_t ring_row(const Slots *slots, const int32_t *span, int32_t position)
 {
-    int32_t first = slots->span[2 * batch], end = slots->span[2 * batch + 1];
+    int32_t first = span[0], end = span[1];
     int sink = position < first + slots->sinks;
     if (position < 0 || position >= end || !(sink || position >= end - slots->newest))
         return -1;
     return sink ? position - first : slots->sinks + position % slots->newest;
 }
 
-/* Stores the token at position `now` in a slot of a row, and in the ring if it is `near`. key, value: not turned; first:
+/* Stores the token at position `now` in a slot of a row, and in the ring if there is a `span`. key, value: not turned; first:
  * position of the sequence's first real token. */
 static void store(const Slots *slots, int64_t row, int64_t slot, const float *key, const float *value, int32_t now, int32_t first,
-                  int near)
+                  int32_t *span)
 {
-    int64_t batch = row / slots->kv_heads, at = row * slots->capacity + slot;
+    int64_t at = row * slots->capacity + slot;
     float new_key[DIM], new_value[DIM], centre[DIM], distance[DIM], found[DIM];
     turned(key, slots->turn, new_key);
     turned(value, slots->turn, new_value);
@@ -233,11 +56,11 @@ static void store(const Slots *slots, int64_t row, int64_t slot, const float *ke
     for (int c = 0; c < DIM; c++)
         new_value[c] -= found[c];
     slots->positions[at] = now;
-    if (!slots->newest || !near)
+    if (!span)
         return;
-    slots->span[2 * batch] = first;
-    slots->span[2 * batch + 1] = now + 1;
-    int64_t rows = slots->newest + slots->sinks, own = ring_row(slots, batch, now);
+    span[0] = first;
+    span[1] = now + 1;
+    int64_t rows = slots->newest + slots->sinks, own = ring_row(slots, span, now);
     own = row * rows + (own < 0 ? rows - 1 : own); /* padding comes before all that is held */
     encode(&slots->rest_keys, own, REST_BITS, new_key, found);
     encode(&slots->rest_values, own, REST_BITS, new_value, found);
@@ -251,21 +74,22 @@ typedef struct {
     int64_t k_batch, k_head, k_token, v_batch, v_head, v_token, q_batch, q_head, q_token, p_batch, count;
 } New;
 
-static void enter(const Slots *slots, const New *new, int64_t row, int64_t token, int64_t slot, int near)
+static void enter(const Slots *slots, const New *new, int64_t row, int64_t token, int64_t slot, int32_t *span)
 {
     int64_t batch = row / slots->kv_heads, head = row % slots->kv_heads;
     store(slots, row, slot, new->key + batch * new->k_batch + head * new->k_head + token * new->k_token,
           new->value + batch * new->v_batch + head * new->v_head + token * new->v_token,
-          new->position[batch * new->p_batch + token], new->first ? new->first[batch] : 0, near);
+          new->position[batch * new->p_batch + token], new->first ? new->first[batch] : 0, span);
 }
 
 /* Stores new tokens of all heads in the slots from `used` on. Of several the ring takes none: it holds what is near to the first
  * of them until `attend` comes. */
 void append(const Slots *slots, const New *new, int64_t used)
 {
+#pragma omp parallel for if (new->count > 1)
     for (int64_t row = 0; row < slots->batch * slots->kv_heads; row++)
         for (int64_t token = 0; token < new->count; token++)
-            enter(slots, new, row, token, used + token, new->count == 1);
+            enter(slots, new, row, token, used + token, new->count == 1 ? span_of(slots, row) : NULL);
 }
 
 /* Norms of the values in the first `used` slots, [rows, used]. */
@@ -290,23 +114,39 @@ INLINE float capped(float logit, float softcap)
     return softcap > 0 ? softcap * tanhf(logit / softcap) : logit;
 }
 
+/* Keys, without the centre, and values of a row's first slots, [slots, DIM], read once for several tokens. */
+typedef struct {
+    float *keys, *values;
+} Decoded;
+
+static void decode(const Coded *coded, int64_t at, int64_t count, int bits, float *out)
+{
+    for (int64_t i = 0; i < count; i++, out += DIM) {
+        float scale = read(coded, at + i, bits, out);
+        for (int c = 0; c < DIM; c++)
+            out[c] *= scale;
+    }
+}
+
 #define SLOT(i) (list ? list[i] : (i))
 
 /* Attention of one KV head of a sequence to the slots of a list of `used`, NULL for the first: `group` queries, turned and
- * scaled, to `out`, turned, both [group, DIM]; `weight` [group, used + 1] takes the attention, of the summary last. */
+ * scaled, to `out`, turned, both [group, DIM]; `weight` [group, used + 1] takes the attention, of the summary last. span: of
+ * the ring, or NULL; decoded: what `decode` made of the slots, or NULL. */
 INLINE void head_attend(const Slots *slots, int64_t row, const int32_t *list, int64_t used, int group, const float *query,
-                        int padded, const Form *form, float *weight, float *out)
+                        int padded, const Form *form, const int32_t *span, const Decoded *decoded, float *weight, float *out)
 {
     const int64_t base = row * slots->capacity, stride = used + 1, rows = slots->newest + slots->sinks;
     const float softcap = form->softcap, *sinks = form->sinks ? form->sinks + row % slots->kv_heads * group : NULL;
     float centre[DIM], x[DIM];
     for (int64_t i = 0; i < used; i++) {
-        float scale = read(&slots->keys, base + SLOT(i), KEY_BITS, x);
+        const float *key = decoded ? decoded->keys + i * DIM : x;
+        float scale = decoded ? 1 : read(&slots->keys, base + SLOT(i), KEY_BITS, x);
         for (int g = 0; g < group; g++)
-            weight[g * stride + i] = dot(query + g * DIM, x) * scale;
+            weight[g * stride + i] = dot(query + g * DIM, key) * scale;
     }
-    for (int64_t i = 0; slots->newest && i < used; i++) {
-        int64_t near = ring_row(slots, row / slots->kv_heads, slots->positions[base + SLOT(i)]);
+    for (int64_t i = 0; span && i < used; i++) {
+        int64_t near = ring_row(slots, span, slots->positions[base + SLOT(i)]);
         if (near < 0)
             continue;
         float scale = read(&slots->rest_keys, row * rows + near, REST_BITS, x);
@@ -339,12 +179,13 @@ INLINE void head_attend(const Slots *slots, int64_t row, const int32_t *list, in
     }
     memset(out, 0, (size_t)group * DIM * sizeof(float));
     for (int64_t i = 0; i < used; i++) {
-        float scale = read(&slots->values, base + SLOT(i), VALUE_BITS, x);
+        const float *value = decoded ? decoded->values + i * DIM : x;
+        float scale = decoded ? 1 : read(&slots->values, base + SLOT(i), VALUE_BITS, x);
         for (int g = 0; g < group; g++)
-            add(out + g * DIM, weight[g * stride + i] * scale, x);
+            add(out + g * DIM, weight[g * stride + i] * scale, value);
     }
-    for (int64_t i = 0; slots->newest && i < used; i++) {
-        int64_t near = ring_row(slots, row / slots->kv_heads, slots->positions[base + SLOT(i)]);
+    for (int64_t i = 0; span && i < used; i++) {
+        int64_t near = ring_row(slots, span, slots->positions[base + SLOT(i)]);
         if (near < 0)
             continue;
         float scale = read(&slots->rest_values, row * rows + near, REST_BITS, x);
@@ -356,14 +197,14 @@ INLINE void head_attend(const Slots *slots, int64_t row, const int32_t *list, in
 }
 
 static void attend_row(const Slots *slots, int64_t row, const int32_t *list, int64_t used, int64_t group, const float *query,
-                       int padded, const Form *form, float *weight, float *out)
+                       int padded, const Form *form, const int32_t *span, const Decoded *decoded, float *weight, float *out)
 {
     switch (group) { /* The compiler makes each of these by itself. */
-    case 1: head_attend(slots, row, list, used, 1, query, padded, form, weight, out); break;
-    case 2: head_attend(slots, row, list, used, 2, query, padded, form, weight, out); break;
-    case 3: head_attend(slots, row, list, used, 3, query, padded, form, weight, out); break;
-    case 4: head_attend(slots, row, list, used, 4, query, padded, form, weight, out); break;
-    default: head_attend(slots, row, list, used, (int)group, query, padded, form, weight, out);
+    case 1: head_attend(slots, row, list, used, 1, query, padded, form, span, decoded, weight, out); break;
+    case 2: head_attend(slots, row, list, used, 2, query, padded, form, span, decoded, weight, out); break;
+    case 3: head_attend(slots, row, list, used, 3, query, padded, form, span, decoded, weight, out); break;
+    case 4: head_attend(slots, row, list, used, 4, query, padded, form, span, decoded, weight, out); break;
+    default: head_attend(slots, row, list, used, (int)group, query, padded, form, span, decoded, weight, out);
     }
 }
 
@@ -377,40 +218,59 @@ static void turned_queries(const Slots *slots, const float *query, int64_t group
     }
 }
 
+/* `attend` for one KV head of a sequence. */
+static int row_attend(const Slots *slots, const New *new, const Form *form, int64_t row, int64_t used, int64_t group, int padded,
+                      float decay, float *received, float *out)
+{
+    int64_t batch = row / slots->kv_heads, head = row % slots->kv_heads, count = new->count, held = count > 1 ? 2 * DIM * used : 0;
+    float *scratch = malloc((size_t)(group * (used + 1 + 2 * DIM) + held) * sizeof(float));
+    if (!scratch)
+        return 0;
+    float *own = scratch, *found = own + group * DIM, *weight = found + group * DIM;
+    Decoded decoded = {weight + group * (used + 1), weight + group * (used + 1) + DIM * used};
+    const float *query = new->query + batch * new->q_batch + head * group * new->q_head;
+    float *mass = slots->mass + row * slots->capacity;
+    int32_t passing[2], *span = held && slots->newest ? passing : span_of(slots, row);
+    if (held) {
+        decode(&slots->keys, row * slots->capacity, used, KEY_BITS, decoded.keys);
+        decode(&slots->values, row * slots->capacity, used, VALUE_BITS, decoded.values);
+    }
+    for (int64_t token = 0; token < count; token++) {
+        int64_t now_used = used - count + token + 1;
+        if (held)
+            enter(slots, new, row, token, now_used - 1, span);
+        turned_queries(slots, query + token * new->q_token, group, new->q_head, form->scaling, own);
+        attend_row(slots, row, NULL, now_used, group, own, padded, form, span, held ? &decoded : NULL, weight, found);
+        for (int g = 0; g < group; g++)
+            turned(found + g * DIM, slots->back, out + ((row * group + g) * count + token) * DIM);
+        float real = !padded || new->position[batch * new->p_batch + token] >= 0;
+        for (int64_t i = 0; (decay >= 0 || received) && i < used; i++) {
+            float sum = 0;
+            for (int g = 0; i < now_used && g < group; g++)
+                sum += weight[g * (now_used + 1) + i];
+            if (received)
+                received[(row * count + token) * used + i] = real * sum;
+            else if (i < now_used)
+                mass[i] = decay * mass[i] + real * sum;
+        }
+    }
+    free(scratch);
+    return 1;
+}
+
 /* Attention of the new tokens, in the last of `used` slots, of `group` query heads for each KV head; several enter the ring as
  * their turn comes. out: [batch, heads, tokens, DIM]. received: what slots receive, all heads of a group, [rows, tokens, used], or
  * NULL; with decay >= 0 it is added to the mass instead. padded: whether some rows are. Returns whether memory sufficed. */
 int attend(const Slots *slots, const New *new, const Form *form, int64_t used, int64_t group, int padded, float decay,
            float *received, float *out)
 {
-    float *scratch = malloc((size_t)group * (size_t)(used + 1 + 2 * DIM) * sizeof(float));
-    if (!scratch)
-        return 0;
-    float *own = scratch, *found = own + group * DIM, *weight = found + group * DIM;
-    for (int64_t row = 0; row < slots->batch * slots->kv_heads; row++) {
-        int64_t batch = row / slots->kv_heads, head = row % slots->kv_heads, count = new->count;
-        const float *query = new->query + batch * new->q_batch + head * group * new->q_head;
-        float *mass = slots->mass + row * slots->capacity;
-        for (int64_t token = 0; token < count; token++) {
-            int64_t now_used = used - count + token + 1;
-            if (count > 1)
-                enter(slots, new, row, token, now_used - 1, 1);
-            turned_queries(slots, query + token * new->q_token, group, new->q_head, form->scaling, own);
-            attend_row(slots, row, NULL, now_used, group, own, padded, form, weight, found);
-            for (int g = 0; g < group; g++)
-                turned(found + g * DIM, slots->back, out + ((row * group + g) * count + token) * DIM);
-            float real = !padded || new->position[batch * new->p_batch + token] >= 0;
-            for (int64_t i = 0; (decay >= 0 || received) && i < used; i++) {
-                float sum = 0;
-                for (int g = 0; i < now_used && g < group; g++)
-                    sum += weight[g * (now_used + 1) + i];
-                if (received)
-                    received[(row * count + token) * used + i] = real * sum;
-                else if (i < now_used)
-                    mass[i] = decay * mass[i] + real * sum;
-            }
-        }
+    int sufficed = 1;
+#pragma omp parallel for reduction(&& : sufficed) schedule(dynamic)
+    for (int64_t row = 0; row < slots->batch * slots->kv_heads; row++)
+        sufficed = row_attend(slots, new, form, row, used, group, padded, decay, received, out) && sufficed;
+    for (int64_t batch = 0; new->count > 1 && slots->newest && batch < slots->batch; batch++) {
+        slots->span[2 * batch] = new->first ? new->first[batch] : 0;
+        slots->span[2 * batch + 1] = new->position[batch * new->p_batch + new->count - 1] + 1;
     }
-    free(scratch);
-    return 1;
+    return sufficed;
 }

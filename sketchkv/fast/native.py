@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import itertools
 import os
 import platform
 import re
@@ -16,8 +17,10 @@ from sketchkv.corpus import cache_folder
 
 COMPILERS = ("cc", "gcc", "clang")
 # No fast-math: what is not finite must spread as it does in torch.
-FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
-TUNED = ("-march=native",), ("-mcpu=native",), ()  # the first that the compiler takes
+FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+# The first that the compiler takes. Threads are torch's own: the library that it brings is loaded already.
+TUNED = ("-march=native",), ("-mcpu=native",), ()
+THREADS = "-fopenmp", "-fopenmp-simd"
 LONGEST = 120  # seconds of one compilation
 
 reasons: list[str] = []  # why something was not compiled, for whoever wonders what is slow
@@ -31,11 +34,11 @@ def library(path, **constants):
     constants: whole numbers, macros of the source.
     """
     try:
-        source = _source(Path(path))
+        text = source(Path(path))
         macros = [f"-D{name}={value}" for name, value in sorted(constants.items())]
         compiler = _compiler()
-        told = repr((compiler, _version(*compiler), FLAGS, TUNED, macros, _processor())).encode()
-        target = cache_folder("compiled") / f"{hashlib.sha256(source + told).hexdigest()[:32]}.so"
+        told = repr((compiler, _version(*compiler), FLAGS, TUNED, THREADS, macros, _processor())).encode()
+        target = cache_folder("compiled") / f"{hashlib.sha256(text + told).hexdigest()[:32]}.so"
         if not target.is_file():
             _compile(compiler, macros, path, target)
         return ctypes.CDLL(str(target))
@@ -44,11 +47,11 @@ def library(path, **constants):
         return None
 
 
-def _source(path):
+def source(path):
     """The bytes of a file, and of those beside it that it includes."""
     text = path.read_bytes()
     return text + b"".join(
-        _source(path.with_name(n.decode())) for n in re.findall(rb'^#include "(.+)"', text, re.M)
+        source(path.with_name(n.decode())) for n in re.findall(rb'^#include "(.+)"', text, re.M)
     )
 
 
@@ -82,8 +85,8 @@ def _compile(compiler, macros, path, target):
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made, said = Path(folder, target.name), ""
-        for tuned in TUNED:
-            command = [*compiler, *FLAGS, *tuned, *macros, str(path), "-o", str(made), "-lm"]
+        for tuned, threads in itertools.product(TUNED, THREADS):
+            command = [*compiler, *FLAGS, *tuned, threads, *macros, str(path), "-o", str(made), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=LONGEST)
             if done.returncode == 0 and made.is_file():
                 made.replace(target)

@@ -274,7 +274,7 @@ static int64_t attend_chosen(const Slots *slots, const Index *index, int64_t row
         }
     if (index->taken)
         slots->counts[row] = first >= 0 && index->taken[row] > 0 ? (float)(seen - first - count) : 0;
-    attend_row(slots, row, own->list, count, group, own->queries, 0, &(Form){0}, own->weight, own->found);
+    attend_row(slots, row, own->list, count, group, own->queries, 0, &(Form){0}, span_of(slots, row), NULL, own->weight, own->found);
     return missing;
 }
 
@@ -329,7 +329,7 @@ int step(const Slots *slots, const Index *index, int64_t seen, int64_t used, int
             slot = own.list[0];
         }
         const float *new_key = key + batch * k_batch + head * k_head, *new_value = value + batch * v_batch + head * v_head;
-        store(slots, row, slot, new_key, new_value, position[batch * p_batch], begins, 1);
+        store(slots, row, slot, new_key, new_value, position[batch * p_batch], begins, span_of(slots, row));
         if (index->taken)
             take(slots, index, row, new_key, new_value, position[batch * p_batch], begins);
         index->asked[base + slot] = 0;

@@ -8,6 +8,7 @@ from functools import lru_cache
 from modulefinder import ModuleFinder
 from pathlib import Path
 
+from sketchkv.fast import native
 from sketchkv.study import notebooks
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -43,7 +44,7 @@ def _fingerprint(files):
         name = file.relative_to(PACKAGE) if file.is_relative_to(PACKAGE) else file.name
         lines.append(f"{name} {_digest(file, file.stat().st_mtime_ns)}")
         if (beside := file.with_suffix(".c")).exists():  # what the module compiles
-            lines.append(f"{beside.name} {hashlib.sha256(beside.read_bytes()).hexdigest()}")
+            lines.append(f"{beside.name} {hashlib.sha256(native.source(beside)).hexdigest()}")
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()[:16]
 
 

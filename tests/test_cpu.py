@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import build, named, with_fault
-from test_fast import Squared, both
+from test_fast import Squared, both, sorted_by_position
 
 import sketchkv
 from sketchkv import H2O, AttentionMass, SketchCache, Summary, Window
@@ -146,7 +146,7 @@ def test_steps_equal_attention_in_float64(shape):
 @compiles
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("policy", [AttentionMass(value_norm=True), H2O(), Window(), Squared()], ids=named)
-def test_several_tokens_are_steps_one_by_one(policy, padded):
+def test_several_tokens_are_steps_one_by_one(monkeypatch, policy, padded):
     """Output, slots, masses and ring, over many evictions; texts of other lengths, sinks of attention and capped logits."""
     total, rows = 150, 2
     first = torch.tensor([0, 37], dtype=torch.int32)[:, None, None] if padded else 0
@@ -157,6 +157,7 @@ def test_several_tokens_are_steps_one_by_one(policy, padded):
     query = torch.randn(rows, 6, 64, total).mT * 3  # the numbers of a vector lie apart
     key, value = torch.randn(2, rows, 2, total, 64) + 0.5
     form, layers, outputs = Form(0.2, 5.0, torch.randn(6)), [], []
+    monkeypatch.setattr(cpu, "TOGETHER", 20)  # slots are read more than once for a block
     for sizes in [1] * total, [32, 3, 1, 17, 32, 2, 31, 32]:
         settings = Settings(2, 3, 11, codec=quantized((5, 4), newest=7, sinks=2))
         layer, start, found = BoundedLayer(copy.deepcopy(policy), 40, settings, Summary()), 0, []
@@ -192,12 +193,12 @@ def broken(monkeypatch, tmp_path, old, new):
     "old, new",
     [
         (
-            "i = 0; i < used; i++) {\n        const float *key",
-            "i = 0; i < used - 1; i++) {\n        const float *key",
+            "i = 0; !decoded && i < used; i++) {\n        float scale = read(&slots->keys",
+            "i = 0; !decoded && i < used - 1; i++) {\n        float scale = read(&slots->keys",
         ),
         (
-            "i = 0; i < used; i++) {\n        const float *value",
-            "i = 1; i < used; i++) {\n        const float *value",
+            "i = 0; !decoded && i < used; i++) {\n        float scale = read(&slots->values",
+            "i = 1; !decoded && i < used; i++) {\n        float scale = read(&slots->values",
         ),
         ("weight[g * stride + i] += dot", "weight[g * stride + i] += 0 * dot"),
         ("add(out + g * DIM, weight[g * stride + used]", "add(out + g * DIM, 0 * weight[g * stride + used]"),
@@ -209,6 +210,96 @@ def test_the_reference_sees_small_faults(monkeypatch, tmp_path, old, new):
     broken(monkeypatch, tmp_path, old, new)
     with pytest.raises(AssertionError):
         run(newest=5, sinks=2, summary=Summary())
+
+
+class Even(AttentionMass):
+    """Scores of both signs, many of them equal, of which one is `odd`."""
+
+    odd = -0.0
+
+    def score(self, slots, seen):
+        scores = (slots["positions"] * 37 % 7 - 3).float()
+        return scores.where(slots["positions"] != 54, self.odd)
+
+
+class EvictsEagerly(Coded):
+    evict = Eager.evict
+
+
+def left(ops, policy=None, padded=False, summary=True, steps=60):
+    """A layer of which some tokens left, by `ops`."""
+    generator = torch.Generator().manual_seed(0)
+    settings = Settings(2, 3, 5, codec=quantized((5, 4), newest=4, sinks=1))
+    layer = BoundedLayer(policy or Even(), 30, settings, Summary() if summary else None)
+    layer.ops = ops
+    first = torch.tensor([0, 13], dtype=torch.int32)[:, None, None] if padded else 0
+    for step in range(steps):
+        query, key, value = (torch.randn(2, 2, 1, 64, generator=generator) for _ in range(3))
+        if type(layer.policy) is Even and step == 17:
+            key[:] = torch.inf  # leaves no trace in the summary
+        positions = torch.tensor([[step]], dtype=torch.int32)
+        if padded:
+            positions = positions.expand(2, 1).masked_fill(first[:, 0] > positions, -1)
+        layer.update(key, value)
+        layer.attend(query, key, value, Tokens(None, positions, first, padded), Form(0.2))
+    assert layer.evicted == 30
+    return layer
+
+
+def assert_left_alike(padded=False, **case):
+    one, other = (left(ops, padded=padded, **case) for ops in (Coded(), EvictsEagerly()))
+    assert one.slots in cpu._views and one.slots.used == other.slots.used
+    found, expected = (sorted_by_position(each.slots, each.slots.used) for each in (one, other))
+    for name in expected:
+        close = dict(atol=1e-5, rtol=1e-5, equal_nan=True)  # other orders of slots, and of sums
+        torch.testing.assert_close(found[name], expected[name], **close, msg=name)
+        free = one.slots.arrays[name][:, :, one.slots.used :]
+        assert name in one.slots.kv or torch.equal(free, other.slots.arrays[name][:, :, one.slots.used :])
+    for tensors in zip(
+        one.summary.tensors() if one.summary else (), other.summary.tensors() if one.summary else ()
+    ):
+        torch.testing.assert_close(*tensors, atol=1e-5, rtol=1e-5)
+
+
+@compiles
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("summary", [False, True])
+@pytest.mark.parametrize("policy", [Even(), AttentionMass(value_norm=True), Window()], ids=named)
+def test_evictions_equal_the_eager_rule(policy, summary, padded):
+    assert_left_alike(policy=policy, summary=summary, padded=padded)
+
+
+@compiles
+@pytest.mark.parametrize("ops", [Coded(), EvictsEagerly()], ids=["C", "eager"])
+def test_nothing_leaves_where_an_importance_is_nan(ops):
+    policy = Even()
+    left(ops, policy)
+    policy.odd = torch.nan
+    with pytest.raises(ValueError, match="Even gave NaN importance, found after 60 tokens"):
+        left(ops, policy)
+
+
+@compiles
+@pytest.mark.usefixtures("quickly")
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("position >= recent", "position > recent"),
+        (": 0) + sinks ||", ": 0) + sinks - 1 ||"),
+        ("(1LL << 32) + position", "(1LL << 32) - position"),
+        ("bits ^= bits >> 31", "bits ^= 0 & bits >> 31"),
+        ("+ 0.0f", "+ -0.0f"),
+        ("(total < 1 ? 1 : total);\n        other", "(total + 1);\n        other"),
+        ("sound &= isfinite", "sound |= isfinite"),
+        ("base + gone[hole]", "base + gone[0]"),
+        ("base + slot *", "base + kept *"),
+    ],
+)
+def test_small_faults_of_an_eviction_are_seen(monkeypatch, tmp_path, old, new):
+    broken(monkeypatch, tmp_path, old, new)
+    with pytest.raises(AssertionError):
+        for padded in False, True:
+            assert_left_alike(padded=padded)
 
 
 def tokens_of(model, cache, ids):

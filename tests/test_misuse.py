@@ -109,7 +109,8 @@ def test_a_small_window_in_few_bits_does_not_depend_on_chunks(ids, window):
         steps(model, ids[:, :100], SketchCache(model.config, 200, bits=4), at_once=count)
         for count in (1, 100)
     ]
-    torch.testing.assert_close(*found, atol=1e-4, rtol=0)
+    # Sums in another order may move a centre, in float16, by a digit.
+    torch.testing.assert_close(*found, atol=1e-3, rtol=0)
 
 
 def test_a_cache_of_another_model(model, ids):

@@ -114,37 +114,98 @@ INLINE float capped(float logit, float softcap)
     return softcap > 0 ? softcap * tanhf(logit / softcap) : logit;
 }
 
-/* Keys, without the centre, and values of a row's first slots, [slots, DIM], read once for several tokens. */
+/* As many numbers as a register holds, at any address. */
+typedef float Wide __attribute__((vector_size(64), aligned(4), may_alias));
+enum { LANES = 16, BLOCK = 2 * LANES, WIDTH = (DIM + LANES - 1) / LANES * LANES, TOGETHER = 4 };
+
+INLINE int64_t stride_of(int64_t used)
+{
+    return (used + BLOCK) / BLOCK * BLOCK; /* one more than `used` at least */
+}
+
+/* Products of `few` queries [few, DIM] with `keys` [DIM, room], to `out` [few, stride], in whole blocks. */
+INLINE void products(int few, const float *keys, int64_t room, int64_t used, const float *query, float *out, int64_t stride)
+{
+    for (int64_t i = 0; i < used; i += BLOCK) {
+        Wide low[TOGETHER] = {0}, high[TOGETHER] = {0};
+        for (int c = 0; c < DIM; c++) {
+            Wide first = *(const Wide *)(keys + c * room + i), second = *(const Wide *)(keys + c * room + i + LANES);
+            for (int g = 0; g < few; g++) {
+                low[g] += query[g * DIM + c] * first;
+                high[g] += query[g * DIM + c] * second;
+            }
+        }
+        for (int g = 0; g < few; g++) {
+            *(Wide *)(out + g * stride + i) = low[g];
+            *(Wide *)(out + g * stride + i + LANES) = high[g];
+        }
+    }
+}
+
+/* Sums of `values` [used, WIDTH], weighted by `weight` [few, stride], to `out` [few, DIM]. */
+INLINE void sums(int few, const float *values, int64_t used, const float *weight, int64_t stride, float *out)
+{
+    for (int start = 0; start < WIDTH; start += TOGETHER * LANES) {
+        Wide sum[TOGETHER][TOGETHER] = {{{0}}};
+        const int parts = (WIDTH - start) / LANES < TOGETHER ? (WIDTH - start) / LANES : TOGETHER;
+        for (int64_t i = 0; i < used; i++)
+            for (int part = 0; part < parts; part++) {
+                Wide value = *(const Wide *)(values + i * WIDTH + start + part * LANES);
+                for (int g = 0; g < few; g++)
+                    sum[g][part] += weight[g * stride + i] * value;
+            }
+        for (int g = 0; g < few; g++)
+            memcpy(out + g * DIM + start, sum[g], (size_t)(DIM - start < parts * LANES ? DIM - start : parts * LANES) * sizeof(float));
+    }
+}
+
+/* Calls a function for up to TOGETHER of `many`: of a fixed number, what it sums stays in registers. */
+#define FEW(many, function, ...)                    \
+    switch (many) {                                 \
+    case 1: function(1, __VA_ARGS__); break;        \
+    case 2: function(2, __VA_ARGS__); break;        \
+    case 3: function(3, __VA_ARGS__); break;        \
+    default: function(TOGETHER, __VA_ARGS__);       \
+    }
+
+/* Keys, without the centre, and values of a row's first slots, read once for several tokens: [DIM, room], so that a product is
+ * one of many slots at once, and [slots, WIDTH]. */
 typedef struct {
     float *keys, *values;
+    int64_t room;
 } Decoded;
 
-static void decode(const Coded *coded, int64_t at, int64_t count, int bits, float *out)
+static void decode(const Slots *slots, int64_t row, int64_t used, const Decoded *decoded)
 {
-    for (int64_t i = 0; i < count; i++, out += DIM) {
-        float scale = read(coded, at + i, bits, out);
+    float x[DIM];
+    for (int64_t i = 0, at = row * slots->capacity; i < used; i++, at++) {
+        float scale = read(&slots->keys, at, KEY_BITS, x);
         for (int c = 0; c < DIM; c++)
-            out[c] *= scale;
+            decoded->keys[c * decoded->room + i] = x[c] * scale;
+        scale = read(&slots->values, at, VALUE_BITS, x);
+        for (int c = 0; c < DIM; c++)
+            decoded->values[i * WIDTH + c] = x[c] * scale;
     }
 }
 
 #define SLOT(i) (list ? list[i] : (i))
 
 /* Attention of one KV head of a sequence to the slots of a list of `used`, NULL for the first: `group` queries, turned and
- * scaled, to `out`, turned, both [group, DIM]; `weight` [group, used + 1] takes the attention, of the summary last. span: of
+ * scaled, to `out`, turned, both [group, DIM]; `weight` [group, stride_of(used)] takes the attention, of the summary after the slots. span: of
  * the ring, or NULL; decoded: what `decode` made of the slots, or NULL. */
 INLINE void head_attend(const Slots *slots, int64_t row, const int32_t *list, int64_t used, int group, const float *query,
                         int padded, const Form *form, const int32_t *span, const Decoded *decoded, float *weight, float *out)
 {
-    const int64_t base = row * slots->capacity, stride = used + 1, rows = slots->newest + slots->sinks;
+    const int64_t base = row * slots->capacity, stride = stride_of(used), rows = slots->newest + slots->sinks;
     const float softcap = form->softcap, *sinks = form->sinks ? form->sinks + row % slots->kv_heads * group : NULL;
     float centre[DIM], x[DIM];
-    for (int64_t i = 0; i < used; i++) {
-        const float *key = decoded ? decoded->keys + i * DIM : x;
-        float scale = decoded ? 1 : read(&slots->keys, base + SLOT(i), KEY_BITS, x);
+    for (int64_t i = 0; !decoded && i < used; i++) {
+        float scale = read(&slots->keys, base + SLOT(i), KEY_BITS, x);
         for (int g = 0; g < group; g++)
-            weight[g * stride + i] = dot(query + g * DIM, key) * scale;
+            weight[g * stride + i] = dot(query + g * DIM, x) * scale;
     }
+    for (int g = 0; decoded && g < group; g += TOGETHER)
+        FEW(group - g, products, decoded->keys, decoded->room, used, query + g * DIM, weight + g * stride, stride)
     for (int64_t i = 0; span && i < used; i++) {
         int64_t near = ring_row(slots, span, slots->positions[base + SLOT(i)]);
         if (near < 0)
@@ -178,12 +239,13 @@ INLINE void head_attend(const Slots *slots, int64_t row, const int32_t *list, in
             own[i] /= total;
     }
     memset(out, 0, (size_t)group * DIM * sizeof(float));
-    for (int64_t i = 0; i < used; i++) {
-        const float *value = decoded ? decoded->values + i * DIM : x;
-        float scale = decoded ? 1 : read(&slots->values, base + SLOT(i), VALUE_BITS, x);
+    for (int64_t i = 0; !decoded && i < used; i++) {
+        float scale = read(&slots->values, base + SLOT(i), VALUE_BITS, x);
         for (int g = 0; g < group; g++)
-            add(out + g * DIM, weight[g * stride + i] * scale, value);
+            add(out + g * DIM, weight[g * stride + i] * scale, x);
     }
+    for (int g = 0; decoded && g < group; g += TOGETHER)
+        FEW(group - g, sums, decoded->values, used, weight + g * stride, stride, out + g * DIM)
     for (int64_t i = 0; span && i < used; i++) {
         int64_t near = ring_row(slots, span, slots->positions[base + SLOT(i)]);
         if (near < 0)
@@ -222,37 +284,35 @@ static void turned_queries(const Slots *slots, const float *query, int64_t group
 static int row_attend(const Slots *slots, const New *new, const Form *form, int64_t row, int64_t used, int64_t group, int padded,
                       float decay, float *received, float *out)
 {
-    int64_t batch = row / slots->kv_heads, head = row % slots->kv_heads, count = new->count, held = count > 1 ? 2 * DIM * used : 0;
-    float *scratch = malloc((size_t)(group * (used + 1 + 2 * DIM) + held) * sizeof(float));
+    int64_t batch = row / slots->kv_heads, head = row % slots->kv_heads, count = new->count, room = stride_of(used);
+    int several = count > 1;
+    size_t needed = (size_t)(group * (room + 2 * DIM) + several * (DIM * room + used * WIDTH));
+    float *scratch = calloc(needed, sizeof(float));
     if (!scratch)
         return 0;
     float *own = scratch, *found = own + group * DIM, *weight = found + group * DIM;
-    Decoded decoded = {weight + group * (used + 1), weight + group * (used + 1) + DIM * used};
+    Decoded decoded = {weight + group * room, weight + group * room + DIM * room, room};
     const float *query = new->query + batch * new->q_batch + head * group * new->q_head;
     float *mass = slots->mass + row * slots->capacity;
-    int32_t passing[2], *span = held && slots->newest ? passing : span_of(slots, row);
-    if (held) {
-        decode(&slots->keys, row * slots->capacity, used, KEY_BITS, decoded.keys);
-        decode(&slots->values, row * slots->capacity, used, VALUE_BITS, decoded.values);
-    }
+    int32_t passing[2], *span = several && slots->newest ? passing : span_of(slots, row);
+    if (several)
+        decode(slots, row, used, &decoded);
     for (int64_t token = 0; token < count; token++) {
         int64_t now_used = used - count + token + 1;
-        if (held)
+        if (several)
             enter(slots, new, row, token, now_used - 1, span);
         turned_queries(slots, query + token * new->q_token, group, new->q_head, form->scaling, own);
-        attend_row(slots, row, NULL, now_used, group, own, padded, form, span, held ? &decoded : NULL, weight, found);
+        attend_row(slots, row, NULL, now_used, group, own, padded, form, span, several ? &decoded : NULL, weight, found);
         for (int g = 0; g < group; g++)
             turned(found + g * DIM, slots->back, out + ((row * group + g) * count + token) * DIM);
         float real = !padded || new->position[batch * new->p_batch + token] >= 0;
-        for (int64_t i = 0; (decay >= 0 || received) && i < used; i++) {
-            float sum = 0;
-            for (int g = 0; i < now_used && g < group; g++)
-                sum += weight[g * (now_used + 1) + i];
-            if (received)
-                received[(row * count + token) * used + i] = real * sum;
-            else if (i < now_used)
-                mass[i] = decay * mass[i] + real * sum;
-        }
+        for (int g = 1; g < group; g++)
+            for (int64_t i = 0; i < now_used; i++)
+                weight[i] += weight[g * stride_of(now_used) + i];
+        for (int64_t i = 0; received && i < used; i++)
+            received[(row * count + token) * used + i] = i < now_used ? real * weight[i] : 0;
+        for (int64_t i = 0; decay >= 0 && i < now_used; i++)
+            mass[i] = decay * mass[i] + real * weight[i];
     }
     free(scratch);
     return 1;
@@ -274,3 +334,5 @@ int attend(const Slots *slots, const New *new, const Form *form, int64_t used, i
     }
     return sufficed;
 }
+
+#include "leave.c"

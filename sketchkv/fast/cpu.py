@@ -1,10 +1,10 @@
 """The operations of a layer on a CPU: decode steps over coded slots in C (`cpu.c`), where there is a compiler.
 
-Each method falls back on the eager rule where the C does not serve: many tokens at once, half precision, other codecs, summaries
-or layers.
+Each method falls back on the eager rule where the C does not serve: half precision, other codecs, summaries or layers.
 """
 
 import ctypes
+import math
 import weakref
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sketchkv.checks import checked_scores
 from sketchkv.fast.native import library
 from sketchkv.layer import BoundedLayer
 from sketchkv.ops import Eager
@@ -23,8 +24,7 @@ from sketchkv.tail import Tail
 SOURCE = Path(__file__).with_name("cpu.c")
 POINTER, NUMBER, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _CODED = ("keys", "values", "rest_keys", "rest_values")
-# Tokens at once that C takes one after the other, decoding all slots for each: of more, torch's one decoding is faster.
-MOST = 32
+TOGETHER = 256  # tokens of a prompt for which the slots are read once
 
 
 class _Slots(ctypes.Structure):
@@ -54,8 +54,14 @@ class _Form(ctypes.Structure):
     _fields_ = [("scaling", REAL), ("softcap", REAL), ("sinks", POINTER)]
 
 
+class _Array(ctypes.Structure):
+    """`Array` of leave.c."""
+
+    _fields_ = [("data", POINTER), ("size", NUMBER), ("empty", NUMBER)]
+
+
 class Coded(Eager):
-    """One call to code and store new tokens, one to attend and accumulate."""
+    """One call to code and store new tokens, one to attend and accumulate, one to evict."""
 
     def turn(self, layer, query, key, value):
         """What the C takes, it turns itself."""
@@ -87,27 +93,57 @@ class Coded(Eager):
             return super().attend(layer, query, tokens, form)
         # A subclass that observes in its own way is asked to.
         accumulates = type(policy).observe is AttentionMass.observe and view.tensors["mass"] is not None
-        received = None
-        if policy.uses_attention and not accumulates:
-            received = query.new_empty(*slots.shape, query.shape[2], slots.used)
         sinks = None if form.sinks is None else form.sinks.float().contiguous()
-        given, coming, slots.coming = flat(query), slots.coming, None  # held until C has read them
-        output = query.new_empty(query.shape)
-        done = view.attend(
-            _new(given, *coming),
-            ctypes.byref(_Form(form.scaling, form.softcap or 0, None if sinks is None else sinks.data_ptr())),
-            slots.used,
-            query.shape[1] // slots.shape[1],
-            tokens.padded,
-            policy.decay if accumulates else -1.0,
-            None if received is None else received.data_ptr(),
-            output.data_ptr(),
+        form = _Form(form.scaling, form.softcap or 0, None if sinks is None else sinks.data_ptr())
+        (key, value, positions, first), slots.coming = slots.coming, None
+        query, outputs, before = flat(query), [], slots.used - query.shape[2]
+        for start in range(0, query.shape[2], TOGETHER):
+            part = slice(start, start + TOGETHER)
+            new = *(x[:, :, part] for x in (query, key, value)), positions[:, part], first
+            output, received = query.new_empty(new[0].shape), None
+            slots.used = before + start + output.shape[2]
+            if policy.uses_attention and not accumulates:
+                received = query.new_empty(*slots.shape, output.shape[2], slots.used)
+            done = view.attend(
+                _new(*new),
+                ctypes.byref(form),
+                slots.used,
+                query.shape[1] // slots.shape[1],
+                tokens.padded,
+                policy.decay if accumulates else -1.0,
+                None if received is None else received.data_ptr(),
+                output.data_ptr(),
+            )
+            if not done:
+                raise MemoryError(f"no memory for the scores of {slots.used} slots: lower max_cache_size")
+            if received is not None:
+                policy.observe(slots, received)
+            outputs.append(output)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+
+    def evict(self, layer, tokens):
+        slots, summary = layer.slots, layer.summary
+        view = view_of(layer, SOURCE) if not layer.selective and tokens.clock is None else None
+        hooked = getattr(layer.on_evict, "__func__", None) is not BoundedLayer.on_evict
+        if view is None or hooked or (summary and (summary.protects or type(summary) is not Summary)):
+            return super().evict(layer, tokens)
+        importance = (
+            checked_scores(self.score(layer, tokens), layer).to(slots.device, torch.float32).contiguous()
         )
-        if not done:
-            raise MemoryError(f"no memory for the scores of {slots.used} slots: lower max_cache_size")
-        if received is not None:
-            policy.observe(slots, received)
-        return output
+        first = places(tokens)[1]
+        failed = view.evict(
+            importance.data_ptr(),
+            slots.used,
+            slots.used - layer.max_cache_size,
+            None if first is None else first.data_ptr(),
+            layer.num_sinks,
+            layer.seen - layer.recent_window,
+        )
+        if failed == 2:
+            raise MemoryError(f"no memory for the ranks of {slots.used} slots: lower max_cache_size")
+        layer.nan.logical_or_(torch.tensor(failed == 1))
+        self.look(layer, tokens)
+        slots.used = slots.kept = layer.max_cache_size
 
     def score(self, layer, tokens):
         policy, slots = layer.policy, layer.slots
@@ -153,6 +189,14 @@ class View:
         sizes |= dict(newest=ring.newest if ring else 0, sinks=ring.sinks if ring else 0)
         self.slots = _Slots(**{name: x.data_ptr() for name, x in tensors.items() if x is not None}, **sizes)
         self.address, self.library = ctypes.addressof(self.slots), compiled
+        filled = {name: -1 if name in slots.kv else 255 if name == "positions" else 0 for name in self.arrays}
+        moved = [
+            _Array(array.data_ptr(), math.prod(array.shape[3:]) * array.element_size(), filled[name])
+            for name, array in self.arrays.items()
+        ]
+        self.moved = (_Array * len(moved))(*moved)
+        self._evict = compiled.evict
+        self._evict.argtypes = POINTER, POINTER, NUMBER, NUMBER, POINTER, NUMBER, NUMBER, POINTER, NUMBER
         self._append, self._attend, self._norms = compiled.append, compiled.attend, compiled.norms
         self._norms.argtypes, self._norms.restype = (POINTER, NUMBER, POINTER), None
         self._append.argtypes, self._append.restype = (POINTER, POINTER, NUMBER), None
@@ -164,6 +208,9 @@ class View:
 
     def attend(self, *given):
         return self._attend(self.address, *given)
+
+    def evict(self, *given):
+        return self._evict(self.address, *given, self.moved, len(self.moved))
 
     def norms(self, *given):
         self._norms(self.address, *given)
@@ -181,7 +228,7 @@ _views: weakref.WeakKeyDictionary[Any, View] = weakref.WeakKeyDictionary()
 
 def _view(layer, vectors):
     """The `View` of a layer, for new tokens of which `vectors` `[batch, heads, n, width]` are; None: C does not serve."""
-    if vectors.shape[2] > MOST or vectors.dtype != torch.float32 or layer.selective:
+    if vectors.dtype != torch.float32 or layer.selective:
         return None
     return view_of(layer, SOURCE)
 

@@ -183,7 +183,7 @@ class Fused(Eager):
             and not (layer.selective or (summary and summary.protects))
             and count <= eviction.MOST_CHOSEN
             and slots.used <= eviction.MOST_SLOTS
-            and type(layer).on_evict is BoundedLayer.on_evict
+            and getattr(layer.on_evict, "__func__", None) is BoundedLayer.on_evict
         )
         if not served:
             return super().evict(layer, tokens)
@@ -262,7 +262,7 @@ def _leaves_at_once(layer):
         (plain or _is_coded(layer))
         and layer.policy.recordable  # not one that draws a number for each slot: their order changes
         and not (layer.selective or (layer.summary and layer.summary.protects))
-        and type(layer).on_evict is BoundedLayer.on_evict
+        and getattr(layer.on_evict, "__func__", None) is BoundedLayer.on_evict
         and type(layer)._narrow is BoundedLayer._narrow
     )
 

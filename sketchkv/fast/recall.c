@@ -304,7 +304,7 @@ int step(const Slots *slots, const Index *index, int64_t seen, int64_t used, int
          int64_t v_head, float scaling, const int32_t *position, int64_t p_batch, const int32_t *first, float *out, int64_t *counted)
 {
     const int64_t capacity = slots->capacity, now_used = used < capacity ? used + 1 : used;
-    const int64_t reals = group * (2 * DIM + HALVES * 16 + coded + capacity + 1), wholes = coded + 3 * capacity;
+    const int64_t reals = group * (2 * DIM + HALVES * 16 + coded + stride_of(capacity)), wholes = coded + 3 * capacity;
     float *memory = malloc((size_t)(4 * (reals + wholes) + coded));
     if (!memory)
         return 0;

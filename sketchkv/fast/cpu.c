@@ -114,10 +114,6 @@ INLINE float capped(float logit, float softcap)
     return softcap > 0 ? softcap * tanhf(logit / softcap) : logit;
 }
 
-/* As many numbers as a register holds, at any address. */
-typedef float Wide __attribute__((vector_size(64), aligned(4), may_alias));
-enum { LANES = 16, BLOCK = 2 * LANES, WIDTH = (DIM + LANES - 1) / LANES * LANES, TOGETHER = 4 };
-
 INLINE int64_t stride_of(int64_t used)
 {
     return (used + BLOCK) / BLOCK * BLOCK; /* one more than `used` at least */
@@ -142,23 +138,6 @@ INLINE void products(int few, const float *keys, int64_t room, int64_t used, con
     }
 }
 
-/* Sums of `values` [used, WIDTH], weighted by `weight` [few, stride], to `out` [few, DIM]. */
-INLINE void sums(int few, const float *values, int64_t used, const float *weight, int64_t stride, float *out)
-{
-    for (int start = 0; start < WIDTH; start += TOGETHER * LANES) {
-        Wide sum[TOGETHER][TOGETHER] = {{{0}}};
-        const int parts = (WIDTH - start) / LANES < TOGETHER ? (WIDTH - start) / LANES : TOGETHER;
-        for (int64_t i = 0; i < used; i++)
-            for (int part = 0; part < parts; part++) {
-                Wide value = *(const Wide *)(values + i * WIDTH + start + part * LANES);
-                for (int g = 0; g < few; g++)
-                    sum[g][part] += weight[g * stride + i] * value;
-            }
-        for (int g = 0; g < few; g++)
-            memcpy(out + g * DIM + start, sum[g], (size_t)(DIM - start < parts * LANES ? DIM - start : parts * LANES) * sizeof(float));
-    }
-}
-
 /* Calls a function for up to TOGETHER of `many`: of a fixed number, what it sums stays in registers. */
 #define FEW(many, function, ...)                    \
     switch (many) {                                 \
@@ -172,13 +151,16 @@ INLINE void sums(int few, const float *values, int64_t used, const float *weight
  * one of many slots at once, and [slots, WIDTH]. */
 typedef struct {
     float *keys, *values;
-    int64_t room;
+    int64_t room, among, *close; /* the `among` slots whose tokens may be in the ring */
 } Decoded;
 
-static void decode(const Slots *slots, int64_t row, int64_t used, const Decoded *decoded)
+/* before: position of the last token that the ring has seen; first: of the sequence's first. */
+static void decode(const Slots *slots, int64_t row, int64_t used, int32_t before, int32_t first, Decoded *decoded)
 {
     float x[DIM];
     for (int64_t i = 0, at = row * slots->capacity; i < used; i++, at++) {
+        if (slots->positions[at] > before - slots->newest || slots->positions[at] < first + slots->sinks)
+            decoded->close[decoded->among++] = i;
         float scale = read(&slots->keys, at, KEY_BITS, x);
         for (int c = 0; c < DIM; c++)
             decoded->keys[c * decoded->room + i] = x[c] * scale;
@@ -197,6 +179,7 @@ INLINE void head_attend(const Slots *slots, int64_t row, const int32_t *list, in
                         int padded, const Form *form, const int32_t *span, const Decoded *decoded, float *weight, float *out)
 {
     const int64_t base = row * slots->capacity, stride = stride_of(used), rows = slots->newest + slots->sinks;
+    const int64_t among = decoded ? decoded->among : used;
     const float softcap = form->softcap, *sinks = form->sinks ? form->sinks + row % slots->kv_heads * group : NULL;
     float centre[DIM], x[DIM];
     for (int64_t i = 0; !decoded && i < used; i++) {
@@ -206,8 +189,8 @@ INLINE void head_attend(const Slots *slots, int64_t row, const int32_t *list, in
     }
     for (int g = 0; decoded && g < group; g += TOGETHER)
         FEW(group - g, products, decoded->keys, decoded->room, used, query + g * DIM, weight + g * stride, stride)
-    for (int64_t i = 0; span && i < used; i++) {
-        int64_t near = ring_row(slots, span, slots->positions[base + SLOT(i)]);
+    for (int64_t j = 0; span && j < among; j++) {
+        int64_t i = decoded ? decoded->close[j] : j, near = ring_row(slots, span, slots->positions[base + SLOT(i)]);
         if (near < 0)
             continue;
         float scale = read(&slots->rest_keys, row * rows + near, REST_BITS, x);
@@ -246,8 +229,8 @@ INLINE void head_attend(const Slots *slots, int64_t row, const int32_t *list, in
     }
     for (int g = 0; decoded && g < group; g += TOGETHER)
         FEW(group - g, sums, decoded->values, used, weight + g * stride, stride, out + g * DIM)
-    for (int64_t i = 0; span && i < used; i++) {
-        int64_t near = ring_row(slots, span, slots->positions[base + SLOT(i)]);
+    for (int64_t j = 0; span && j < among; j++) {
+        int64_t i = decoded ? decoded->close[j] : j, near = ring_row(slots, span, slots->positions[base + SLOT(i)]);
         if (near < 0)
             continue;
         float scale = read(&slots->rest_values, row * rows + near, REST_BITS, x);
@@ -286,17 +269,19 @@ static int row_attend(const Slots *slots, const New *new, const Form *form, int6
 {
     int64_t batch = row / slots->kv_heads, head = row % slots->kv_heads, count = new->count, room = stride_of(used);
     int several = count > 1;
-    size_t needed = (size_t)(group * (room + 2 * DIM) + several * (DIM * room + used * WIDTH));
+    size_t needed = (size_t)(group * (room + 2 * DIM) + several * (DIM * room + used * (WIDTH + 2)));
     float *scratch = calloc(needed, sizeof(float));
     if (!scratch)
         return 0;
     float *own = scratch, *found = own + group * DIM, *weight = found + group * DIM;
-    Decoded decoded = {weight + group * room, weight + group * room + DIM * room, room};
+    Decoded decoded = {weight + group * room, weight + group * room + DIM * room, room, 0, NULL};
     const float *query = new->query + batch * new->q_batch + head * group * new->q_head;
     float *mass = slots->mass + row * slots->capacity;
     int32_t passing[2], *span = several && slots->newest ? passing : span_of(slots, row);
-    if (several)
-        decode(slots, row, used, &decoded);
+    if (several) {
+        decoded.close = (int64_t *)(decoded.values + used * WIDTH);
+        decode(slots, row, used, new->position[batch * new->p_batch] - 1, new->first ? new->first[batch] : 0, &decoded);
+    }
     for (int64_t token = 0; token < count; token++) {
         int64_t now_used = used - count + token + 1;
         if (several)

@@ -17,7 +17,7 @@ from sketchkv.corpus import cache_folder
 
 COMPILERS = ("cc", "gcc", "clang")
 # No fast-math: what is not finite must spread as it does in torch.
-FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 # The first that the compiler takes. Threads are torch's own: the library that it brings is loaded already.
 TUNED = ("-march=native",), ("-mcpu=native",), ()
 THREADS = "-fopenmp", "-fopenmp-simd"

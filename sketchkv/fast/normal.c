@@ -75,8 +75,33 @@ INLINE void add(float *out, float factor, const float *x)
         out[c] += factor * x[c];
 }
 
+/* As many numbers as a register holds, at any address. */
+typedef float Wide __attribute__((vector_size(64), aligned(4), may_alias));
+enum { LANES = 16, BLOCK = 2 * LANES, WIDTH = (DIM + LANES - 1) / LANES * LANES, TOGETHER = 4 };
+
+/* Sums of `values` [used, WIDTH], weighted by `weight` [few, stride], to `out` [few, DIM]. */
+INLINE void sums(int few, const float *values, int64_t used, const float *weight, int64_t stride, float *out)
+{
+    for (int start = 0; start < WIDTH; start += TOGETHER * LANES) {
+        Wide sum[TOGETHER][TOGETHER] = {{{0}}};
+        const int parts = (WIDTH - start) / LANES < TOGETHER ? (WIDTH - start) / LANES : TOGETHER;
+        for (int64_t i = 0; i < used; i++)
+            for (int part = 0; part < parts; part++) {
+                Wide value = *(const Wide *)(values + i * WIDTH + start + part * LANES);
+                for (int g = 0; g < few; g++)
+                    sum[g][part] += weight[g * stride + i] * value;
+            }
+        for (int g = 0; g < few; g++)
+            memcpy(out + g * DIM + start, sum[g], (size_t)(DIM - start < parts * LANES ? DIM - start : parts * LANES) * sizeof(float));
+    }
+}
+
 static void turned(const float *x, const float *matrix, float *out)
 {
+    if (WIDTH == DIM) {
+        sums(1, matrix, DIM, x, 0, out);
+        return;
+    }
     memset(out, 0, DIM * sizeof(float));
     for (int i = 0; i < DIM; i++)
         add(out, x[i], matrix + i * DIM);

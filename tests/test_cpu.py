@@ -102,6 +102,7 @@ def run(
     settings = Settings(2, 3, 4, codec=quantized(bits, newest, sinks, finer))
     layer = BoundedLayer(AttentionMass(value_norm=True), 36, settings, summary)
     ops = layer.ops = Told()
+    scaling = 1.6 * width**-0.5
     for step in range(steps):
         query = torch.randn(batch, kv_heads * group, 1, width) * 3
         key, value = torch.randn(2, batch, kv_heads, 1, width) + 0.5
@@ -111,8 +112,8 @@ def run(
         before = torch.cat([slots["mass"], torch.zeros(batch, kv_heads, 1)], -1).double()
         ops.append(layer, *ops.turn(layer, query, key, value)[1:], tokens)
         layer.seen += 1
-        output = ops.turn_back(layer, ops.attend(layer, query, tokens, Form(0.2)))
-        wanted, mass = expected(layer, query, 0.2, before)
+        output = ops.turn_back(layer, ops.attend(layer, query, tokens, Form(scaling)))
+        wanted, mass = expected(layer, query, scaling, before)
         torch.testing.assert_close(output.double(), wanted, atol=2e-5, rtol=2e-5)
         torch.testing.assert_close(slots["mass"].double(), mass, atol=2e-5, rtol=2e-5)
         if layer.seen == slots.codec.settles_after:

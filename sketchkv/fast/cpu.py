@@ -1,4 +1,4 @@
-"""The operations of a layer on a CPU: decode steps over coded slots in C (`cpu.c`), where there is a compiler.
+"""The operations of a layer on a CPU: prompts and steps over coded slots in C (`cpu.c`), where there is a compiler.
 
 Each method falls back on the eager rule where the C does not serve: half precision, other codecs, summaries or layers.
 """

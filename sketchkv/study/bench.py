@@ -29,8 +29,8 @@ LONG, RESIDENT = [1024, 4096, 32768], ("sketch", "compact", "recall", "recall, a
 DEFAULT = {
     "cpu_steps": (250, lambda t: _cpu(t).steps([1024, 2048, 4096])),
     "cpu_peers": (300, lambda t: _cpu(t).peers(3072, fast=("compact",))),
-    "cpu_generate": (75, lambda t: _cpu(t, repetitions=5, warmup=1).generate(768, 64)),
-    "cpu_prompts": (95, lambda t: _cpu(t, repetitions=3, warmup=1).prompts([1024])),
+    "cpu_generate": (110, lambda t: _cpu(t, repetitions=5, warmup=1).generate(768, 64)),
+    "cpu_prompts": (60, lambda t: _cpu(t, repetitions=3, warmup=1).prompts([1024])),
     "gpu_prompts": (50, lambda t: _gpu(t).prompts([1024, 4096, 8192], chunks=(2048,))),
     "gpu_one": (165, lambda t: _one(_gpu(t))),
     "gpu_generate": (

@@ -49,7 +49,7 @@ def attention(module, query, key, value, attention_mask, *, scaling=None, softca
     if told != brought:
         raise ValueError(f"the pass was announced with {told} tokens and brings {brought}")
     with torch.no_grad():
-        output = layer.ops.through(layer, query, key, value, tokens, form)
+        output = layer.ops.through(layer, query, key, value.to(key.dtype), tokens, form)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         output = _NoGradient.apply(output, query, key, value)
     return output.transpose(1, 2).contiguous(), None

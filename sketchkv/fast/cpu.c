@@ -72,6 +72,7 @@ typedef struct {
     const float *key, *value, *query;
     const int32_t *position, *first;
     int64_t k_batch, k_head, k_token, v_batch, v_head, v_token, q_batch, q_head, q_token, p_batch, count;
+    int64_t several; /* whether they came with others, and enter the ring as `attend` comes to them */
 } New;
 
 static void enter(const Slots *slots, const New *new, int64_t row, int64_t token, int64_t slot, int32_t *span)
@@ -89,7 +90,7 @@ void append(const Slots *slots, const New *new, int64_t used)
 #pragma omp parallel for if (new->count > 1)
     for (int64_t row = 0; row < slots->batch * slots->kv_heads; row++)
         for (int64_t token = 0; token < new->count; token++)
-            enter(slots, new, row, token, used + token, new->count == 1 ? span_of(slots, row) : NULL);
+            enter(slots, new, row, token, used + token, new->several ? NULL : span_of(slots, row));
 }
 
 /* Norms of the values in the first `used` slots, [rows, used]. */
@@ -268,7 +269,7 @@ static int row_attend(const Slots *slots, const New *new, const Form *form, int6
                       float decay, float *received, float *out)
 {
     int64_t batch = row / slots->kv_heads, head = row % slots->kv_heads, count = new->count, room = stride_of(used);
-    int several = count > 1;
+    int several = (int)new->several;
     size_t needed = (size_t)(group * (room + 2 * DIM) + several * (DIM * room + used * (WIDTH + 2)));
     float *scratch = calloc(needed, sizeof(float));
     if (!scratch)
@@ -313,7 +314,7 @@ int attend(const Slots *slots, const New *new, const Form *form, int64_t used, i
 #pragma omp parallel for reduction(&& : sufficed) schedule(dynamic)
     for (int64_t row = 0; row < slots->batch * slots->kv_heads; row++)
         sufficed = row_attend(slots, new, form, row, used, group, padded, decay, received, out) && sufficed;
-    for (int64_t batch = 0; new->count > 1 && slots->newest && batch < slots->batch; batch++) {
+    for (int64_t batch = 0; new->several && slots->newest && batch < slots->batch; batch++) {
         slots->span[2 * batch] = new->first ? new->first[batch] : 0;
         slots->span[2 * batch + 1] = new->position[batch * new->p_batch + new->count - 1] + 1;
     }

@@ -44,7 +44,7 @@ class _New(ctypes.Structure):
     _fields_ = [
         *((name, POINTER) for name in ("key", "value", "query", "position", "first")),
         *((f"{name}_{of}", NUMBER) for name in "kvq" for of in ("batch", "head", "token")),
-        *((name, NUMBER) for name in ("p_batch", "count")),
+        *((name, NUMBER) for name in ("p_batch", "count", "several")),
     ]
 
 
@@ -75,7 +75,7 @@ class Coded(Eager):
         if view is None:
             return super().append(layer, keys, values, tokens)
         slots.coming = flat(keys), flat(values), *places(tokens)
-        view.append(_new(None, *slots.coming), slots.used)
+        view.append(_new(None, *slots.coming, keys.shape[2] > 1), slots.used)
         if slots.codec.ring:
             slots.codec.ring.passing = None
         slots.used += keys.shape[2]
@@ -105,7 +105,7 @@ class Coded(Eager):
             if policy.uses_attention and not accumulates:
                 received = query.new_empty(*slots.shape, output.shape[2], slots.used)
             done = view.attend(
-                _new(*new),
+                _new(*new, query.shape[2] > 1),
                 ctypes.byref(form),
                 slots.used,
                 query.shape[1] // slots.shape[1],
@@ -285,10 +285,13 @@ def places(tokens):
     return flat(tokens.positions.int()), first.int().contiguous() if isinstance(first, torch.Tensor) else None
 
 
-def _new(query, key, value, positions, first):
-    """`New` of vectors `[batch, heads, n, width]`, query or None; it knows where the tensors lie, and does not hold them."""
+def _new(query, key, value, positions, first, several):
+    """`New` of vectors `[batch, heads, n, width]`, query or None; it knows where the tensors lie, and does not hold them.
+    several: whether the n tokens, or more of which they are a part, came at once."""
     vectors = [x for x in (key, value, query) if x is not None]
-    new = _New(*(x.data_ptr() for x in vectors), position=positions.data_ptr(), count=key.shape[2])
+    new = _New(
+        *(x.data_ptr() for x in vectors), position=positions.data_ptr(), count=key.shape[2], several=several
+    )
     for name, x in zip("kvq", vectors):
         for dim, of in enumerate(("batch", "head", "token")):
             setattr(new, f"{name}_{of}", x.stride(dim))

@@ -405,3 +405,17 @@ def test_a_number_that_is_not_finite_is_found():
             layer.update(key, key)
             tokens = Tokens(None, torch.tensor([[step]], dtype=torch.int32))
             layer.attend(torch.randn(1, 4, 1, 16), key, key, tokens, Form(0.25))
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_values_of_autocast_are_converted(bits):
+    """There keys and queries of a rotary model are float32, and values are not."""
+    model = sketchkv.enable(build("llama"))
+    ids = torch.randint(1, 97, (2, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = model(ids).logits.float()
+        for size in 60, 1:
+            cache = SketchCache(model.config, 100, bits=bits, policy=Window())
+            parts = [model(part, past_key_values=cache).logits for part in ids.split(size, 1)]
+            off = (torch.cat(parts, 1).float() - wanted).abs().mean()
+            assert off < 0.1 * wanted.std()

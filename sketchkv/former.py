@@ -34,7 +34,7 @@ def refuse(made, parameters):
     name, value = next(iter(parameters.items()))
     write = FORMER.get(name, "").format(value=value)
     write = write or ", or ".join(how.format(name) for how, names in taken.items() if name in names)
-    own, others = set(inspect.signature(made).parameters), set().union(*taken.values())
-    near = difflib.get_close_matches(name, own, n=1) or difflib.get_close_matches(name, others, n=1)
+    known = set(inspect.signature(made).parameters).union(*taken.values())
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f": write {write}" if write else f"; did you mean {near[0]!r}?" if near else ""
     raise TypeError(f"{made.__name__} has no parameter {name!r}{hint}")

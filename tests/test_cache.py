@@ -322,7 +322,6 @@ def test_unknown_and_contradicting_parameters(gpt2):
             SketchCache(gpt2.config, 64, **{former: 2})
     for make, wrong, meant in (
         (SketchCache, "recent_windw", "recent_window"),
-        (SketchCache, "window", "recent_window"),  # compact takes fine_window, which is nearer
         (SketchCache.compact, "fine_windw", "fine_window"),
         (SketchCache.recall, "stor", "store"),
     ):

@@ -75,7 +75,7 @@ class Coded(Eager):
         if view is None:
             return super().append(layer, keys, values, tokens)
         slots.coming = flat(keys), flat(values), *places(tokens)
-        view.append(_new(None, *slots.coming, keys.shape[2] > 1), slots.used)
+        view.append(_new(None, *slots.coming, several=keys.shape[2] > 1), slots.used)
         if slots.codec.ring:
             slots.codec.ring.passing = None
         slots.used += keys.shape[2]
@@ -105,7 +105,7 @@ class Coded(Eager):
             if policy.uses_attention and not accumulates:
                 received = query.new_empty(*slots.shape, output.shape[2], slots.used)
             done = view.attend(
-                _new(*new, query.shape[2] > 1),
+                _new(*new, several=query.shape[2] > 1),
                 ctypes.byref(form),
                 slots.used,
                 query.shape[1] // slots.shape[1],

@@ -285,7 +285,7 @@ def places(tokens):
     return flat(tokens.positions.int()), first.int().contiguous() if isinstance(first, torch.Tensor) else None
 
 
-def _new(query, key, value, positions, first, several):
+def _new(query, key, value, positions, first, *, several):
     """`New` of vectors `[batch, heads, n, width]`, query or None; it knows where the tensors lie, and does not hold them.
     several: whether the n tokens, or more of which they are a part, came at once."""
     vectors = [x for x in (key, value, query) if x is not None]

@@ -16,7 +16,7 @@ INLINE int64_t rank_of(float score, int32_t position)
     return (int64_t)bits * (1LL << 32) + position;
 }
 
-/* Moves the `count` lowest ranks to the front. */
+/* Moves the `count` lowest ranks to the front, the highest of them last. */
 static void select_lowest(int64_t *ranks, int64_t many, int64_t count)
 {
     for (int64_t low = 0, high = many - 1; low < high;) {
@@ -94,9 +94,7 @@ int evict(const Slots *slots, const float *importance, int64_t used, int64_t cou
         const int64_t *own = ranks + row * used;
         memcpy(sorted, own, (size_t)used * sizeof(int64_t));
         select_lowest(sorted, used, count);
-        int64_t most = sorted[0], ties = 0, found = 0, hole = 0;
-        for (int64_t i = 1; i < count; i++)
-            most = sorted[i] > most ? sorted[i] : most;
+        int64_t most = sorted[count - 1], ties = 0, found = 0, hole = 0;
         for (int64_t i = 0; i < count; i++)
             ties += sorted[i] == most; /* of padding alone are there several of one rank */
         for (int64_t i = 0; i < used && found < count; i++)

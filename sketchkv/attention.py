@@ -5,16 +5,14 @@ the cache marks the keys that it returns, and the attention function that sees t
 """
 
 import inspect
-import sys
 from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sketchkv.cache import SketchCache
 from sketchkv.logits import Form
-from sketchkv.support import refuse_pass, text_config
+from sketchkv.support import own_attention, refuse_pass, text_config
 
 PREFIX = "sketchkv_"  # before the name of a model's own attention implementation, where it is enabled
 HARMLESS = {"position_ids", "use_cache"}  # arguments that change no attention
@@ -29,7 +27,7 @@ def attention(module, query, key, value, attention_mask, *, scaling=None, softca
     if visit is None and instead is None:
         given = {"scaling": scaling, "softcap": softcap, "s_aux": s_aux}
         given = {name: each for name, each in given.items() if each is not None}
-        return _own(module)(module, query, key, value, attention_mask, **given, **kwargs)
+        return own_attention(module, PREFIX)(module, query, key, value, attention_mask, **given, **kwargs)
     unknown = [name for name, given in kwargs.items() if name not in HARMLESS and _matters(given)]
     if unknown:
         hint = ": call model.eval()" if unknown == ["dropout"] else ""
@@ -40,6 +38,7 @@ def attention(module, query, key, value, attention_mask, *, scaling=None, softca
         raise ValueError(
             f"{type(module).__name__} attends twice with the same keys: a SketchCache can't tell the two apart"
         )
+    value = value.to(key.dtype)  # which autocast may have cast alone
     form = Form(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     if instead is not None:
         return instead(query, key, value, form, module.layer_idx), None
@@ -48,8 +47,8 @@ def attention(module, query, key, value, attention_mask, *, scaling=None, softca
     told, brought = tokens.positions.shape[1], key.shape[2]
     if told != brought:
         raise ValueError(f"the pass was announced with {told} tokens and brings {brought}")
-    with torch.no_grad():
-        output = layer.ops.through(layer, query, key, value.to(key.dtype), tokens, form)
+    with torch.no_grad(), torch.autocast(key.device.type, enabled=False):
+        output = layer.ops.through(layer, query, key, value, tokens, form)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         output = _NoGradient.apply(output, query, key, value)
     return output.transpose(1, 2).contiguous(), None
@@ -67,18 +66,6 @@ class _NoGradient(torch.autograd.Function):
         raise RuntimeError(
             "a SketchCache can't be trained through: train without past_key_values, or with another cache"
         )
-
-
-def _own(module):
-    """The attention function that the model had before `enable`."""
-    name = module.config._attn_implementation.removeprefix(PREFIX)
-    if name != "eager":
-        return ALL_ATTENTION_FUNCTIONS[name]
-    for kind in type(module).__mro__:  # the file that defines the attention defines its eager function, too
-        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise ValueError(f"{type(module).__name__} has no eager attention function of its own")
 
 
 def _matters(given):

@@ -2,7 +2,6 @@
 
 from importlib.util import find_spec
 
-from sketchkv.ops import eager
 from sketchkv.slots import Plain
 
 
@@ -13,7 +12,7 @@ def suited(ops, device, codec=Plain):
         return ops
     if not _fuses(device):
         if device.type != "cpu" or codec is Plain:
-            return eager
+            return ops
         from sketchkv.fast.cpu import coded
 
         return coded

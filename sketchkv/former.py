@@ -35,6 +35,6 @@ def refuse(made, parameters):
     write = FORMER.get(name, "").format(value=value)
     write = write or ", or ".join(how.format(name) for how, names in taken.items() if name in names)
     known = set(inspect.signature(made).parameters).union(*taken.values())
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f": write {write}" if write else f"; did you mean {near[0]!r}?" if near else ""
+    near = " or ".join(map(repr, difflib.get_close_matches(name, known, n=2)))
+    hint = f": write {write}" if write else f"; did you mean {near}?" if near else ""
     raise TypeError(f"{made.__name__} has no parameter {name!r}{hint}")

@@ -7,7 +7,7 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from sketchkv.checks import memory, refuses, slot_nbytes
-from sketchkv.ops import eager
+from sketchkv.ops import unset
 from sketchkv.slots import Slots
 from sketchkv.support import fits, made_for
 
@@ -23,7 +23,7 @@ class BoundedLayer(CacheLayerMixin):
     """
 
     is_sliding = False
-    ops: Any = eager  # how it computes: what suits the device, once that is known, or what was set
+    ops: Any = unset  # how it computes: what suits the device, once that is known, or what was set
     # Of `Settings`.
     num_sinks: int
     recent_window: int
@@ -46,9 +46,7 @@ class BoundedLayer(CacheLayerMixin):
         self.all_slots = None  # of all layers of a cache, per head
 
     selective = property(lambda self: self.attend_topk < self.max_cache_size)
-    capacity = property(
-        lambda self: self.max_cache_size + self.evict_every, doc="Slots per sequence and KV head."
-    )
+    capacity = property(lambda self: self.max_cache_size + self.evict_every)  # slots per sequence and KV head
 
     # The interface of a transformers cache layer
 
@@ -125,9 +123,7 @@ class BoundedLayer(CacheLayerMixin):
         while start < total:
             if self.prefill_chunk and total > self.evict_every:
                 self._widen(total - start)
-            count = min(self.slots.room, total - start)
-            if self.seen < codec.settles_after:
-                count = min(count, codec.settles_after - self.seen)
+            count = min(self.slots.room, total - start, tokens.until(codec, self.seen))
             now, parts = tokens, [query, key, value]
             if count < total:
                 block = slice(start, start + count)
@@ -137,7 +133,7 @@ class BoundedLayer(CacheLayerMixin):
             self.policy.enter(self.slots, new, now.ids)
             self.seen += count
             outputs.append(self.ops.turn_back(self, self.ops.attend(self, parts[0], now, form)))
-            if self.seen == codec.settles_after:
+            if tokens.until(codec, self.seen - count) == count:
                 self.ops.settle(self, now)
             if not self.slots.room:
                 used = self.slots.used

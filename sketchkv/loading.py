@@ -74,6 +74,8 @@ def load(name_or_path="embedded", device="auto", dtype=None):
     model overflows.
     """
     device, dtype = resolve_device(device), _resolve_dtype(dtype)
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise LoadError(f"load() takes the name or the folder of a model, as a string; got {name_or_path!r}")
     folder = _model_folder(name_or_path)
     _check_files(folder, name_or_path)
     _check_config(folder, dtype)

@@ -87,8 +87,9 @@ class Eager:
         return output.view(batch, -1, count, values.shape[-1])
 
     def settle(self, layer, tokens):
-        """The codec looks at the tokens that have come, once per text."""
-        layer.slots.codec.settle(layer.slots, tokens.first + layer.num_sinks)
+        """The codec looks at the first tokens of some rows, once per text."""
+        begin, rows = tokens.settling(layer)
+        layer.slots.codec.settle(layer.slots, begin + layer.num_sinks, rows)
 
     def evict(self, layer, tokens):
         """Back to `max_cache_size` tokens: the lowest scores go, padding first, sinks and the recent window never. Of the
@@ -132,7 +133,8 @@ class Eager:
 
 
 eager = Eager()
-eager.suits = True  # and of its copies, which a copied cache holds
+unset = Eager()
+unset.suits = True  # and of its copies, which a copied cache holds
 
 
 def order(scores, positions):

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sketchkv.checks import MASK, Length, begins, checked_inputs, checked_mask, digest
-from sketchkv.slots import EMPTY
+from sketchkv.slots import EMPTY, MOST_TOKENS
 
 BROKEN = (
     "the pass before this one broke off in the middle, so that layers hold different tokens: "
@@ -23,12 +23,24 @@ class Tokens(NamedTuple):
     positions: Any  # int32 [batch, n], or [1, n] if all rows are alike; -1 for padding
     first: Any = 0  # position of each row's first real token, int32 [batch, 1, 1], or 0 for all
     padded: bool = False  # whether a row has padding, in this pass or before
+    begins: Any = (0,)  # the different numbers in `first`, where the host knows them
     clock: Any = None  # int32 [1], the one new token's position, in a step recorded to run at others
 
     def part(self, block):
         """The tokens of a slice."""
         ids = None if self.ids is None else self.ids[:, block]
         return self._replace(ids=ids, positions=self.positions[:, block])
+
+    def until(self, codec, seen):
+        """Tokens until `codec` is due to look at the first ones of a row's text; `MOST_TOKENS` where it has looked at all."""
+        after = codec.settles_after
+        due = [begin + after - seen for begin in self.begins if after and 0 <= begin and begin + after > seen]
+        return min(due, default=MOST_TOKENS)
+
+    def settling(self, layer):
+        """(where the texts begin that a codec is due to look at, which rows those are: bool `[batch, 1, 1]`, or None: all)."""
+        begin = layer.seen - layer.slots.codec.settles_after
+        return begin, self.first == begin if self.padded else None
 
     def end(self, layer):
         """Tokens seen with these: an int, or int32 `[1]` on the device in a recorded step."""
@@ -54,6 +66,7 @@ class Passes:
         self.tokens: Any = None  # of the pass under way
         self.owners = []  # whose pass is under way: (id, tokens seen before), the innermost last
         self.first = None  # once a row has padding: position of each row's first real token, -1 before it, int32 [batch]
+        self.begins: Any = (0,)  # these numbers, on the host
         self.told: Any = []  # ids of passes that the digest does not know yet; None: some were not told
         self._digest: Any = 0
         self.misfit = None  # whether a mask hid stored tokens, bool [] on a device where looking waits
@@ -144,8 +157,11 @@ class Passes:
         elif self.first is not None:
             self.first = torch.where(self.first < 0, start, self.first)
             positions = positions.expand(batch, count)
-        first = 0 if self.first is None else self.first[:, None, None]
-        return Tokens(token_ids, positions, first, self.first is not None)
+        if self.first is None:
+            return Tokens(token_ids, positions)
+        if -1 in self.begins or not any(self.begins):  # where they may be new: looking waits for the device
+            self.begins = tuple(set(self.first.tolist()))
+        return Tokens(token_ids, positions, self.first[:, None, None], True, self.begins)
 
     def digest(self):
         """Of the ids that have passed (`sketchkv.checks.digest`), int64 `[batch]`, or 0; None if some were not told."""

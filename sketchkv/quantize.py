@@ -107,7 +107,8 @@ class Quantized(Plain):
     def _coder(self, bits, width):
         if bits < 16 and width % 8:
             raise ValueError(
-                f"vectors of {width} channels can't be packed in {bits} bits: head_dim must be a multiple of 8"
+                f"vectors of {width} channels can't be packed in {bits} bits, which takes a multiple of 8: give the cache "
+                "bits=16, or bits=None"
             )
         return coder(bits, self.device)
 
@@ -155,21 +156,21 @@ class Quantized(Plain):
     def turn_back(self, output):
         return output @ matrix(self.rotations["values"], output.dtype).T if self.rotations else output
 
-    def settle(self, slots, first):
-        """Codes all stored keys anew, as distances from the mean of the finite ones from position `first` on."""
-        keys = slots["keys"]
+    def settle(self, slots, first, rows=None):
+        """Codes stored keys of these rows anew, as distances from the mean of the finite ones from position `first` on."""
+        keys, rows = slots["keys"], True if rows is None else rows[..., None]
         if self.ring:
             keys = self.ring.added(slots, keys)
-        positions = slots["positions"]
-        text = (positions >= first) & (positions >= 0)  # of a row that has not begun, `first` is below 0
-        member = text[..., None] & keys.isfinite().all(-1, keepdim=True)
+        member = (slots["positions"] >= first)[..., None] & keys.isfinite().all(-1, keepdim=True)
         total = keys.where(member, 0).sum(2, keepdim=True)
-        self.centre.copy_(total / member.sum(2, keepdim=True).clamp(min=1))
+        mean = total / member.sum(2, keepdim=True).clamp(min=1)
+        self.centre.copy_(mean if rows is True else mean.where(rows, self.centre))
         arrays = self.encode("keys", keys)
         for name, coded in arrays.items():
-            slots.arrays[name][:, :, : slots.used] = coded
+            held = slots.arrays[name][:, :, : slots.used]
+            held.copy_(coded if rows is True else coded.where(rows, held))
         if self.ring:
-            self.ring.renew(slots, keys - self.decode("keys", arrays))
+            self.ring.renew(slots, keys - self.decode("keys", arrays), rows)
 
     def tensors(self):
         return ([] if self.centre is None else [self.centre]) + (self.ring.tensors() if self.ring else [])

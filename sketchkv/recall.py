@@ -12,7 +12,7 @@ import torch
 from sketchkv.layer import BoundedLayer
 from sketchkv.policies import Window
 from sketchkv.ring import Near
-from sketchkv.slots import EMPTY, gather
+from sketchkv.slots import EMPTY, Slots, gather
 
 # While a prompt passes: queries of one attention product, and tokens read from the store at a time.
 QUERIES, READ = 512, 256
@@ -118,17 +118,14 @@ class RecallLayer(BoundedLayer):
         turned = codec.turn(query, key, value)
         while start < total:
             most = QUERIES if self.exact_prompts else self.index.block - self.seen % self.index.block
-            count = min(most, total - start)
-            if self.seen < codec.settles_after:
-                count = min(count, codec.settles_after - self.seen)
+            count = min(most, total - start, tokens.until(codec, self.seen))
             block, now = slice(start, start + count), tokens.part(slice(start, start + count))
             new, coming, values = (x[:, :, block] for x in turned)
             self._enter(key[:, :, block], coming, values, now, alone=total == 1)
             given = query[:, :, block], new, now, form
             outputs.append(recall(self, *given) if total == 1 else stream(self, *given))
-            if self.seen == codec.settles_after:  # these keys have other codes now
-                codec.settle(slots, now.first + self.num_sinks)
-                self._write(0, {name: slots.arrays[name][:, :, : self.seen] for name in slots.kv})
+            if tokens.until(codec, self.seen - count) == count:
+                settle(self, now)
             start += count
         if total > 1 and self.seen > slots.capacity:
             refill(self, tokens)
@@ -140,7 +137,7 @@ class RecallLayer(BoundedLayer):
         """New tokens go to the store, to the index and, if there is room or one comes `alone`, to slots."""
         slots, count = self.slots, key.shape[2]
         coded = slots.coded(key, value, tokens.positions, tokens.first)
-        self._write(self.seen, coded)
+        self.write(self.seen, coded)
         if self.summary:
             at = tokens.positions[:, None]
             at = at.masked_fill(at < tokens.first + self.num_sinks, EMPTY)
@@ -157,7 +154,7 @@ class RecallLayer(BoundedLayer):
         if slots.used == self.seen or alone:
             self.place((*self.all(), at), coded, tokens.positions[:, None])
 
-    def _write(self, start, coded):
+    def write(self, start, coded):
         self.moved["written"] += self.store.write(start, coded)
 
     def read(self, rows, heads, tokens, why):
@@ -255,6 +252,23 @@ def _holds(layer, slots):
             f"recent_window={layer.recent_window} is less than the newest {ring.newest} tokens that the codec holds "
             f"finely: raise recent_window to {ring.newest} or lower fine_window (`newest` of the codec)"
         )
+
+
+def settle(layer, tokens):
+    """The codec looks at the first tokens of some rows' texts: they have other codes now, in the store and in slots."""
+    slots, codec, (begin, rows) = layer.slots, layer.slots.codec, tokens.settling(layer)
+    token = torch.arange(begin, layer.seen, device=slots.device)
+    first = Slots(slots.shape, len(token), slots.widths, codec)
+    first.arrays |= layer.read(*layer.all(), token, "streamed")
+    first.positions.copy_(layer.index.positions(layer.seen)[:, :, token])
+    first.used = len(token)
+    codec.settle(first, begin + layer.num_sinks, rows)
+    layer.write(begin, {name: first.arrays[name] for name in slots.kv})
+    at = slots["positions"] - begin
+    here = ((at >= 0) & (at < len(token)))[..., None]
+    for name in slots.kv:
+        held = slots.arrays[name][:, :, : slots.used]
+        held.copy_(gather(first.arrays[name], at.clamp(0, len(token) - 1).long()).where(here, held))
 
 
 def refill(layer, tokens):

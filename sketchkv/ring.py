@@ -195,11 +195,11 @@ class Ring:
         rest = self.read("keys", keys.dtype).masked_fill(~present[..., None], 0)
         return keys.scatter_add(2, at[..., None].expand_as(rest), rest)
 
-    def renew(self, slots, rest):
-        """The stored keys have new codes, which lack `rest`."""
+    def renew(self, slots, rest, rows=True):
+        """The stored keys of `rows` (bool `[batch, 1, 1, 1]`, True: all) have new codes, which lack `rest`."""
         at, present = self.places(slots["positions"], self.span)
         for held, new in zip(self.parts["keys"], self.coders["keys"].encode(gather(rest, at)), strict=True):
-            held.copy_(new.where(present[..., None], held))
+            held.copy_(new.where(present[..., None] & rows, held))
 
     def tensors(self):
         """All state, the batch first."""

@@ -46,8 +46,9 @@ class Plain:
         """What attention took from values that were turned."""
         return output
 
-    def settle(self, slots, first):
-        """Called once per text, when `settles_after` tokens have passed. Tokens before position `first` are sinks."""
+    def settle(self, slots, first, rows=None):
+        """Called once per text, `settles_after` tokens after it began, for the `rows` (bool `[batch, 1, 1]`, None: all) where that
+        is now. Tokens before position `first` are sinks, or padding."""
 
     def tensors(self):
         """State of the codec's own, the batch first."""
@@ -88,8 +89,6 @@ class Slots:
 
     capacity = property(lambda self: self.arrays["positions"].shape[2])
     room = property(lambda self: self.capacity - self.used, doc="Tokens that may enter before an eviction.")
-    keys = property(lambda self: self.arrays["keys"])
-    values = property(lambda self: self.arrays["values"])
     positions = property(lambda self: self.arrays["positions"])
 
     def add(self, name, dtype, *size):

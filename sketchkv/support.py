@@ -1,6 +1,7 @@
 """Which models can be bounded, and how their configurations are read."""
 
 import inspect
+import sys
 from functools import lru_cache
 
 # Models whose attention no attribute tells apart, and what is wrong with it.
@@ -156,3 +157,17 @@ def fits(held, keys, values):
         f"the cache holds {held.shape[1]} KV heads of {held.widths[0]} and {held.widths[1]} channels, this call brings "
         f"{keys.shape[1]} of {keys.shape[-1]} and {values.shape[-1]}: use a new cache for another model"
     )
+
+
+def own_attention(module, prefix):
+    """The attention function that a model had before `prefix` was put before its name."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = module.config._attn_implementation.removeprefix(prefix)
+    if name != "eager":
+        return ALL_ATTENTION_FUNCTIONS[name]
+    for kind in type(module).__mro__:  # the file that defines the attention defines its eager function, too
+        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if function is not None:
+            return function
+    raise ValueError(f"{type(module).__name__} has no eager attention function of its own")

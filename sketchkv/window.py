@@ -38,12 +38,13 @@ class WindowLayer(BoundedLayer):
             oldest = self.home.positions.argmin(-1, keepdim=True)
             replace(self.home, oldest, key, value, tokens.positions, tokens.first)
             self.seen, self.evicted, self.waiting = self.seen + 1, self.evicted + self.capped, False
-            return codec.turn_back(self.ops.attend(self, query, tokens, form))
+            output = codec.turn_back(self.ops.attend(self, query, tokens, form))
+            if tokens.until(codec, self.seen - 1) == 1:
+                self.ops.settle(self, tokens)
+            return output
         start = 0
         while start < total:
-            count = min(MAX_BLOCK, total - start)
-            if self.seen < codec.settles_after:
-                count = min(count, codec.settles_after - self.seen)
+            count = min(MAX_BLOCK, total - start, tokens.until(codec, self.seen))
             block = slice(start, start + count)
             now, parts = tokens.part(block), [x[:, :, block] for x in (query, key, value)]
             if self.slots.room < count:
@@ -51,8 +52,8 @@ class WindowLayer(BoundedLayer):
             self.ops.append(self, *parts[1:], now)
             self.seen += count
             outputs.append(self.ops.attend(self, parts[0], now, form))
-            if self.seen == codec.settles_after:
-                codec.settle(self.slots, now.first + self.num_sinks)
+            if tokens.until(codec, self.seen - count) == count:
+                self.ops.settle(self, now)
             gone = self.slots.used - self.max_cache_size
             if gone > 0:
                 self.slots.evict(self.slots["positions"].topk(gone, largest=False).indices)

@@ -214,7 +214,7 @@ def test_generate_past_the_cap_fills_and_bounds_the_cache(model):
         ]
         sizes.append(cache.nbytes())
     assert all(size == sizes[0] for size in sizes)
-    layers, kv_heads, head_dim = 2, cache.layers[0].slots.keys.shape[1], 16
+    layers, kv_heads, head_dim = 2, cache.layers[0].slots.arrays["keys"].shape[1], 16
     assert sizes[0]["kv"] == layers * 2 * kv_heads * (32 + 4) * head_dim * 2 * 4
     assert sizes[0]["total"] == sum(sizes[0][kind] for kind in ("kv", "sketch", "policy"))
 
@@ -415,4 +415,4 @@ def test_half_precision(gpt2, ids, dtype):
     expected = full_cache_logits(model, ids, visible)
     # Rounding of one product is about 2^-8 (bfloat16); anything masked wrongly changes logits by whole units.
     assert (logits - expected).abs().float().mean() < 0.05 * expected.float().std()
-    assert cache.layers[0].slots.keys.dtype == dtype
+    assert cache.layers[0].slots.arrays["keys"].dtype == dtype

@@ -17,7 +17,7 @@ from sketchkv.fast import cpu, native
 from sketchkv.fast.cpu import Coded, coded
 from sketchkv.layer import BoundedLayer
 from sketchkv.logits import Form
-from sketchkv.ops import Eager, eager
+from sketchkv.ops import Eager, eager, unset
 from sketchkv.passes import Tokens
 from sketchkv.quantize import BITS, matrix, quantized
 
@@ -331,7 +331,12 @@ def test_a_cpu_takes_c_by_itself_where_something_is_coded():
     assert torch.equal(found, wanted)
     plain = SketchCache(model.config, 24, recent_window=4)
     tokens_of(model, plain, ids)
-    assert all(layer.ops is eager for layer in plain.layers)
+    assert all(layer.ops is unset for layer in plain.layers)
+    asked = SketchCache.compact(model.config, 24, recent_window=4, fine_window=3)
+    for layer in asked.layers:
+        layer.ops = eager
+    assert torch.equal(tokens_of(model, asked, ids), wanted)
+    assert all(layer.ops is eager for layer in asked.layers)
 
 
 @compiles
@@ -407,15 +412,22 @@ def test_a_number_that_is_not_finite_is_found():
             layer.attend(torch.randn(1, 4, 1, 16), key, key, tokens, Form(0.25))
 
 
-@pytest.mark.parametrize("bits", [None, 8])
-def test_values_of_autocast_are_converted(bits):
+AUTOCAST = {
+    "plain": lambda config: SketchCache(config, 100, policy=Window()),
+    "coded": lambda config: SketchCache(config, 100, bits=8, policy=Window()),
+    "recall": lambda config: SketchCache.recall(config, 132, top=64),
+}
+
+
+@pytest.mark.parametrize("kind", AUTOCAST)
+def test_values_of_autocast_are_converted(kind):
     """There keys and queries of a rotary model are float32, and values are not."""
     model = sketchkv.enable(build("llama"))
     ids = torch.randint(1, 97, (2, 60), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         wanted = model(ids).logits.float()
         for size in 60, 1:
-            cache = SketchCache(model.config, 100, bits=bits, policy=Window())
+            cache = AUTOCAST[kind](model.config)
             parts = [model(part, past_key_values=cache).logits for part in ids.split(size, 1)]
             off = (torch.cat(parts, 1).float() - wanted).abs().mean()
             assert off < 0.1 * wanted.std()

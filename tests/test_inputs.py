@@ -1053,7 +1053,7 @@ MODEL_CALLS = [
             w.ids,
             SketchCache(tf.GPT2Config(n_embd=given * 2, n_head=2, n_layer=1), 40, bits=4),
         ),
-        (12, ValueError, "head_dim must be a multiple of 8"),
+        (12, ValueError, "multiple of 8.*bits=16"),
     ),
 ]
 

@@ -195,5 +195,5 @@ def test_snapkv_listens_to_the_last_queries_however_they_arrive(blocks):
 def test_key_norm_prefers_short_keys():
     slots, _ = drive(KeyNorm(), [24])
     order = KeyNorm().score(slots, 24).argsort(-1, descending=True)
-    norms = slots.keys.norm(dim=-1).gather(-1, order)
+    norms = slots.arrays["keys"].norm(dim=-1).gather(-1, order)
     assert (norms.diff() >= 0).all()

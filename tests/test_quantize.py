@@ -5,10 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import build
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AttentionInterface
+from transformers import AttentionInterface, MistralConfig, MistralForCausalLM
 
+import sketchkv
 from sketchkv import AttentionMass, SketchCache, Summary, Window, oracle, quantize, score
 from sketchkv.quantize import Half, Normal, matrix, normal_levels, pack, quantized, rotation, unpack
 from sketchkv.slots import Slots
@@ -250,3 +252,62 @@ def test_bytes_are_those_of_the_packed_tensors(model, ids, bits):
         )
     }
     assert cache.nbytes()["total"] == sum({t: n for t, n in held.items()}.values())
+
+
+def mistral():
+    config = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=48, max_position_embeddings=512)
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**config, **heads)).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(3)  # attention that is sharp enough for an error to show
+    return model
+
+
+CACHES = {
+    "slots": lambda model: SketchCache.compact(model.config, 160),
+    "coarse": lambda model: SketchCache(model.config, 160, bits=3, policy=Window()),
+    "window": lambda model: SketchCache(model.config, 160, bits=4, policy=Window()),
+    "index": lambda model: SketchCache.recall(model.config, 232, top=160, recent_window=64, fine_window=8),
+    "store": lambda model: SketchCache.recall(model.config, 90, top=16, recent_window=64, fine_window=8),
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 150])
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_row_behind_padding_is_coded_as_it_is_alone(kind, chunk):
+    """Its keys are centred after as many tokens of its own: the same vectors get the same codes, whatever stands beside them."""
+    torch.manual_seed(1)
+    model = sketchkv.enable(mistral() if kind == "window" else build("llama"))
+    pads, length, total = torch.tensor([0, 30, 100, 125]), 150, 158
+    ids = torch.randint(97, (4, total))
+    mask = torch.arange(total) >= pads[:, None]
+    positions = (torch.arange(total) - pads[:, None]).clamp(min=0)
+
+    def run(ids, mask, positions):
+        cache, found = CACHES[kind](model), []
+        begin = int((~mask).sum(1).min())
+        cuts = [*range(begin, length, chunk), *range(length, total)]
+        for start, end in zip(cuts, [*cuts[1:], total]):
+            now = slice(start, end) if begin == 0 else slice(start - begin, end - begin)
+            given = (ids, positions) if begin == 0 else (ids[:, begin:], positions[:, begin:])
+            own = mask[:, :end] if begin == 0 else None
+            found.append(
+                model(
+                    given[0][:, now], attention_mask=own, position_ids=given[1][:, now], past_key_values=cache
+                ).logits
+            )
+        return torch.cat(found, 1), cache.layers[0].slots.codec
+
+    together, codec = run(ids, mask, positions)
+    for row in range(4):
+        alone, own = run(*(x[row : row + 1] for x in (ids, mask, positions)))
+        torch.testing.assert_close(codec.centre[row], own.centre[0])
+        if total - int(pads[row]) >= 32:
+            assert own.centre.abs().max() > 0
+        if kind == "store" and chunk == 1:
+            continue  # the index has blocks elsewhere, and steps may ask for other tokens
+        end = length if kind == "store" else total
+        error = (together[row, int(pads[row]) : end] - alone[0, : end - int(pads[row])]).abs()
+        # A number between two levels may fall to either side, by rounding of sums in another order.
+        assert error.median() < 1e-4 and error.max() < 1e-2

@@ -50,4 +50,4 @@ def test_memory_stays_where_it_is():
     slots.evict(torch.tensor([[[0, 3, 7]]]))
     slots.clear()
     assert {name: array.data_ptr() for name, array in slots.arrays.items()} == addresses
-    assert slots.used == 0 and (slots.positions == -1).all() and not slots.keys.any()
+    assert slots.used == 0 and (slots.positions == -1).all() and not slots.arrays["keys"].any()

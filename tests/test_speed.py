@@ -97,7 +97,7 @@ def test_verdicts_are_of_the_first_device_that_was_asked():
     gpu = rows(("generate, sketch / generate, DynamicCache", 1.2, 1.1, 1.3))
     found = speed.verdicts({"CPU, here": here, "CPU, make bench": there, "NVIDIA H100": gpu})
     found = found.set_index("question")
-    slow = found.loc["step, compact / full cache"]
+    slow = found.loc["step, compact / full cache, 3072 tokens, cap 512"]
     assert (slow.device, slow.verdict, slow["median"]) == ("CPU, here", "missed", 2)
     assert found.loc["step, recall / full cache, 8192 tokens", ["device", "verdict"]].tolist() == [
         "CPU, make bench",

@@ -1,7 +1,5 @@
 """Vectors to codes and back, many at a time, as `sketchkv.quantize.Normal` does it; and the one time that all keys get new codes."""
 
-import torch
-
 from sketchkv.fast.codes import line_of, rests_of, ring_row, stored, vectors
 from sketchkv.fast.launch import jit, kernel, tl
 from sketchkv.index import CENTRE_BITS, LARGEST
@@ -64,20 +62,17 @@ def enter(
 
 @kernel("used", "end", "capacity")
 def _settle(
-    first,
     keys,
     centre,
     positions,
     rests,
     capacity,
-    kv_heads,
     used,
     end,
     num_sinks,
     NEWEST: tl.constexpr,
     SINKS: tl.constexpr,
     REST_BITS: tl.constexpr,
-    PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
     KEY_BITS: tl.constexpr,
@@ -89,21 +84,13 @@ def _settle(
     inside = slot < used
     keys = line_of(keys, line, capacity, DIM, KEY_BITS)
     at = tl.load(positions + line * capacity + slot, mask=inside, other=-1)
-    begins = 0
-    if PADDED:
-        begins = tl.load(first + line // kv_heads)
     key = vectors(keys, slot, inside, DIM, KEY_BITS)
     key += tl.load(centre + line * DIM + column).to(tl.float32)[None, :]
     if NEWEST:
         rests = line_of(rests, line, NEWEST + SINKS, DIM, REST_BITS)
-        near, held = ring_row(at, begins, end, NEWEST, SINKS)
+        near, held = ring_row(at, 0, end, NEWEST, SINKS)
         key += vectors(rests, near, held, DIM, REST_BITS)
-    member = (
-        inside
-        & (at >= 0)
-        & (at >= begins + num_sinks)
-        & (tl.min((tl.abs(key) < float("inf")).to(tl.int32), 1) > 0)
-    )
+    member = inside & (at >= num_sinks) & (tl.min((tl.abs(key) < float("inf")).to(tl.int32), 1) > 0)
     total = tl.sum(tl.where(member[:, None], key, 0.0), 0)
     middle = (total / tl.maximum(tl.sum(member.to(tl.float32), 0), 1.0)).to(tl.float16)
     tl.debug_barrier()  # all have read what is overwritten
@@ -114,24 +101,20 @@ def _settle(
         enter(x - told, rests, near, held, ROWS, DIM, REST_BITS, LEAST)
 
 
-def settle(slots, tokens, seen, num_sinks):
-    """`sketchkv.quantize.Quantized.settle`, of at most `MOST_SETTLED` slots, in one launch."""
+def settle(slots, seen, num_sinks):
+    """`sketchkv.quantize.Quantized.settle` for texts without padding, of at most `MOST_SETTLED` slots, in one launch."""
     (batch, kv_heads), dim = slots.shape, slots.widths[0]
     rests, sizes = rests_of(slots, "bounds")
-    padded = isinstance(tokens.first, torch.Tensor)
     _settle[(batch * kv_heads,)](
-        tokens.first if padded else slots.positions,
         stored(slots, "keys", "bounds"),
         slots.codec.centre,
         slots.positions,
         tuple(rests[:4]),
         slots.capacity,
-        kv_heads,
         slots.used,
         seen,
         num_sinks,
         **sizes,
-        PADDED=padded,
         ROWS=MOST_SETTLED,
         DIM=dim,
         KEY_BITS=slots.codec.bits["keys"],

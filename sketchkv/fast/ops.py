@@ -169,9 +169,9 @@ class Fused(Eager):
         return slots[name] if self.filled is None else slots.arrays[name]
 
     def settle(self, layer, tokens):
-        if not _is_coded(layer) or layer.slots.used > coding.MOST_SETTLED:
+        if tokens.padded or not _is_coded(layer) or layer.slots.used > coding.MOST_SETTLED:
             return super().settle(layer, tokens)
-        coding.settle(layer.slots, tokens, layer.seen, layer.num_sinks)
+        coding.settle(layer.slots, layer.seen, layer.num_sinks)
 
     def evict(self, layer, tokens):
         slots, summary = layer.slots, layer.summary
@@ -210,7 +210,9 @@ class Fused(Eager):
             return super().score(layer, tokens)
         elapsed = slots.used - slots.kept
         if policy.key == "lsh" and type(slots.codec) is Plain:
-            eviction.codes(slots.keys, policy.code.projection, slots.arrays["signature"], slots.kept, elapsed)
+            eviction.codes(
+                slots.arrays["keys"], policy.code.projection, slots.arrays["signature"], slots.kept, elapsed
+            )
             signatures = slots["signature"]
         else:
             signatures = policy.signatures(slots)

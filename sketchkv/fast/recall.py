@@ -7,6 +7,7 @@ import torch
 
 from sketchkv.fast.cpu import NUMBER, POINTER, REAL, flat, places, view_of
 from sketchkv.index import CENTRE_BITS, POOLINGS, KeyIndex
+from sketchkv.slots import MOST_TOKENS
 from sketchkv.store import PAGE, FolderStore, HostStore
 
 SOURCE = Path(__file__).with_name("recall.c")
@@ -31,7 +32,7 @@ def step(layer, query, key, value, tokens, form):
     slots, store, index = layer.slots, layer.store, layer.index
     if (
         query.dtype != torch.float32
-        or layer.seen < slots.codec.settles_after
+        or tokens.until(slots.codec, layer.seen) < MOST_TOKENS
         or (form.softcap, form.sinks) != (None, None)
         or type(index) is not KeyIndex
         or type(store) not in (HostStore, FolderStore)

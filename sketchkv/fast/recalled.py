@@ -21,6 +21,7 @@ from sketchkv.index import KeyIndex, hold, reserve
 from sketchkv.layer import BoundedLayer
 from sketchkv.quantize import TINY, Normal, Quantized
 from sketchkv.recall import RecallLayer
+from sketchkv.slots import MOST_TOKENS
 from sketchkv.store import PAGE
 from sketchkv.tail import Tail
 
@@ -279,7 +280,7 @@ def step(layer, query, key, value, tokens, form):
     """Attention of one new token, which enters: `[batch, num_heads, 1, width]`, or None if kernels do not serve the layer. Parameters
     as of `BoundedLayer.attend`."""
     slots, index, side = layer.slots, layer.index, _side(layer)
-    if side is None:
+    if side is None or tokens.until(slots.codec, layer.seen) < MOST_TOKENS:
         return None
     if form.softcap is not None or form.sinks is not None:
         side.serves = False

@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+from sketchkv.ops import unset
 from sketchkv.slots import Plain
 
 
@@ -12,7 +13,7 @@ def suited(ops, device, codec=Plain):
         return ops
     if not _fuses(device):
         if device.type != "cpu" or codec is Plain:
-            return ops
+            return unset
         from sketchkv.fast.cpu import coded
 
         return coded

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from sketchkv import corpus, texts
 from sketchkv.corpus import HELD_OUT, CorpusError
-from sketchkv.loading import EMBEDDED, HUB_REVISIONS
+from sketchkv.loading import EMBEDDED, HUB_REVISIONS, load
 from sketchkv.texts import SPLITS, documents, text_revision
 
 WORDS = "def score(model, input_ids, cache):\n    return model(input_ids)\n"
@@ -482,3 +482,13 @@ def test_text_revision_follows_the_bytes(tmp_path, monkeypatch):
     (tmp_path / "manifest.json").write_text(json.dumps(changed))
     monkeypatch.setattr(corpus, "MANIFEST", tmp_path / "manifest.json")
     assert len(embedded) == 12 and text_revision() != embedded
+
+
+def test_embedded_model_predicts_held_out_text():
+    model, tokenizer = load(device="cpu")
+    assert tokenizer.padding_side == "left"  # as `generate` needs
+    assert model.dtype == torch.float32 and model.config.max_position_embeddings >= 1024
+    assert model.config.hidden_size // model.config.num_attention_heads == 64
+    ids = documents("embedded", tokenizer, count=2, length=256).input_ids
+    loss = model(ids, labels=ids).loss.item()
+    assert loss < 5.0  # a guess over the vocabulary costs log(4096) = 8.3 nats

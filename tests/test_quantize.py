@@ -310,4 +310,4 @@ def test_a_row_behind_padding_is_coded_as_it_is_alone(kind, chunk):
         end = length if kind == "store" else total
         error = (together[row, int(pads[row]) : end] - alone[0, : end - int(pads[row])]).abs()
         # A number between two levels may fall to either side, by rounding of sums in another order.
-        assert error.median() < 1e-4 and error.max() < 1e-2
+        assert error.median() < 2e-3 and error.max() < 2e-2

@@ -94,8 +94,9 @@ def test_a_policy_that_scores_nonsense_is_refused():
 
 def test_the_right_one_is_chosen_again_for_another_device():
     with mock.patch.object(devices, "_fuses", lambda device: device.type == "cuda"):
-        assert devices.suited(fused, torch.device("cpu")) is ops.eager
-        assert devices.suited(ops.eager, torch.device("cuda")) is fused
+        assert devices.suited(fused, torch.device("cpu")) is ops.unset
+        assert devices.suited(ops.unset, torch.device("cuda")) is fused
+        assert devices.suited(ops.eager, torch.device("cuda")) is ops.eager
         own = ops.Eager()
         assert devices.suited(own, torch.device("cuda")) is own
 

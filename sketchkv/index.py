@@ -92,7 +92,9 @@ class KeyIndex:
     def _allocate(self, keys, shape):
         batch, heads, head_dim = shape
         if head_dim % 8:
-            raise ValueError(f"{head_dim} channels can't be packed: head_dim must be a multiple of 8")
+            raise ValueError(
+                f"{head_dim} channels can't be packed: an index needs a head_dim that is a multiple of 8"
+            )
         device, self.shape, self.capacity, self.arrays = keys.device, shape, 0, {}
         dtype = torch.float16 if keys.dtype.itemsize > 2 else keys.dtype
         self.pending = self.store.zeros(batch, heads, self.block, head_dim, dtype=dtype, device=device)
@@ -112,8 +114,11 @@ class KeyIndex:
     def code(self, keys):
         """Codes the keys of full blocks, `[batch, kv_heads, n * block, head_dim]`."""
         blocks, tokens = keys.to(self.rotation.device).float().unflatten(2, (-1, self.block)), keys.shape[2]
-        positions = self.positions(self.coded + tokens)[:, :, self.coded :]
-        member = (positions >= self.num_sinks).unflatten(2, (-1, self.block))[..., None]
+        positions = self.positions(self.coded + tokens)
+        first = (positions < 0).sum(-1, keepdim=True)  # padding comes before all else
+        member = (positions[:, :, self.coded :] >= first + self.num_sinks).unflatten(2, (-1, self.block))[
+            ..., None
+        ]
         for name, rows in self.encode(blocks, member).items():
             rate = tokens // rows.shape[2]
             if name not in self.arrays:

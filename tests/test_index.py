@@ -62,12 +62,13 @@ def by_hand(keys, query, positions, block, num_sinks):
 def test_estimates_are_those_of_the_formula(head_dim, tokens, pads, num_sinks, seed):
     keys = normal(2, 2, tokens, head_dim, seed=seed) * 2 + normal(1, 2, 1, head_dim, seed=seed + 1) * 3
     keys, query = keys.half().float(), normal(2, 6, 3, head_dim, seed=seed + 2)
-    positions = torch.stack([torch.arange(tokens), (torch.arange(tokens) - pads).clamp(min=-1)])
+    number = torch.arange(tokens)
+    positions = torch.stack([number, number.masked_fill(number < pads, -1)])
     scores = filled(KeyIndex(block=16, num_sinks=num_sinks), keys, positions).scores(query)
     assert scores.shape == (2, 2, 3, 3, tokens) and scores.dtype == torch.float32
     for row, head, group, n in [(0, 0, 0, 0), (0, 1, 2, 1), (1, 0, 1, 2), (1, 1, 0, 0)]:
         asked = query[row, head * 3 + group, n].double().numpy()
-        expected = by_hand(keys[row, head].double().numpy(), asked, positions[row].numpy(), 16, num_sinks)
+        expected = by_hand(keys[row, head].double().numpy(), asked, positions[row].numpy(), 16, num_sinks + row * pads)
         # A factor is rounded to float16: its relative error times the sum that it multiplies.
         scale = np.linalg.norm(asked) * keys[row, head].norm(dim=-1).max().item()
         assert np.abs(scores[row, head, group, n].numpy() - expected).max() < 2e-3 * scale

@@ -206,9 +206,9 @@ class RecallLayer(BoundedLayer):
         return [slots.codec.decode(kind, each) for kind, each in zip(("keys", "values"), parts, strict=True)]
 
     def logits(self, query, keys, form):
-        """Float32 `[batch, num_kv_heads, group, n, tokens]`."""
-        query = query.float().unflatten(1, (self.slots.shape[1], -1)) * form.scaling
-        return form.capped(query @ keys.float()[:, :, None].transpose(-1, -2))
+        """Float32 or float64 `[batch, num_kv_heads, group, n, tokens]`."""
+        query = wide(query).unflatten(1, (self.slots.shape[1], -1)) * form.scaling
+        return form.capped(query @ wide(keys)[:, :, None].transpose(-1, -2))
 
 
 def recall(layer, query, turned, tokens, form):
@@ -289,7 +289,7 @@ def stream(layer, query, turned, tokens, form):
     """Attention of n new tokens over the store, part by part, with a running maximum as in FlashAttention (Dao et al. 2022,
     arXiv 2205.14135)."""
     shape = (*layer.slots.shape, query.shape[1] // layer.slots.shape[1], query.shape[2], 1)
-    most = turned.new_full(shape, torch.finfo(torch.float32).min, dtype=torch.float32)
+    most = turned.new_full(shape, torch.finfo(torch.float32).min, dtype=wide(turned[:0]).dtype)
     total = output = torch.zeros_like(most)
     for logits, take in parts(layer, query, turned, tokens, form):
         higher = torch.maximum(most, logits.amax(-1, keepdim=True))
@@ -331,8 +331,13 @@ def parts(layer, query, turned, tokens, form):
 
 def taken(weights, values, near):
     """What the weights `[batch, num_kv_heads, group, n, m]` of a block take from its values `[batch, num_kv_heads, m, width]`."""
-    output = weights @ values.float()[:, :, None]
-    return output + (weights * near.seen) @ near.values.float()[:, :, None] if near else output
+    output = weights @ wide(values)[:, :, None]
+    return output + (weights * near.seen) @ wide(near.values)[:, :, None] if near else output
+
+
+def wide(x):
+    """In float32, unless it is wider."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class Fine:

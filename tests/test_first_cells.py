@@ -8,8 +8,8 @@ from sketchkv.study import sources, steps
 
 WRONG = [
     ("00_explore", "length", (95, 513, "192")),
-    ("05_baselines", "count", (1, 65, 2.5, "8", True)),
-    ("09_one_slot", "count", (1, 65, -2)),
+    ("05_baselines", "documents", (1, 65, 2.5, "8", True)),
+    ("09_one_slot", "documents", (1, 65, -2)),
     ("10_generation", "max_cache_size", (79, 193, "128")),
     ("10_generation", "prompts", (1, 33)),
     ("13_speed", "max_cache_size", (127, 1025, None)),

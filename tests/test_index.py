@@ -68,7 +68,9 @@ def test_estimates_are_those_of_the_formula(head_dim, tokens, pads, num_sinks, s
     assert scores.shape == (2, 2, 3, 3, tokens) and scores.dtype == torch.float32
     for row, head, group, n in [(0, 0, 0, 0), (0, 1, 2, 1), (1, 0, 1, 2), (1, 1, 0, 0)]:
         asked = query[row, head * 3 + group, n].double().numpy()
-        expected = by_hand(keys[row, head].double().numpy(), asked, positions[row].numpy(), 16, num_sinks + row * pads)
+        expected = by_hand(
+            keys[row, head].double().numpy(), asked, positions[row].numpy(), 16, num_sinks + row * pads
+        )
         # A factor is rounded to float16: its relative error times the sum that it multiplies.
         scale = np.linalg.norm(asked) * keys[row, head].norm(dim=-1).max().item()
         assert np.abs(scores[row, head, group, n].numpy() - expected).max() < 2e-3 * scale

@@ -478,3 +478,9 @@ def test_bad_combinations_are_told(llama):
     fine = recall(llama, codec=quantized((5, 4), newest=17))
     with pytest.raises(ValueError, match="raise recent_window to 17 or lower fine_window"):
         llama(torch.ones(1, 30, dtype=torch.int64), past_key_values=fine)
+
+
+def test_a_model_in_float64_keeps_its_digits(llama, ids):
+    llama, cache = llama.double(), SketchCache.recall(llama.config, 84, top=16, bits=None, summary=None)
+    parts = [llama(part, past_key_values=cache).logits for part in (ids[:, :70], ids[:, 70:])]
+    assert (torch.cat(parts, 1) - llama(ids).logits).abs().max() < 1e-10

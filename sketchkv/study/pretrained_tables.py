@@ -179,7 +179,7 @@ def hero(losses, front):
         axis.set_title(title if title == "embedded" else f"SmolLM2, {title}")
         axis.set(xscale="log", yscale="log", xlim=(0.011, 1.3), ylim=(0.09, 200))
         axis.set_xticks([1 / 16, 1 / 4], ["1/16", "1/4"])
-        axis.set_yticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
+        axis.set_yticks([0.1, 1, 10, 100], ["≤ 0.1", "1", "10", "100"])
         axis.minorticks_off()
     axes[0].set_ylabel("perplexity above the full cache, %")
     axes[1].set_xlabel("bytes held, share of the full cache's")

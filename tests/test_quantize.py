@@ -278,11 +278,12 @@ CACHES = {
 def test_a_row_behind_padding_is_coded_as_it_is_alone(kind, chunk):
     """Its keys are centred after as many tokens of its own: the same vectors get the same codes, whatever stands beside them."""
     torch.manual_seed(1)
-    model = sketchkv.enable(mistral() if kind == "window" else build("llama"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = sketchkv.enable(mistral() if kind == "window" else build("llama")).to(device)
     pads, length, total = torch.tensor([0, 30, 64, 125]), 150, 158
-    ids = torch.randint(97, (4, total))
-    mask = torch.arange(total) >= pads[:, None]
-    positions = (torch.arange(total) - pads[:, None]).clamp(min=0)
+    ids = torch.randint(97, (4, total)).to(device)
+    mask = (torch.arange(total) >= pads[:, None]).to(device)
+    positions = (torch.arange(total) - pads[:, None]).clamp(min=0).to(device)
 
     def run(ids, mask, positions):
         cache, found = CACHES[kind](model), []

@@ -12,10 +12,10 @@ import torch
 
 from sketchkv.cache import SketchCache
 from sketchkv.logits import Form
-from sketchkv.support import own_attention, refuse_pass, text_config
+from sketchkv.support import layer_windows, own_attention, refuse_pass, text_config
 
 PREFIX = "sketchkv_"  # before the name of a model's own attention implementation, where it is enabled
-HARMLESS = {"position_ids", "use_cache"}  # arguments that change no attention
+HARMLESS = {"position_ids", "use_cache", "cache_position"}  # arguments that change no attention
 USED = object()  # the mark of keys that a layer has attended to
 
 
@@ -113,10 +113,11 @@ def begin(module, args, kwargs):
 def _check_model(config, cache):
     if cache.passes.model is not config:  # looked at once: reading a configuration is slow
         text = text_config(config)
-        if len(cache.layers) != text.num_hidden_layers:
+        both = cache.passes.windows, layer_windows(text)
+        if both[0] != both[1]:
+            told = [f"{len(each)} layers, windows {sorted(set(filter(None, each)))}" for each in both]
             raise ValueError(
-                f"the cache has {len(cache.layers)} layers, the model {text.num_hidden_layers}: "
-                "SketchCache(model.config, ...)"
+                f"the cache is for {told[0]}, the model has {told[1]}: SketchCache(model.config, ...)"
             )
         cache.passes.model, cache.passes.text = config, text
     own = cache.passes.text._attn_implementation

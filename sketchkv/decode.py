@@ -46,22 +46,23 @@ def generate(
     do_sample: draw from torch's global generator, else greedy; temperature, top_k, top_p: of the draw.
     eos_token_id: one id or a list; a row that has produced one is filled with pad_token_id (default: the first of them),
         and generation ends when all rows have. None: generation does not end early.
-    generation_config: a transformers `GenerationConfig`, such as `model.generation_config`, from which max_new_tokens,
-        do_sample, temperature, top_k, top_p, eos_token_id and pad_token_id are taken where they are left at their defaults;
+    generation_config: a transformers `GenerationConfig`, such as `model.generation_config`, from which max_new_tokens
+        (or max_length), do_sample, temperature, top_k, top_p, eos_token_id and pad_token_id are taken where they are left at their defaults;
         one that asks for more, such as beams or a penalty, is refused.
     streamer: a transformers streamer, given the prompt and each token as it comes.
-    chunk_size: at most so many tokens of the prompt per forward pass, a matter of memory and speed only.
+    chunk_size: at most so many tokens of the prompt per forward pass: a matter of memory and speed, and of a cache with
+        `prefill_chunk` or an index, which takes a prompt otherwise than steps, also of when it evicts.
     graph: record steps as CUDA graphs (`sketchkv.fast.graphs`), for a `SketchCache` and texts without padding.
     compile: run the model's part of a step through torch.compile (`sketchkv.fast.compiled`), for a `SketchCache`.
     Returns int64 `[batch, tokens + new tokens]`.
 
-    Raises ValueError for an empty prompt, a used cache, a text longer than the model's positions, a value out of range, or
-    what `graph` or `compile` cannot take; TypeError for what is no model, prompt or cache; RuntimeError without a compiler.
+    Raises ValueError for an empty prompt, a used cache, a text longer than a table of positions that were learned (rotary
+    ones go on beyond those of the training, with a warning), a value out of range, or what `graph` or `compile` cannot take; TypeError for what is no model, prompt or cache; RuntimeError without a compiler.
     """
     if generation_config is not None:
         given = dict(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)
         given |= dict(eos_token_id=eos_token_id, pad_token_id=pad_token_id, max_new_tokens=max_new_tokens)
-        filled = _filled(given, generation_config)
+        filled = _filled(given, generation_config, _ids(input_ids)[0].shape[1])
         do_sample, temperature, top_k, top_p, eos_token_id, pad_token_id, max_new_tokens = filled
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 0)
     chunk_size = whole("chunk_size", chunk_size, 1)
@@ -231,11 +232,15 @@ BEYOND = {
         ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias", "stop_strings"), None
     ),
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "penalty_alpha", "guidance_scale"), None),
+    **dict.fromkeys(("max_time", "exponential_decay_length_penalty", "watermarking_config", "top_h"), None),
+    **dict.fromkeys(("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit"), None),
+    **dict.fromkeys(("return_dict_in_generate", "token_healing"), False),
+    "use_cache": True,
 }
 
 
-def _filled(given, config):
-    """Values of `given`, those at their defaults from a GenerationConfig."""
+def _filled(given, config, tokens):
+    """Values of `given`, those at their defaults from a GenerationConfig; `tokens` of the prompt count in its max_length."""
     if not isinstance(config, GenerationConfig):
         raise TypeError(
             f"generation_config must be a transformers.GenerationConfig, got {told(config)}: use GenerationConfig(**...)"
@@ -249,6 +254,8 @@ def _filled(given, config):
         )
     defaults = dict(do_sample=False, temperature=1.0, max_new_tokens=20)
     own = {name: getattr(config, name, None) for name in given}
+    if own["max_new_tokens"] is None and config.max_length is not None:
+        own["max_new_tokens"] = max(0, config.max_length - tokens)
     filled = given | {
         name: value for name, value in own.items() if value is not None and given[name] == defaults.get(name)
     }

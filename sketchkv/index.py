@@ -91,10 +91,7 @@ class KeyIndex:
     @torch.inference_mode(False)  # tensors that may be written to inside of it and outside
     def _allocate(self, keys, shape):
         batch, heads, head_dim = shape
-        if head_dim % 8:
-            raise ValueError(
-                f"{head_dim} channels can't be packed: an index needs a head_dim that is a multiple of 8"
-            )
+        _packable(head_dim)
         device, self.shape, self.capacity, self.arrays = keys.device, shape, 0, {}
         dtype = torch.float16 if keys.dtype.itemsize > 2 else keys.dtype
         self.pending = self.store.zeros(batch, heads, self.block, head_dim, dtype=dtype, device=device)
@@ -116,10 +113,8 @@ class KeyIndex:
         blocks, tokens = keys.to(self.rotation.device).float().unflatten(2, (-1, self.block)), keys.shape[2]
         positions = self.positions(self.coded + tokens)
         first = (positions < 0).sum(-1, keepdim=True)  # padding comes before all else
-        member = (positions[:, :, self.coded :] >= first + self.num_sinks).unflatten(2, (-1, self.block))[
-            ..., None
-        ]
-        for name, rows in self.encode(blocks, member).items():
+        member = positions[:, :, self.coded :] >= first + self.num_sinks
+        for name, rows in self.encode(blocks, member.unflatten(2, (-1, self.block))[..., None]).items():
             rate = tokens // rows.shape[2]
             if name not in self.arrays:
                 shape = (*rows.shape[:2], self.capacity // rate, *rows.shape[3:])
@@ -230,6 +225,14 @@ class KeyIndex:
             self.pending = pinned_if(
                 self.rotation.is_cuda and self.pending.device.type == "cpu", self.pending
             )
+
+
+def _packable(head_dim):
+    if head_dim % 8:
+        raise ValueError(
+            f"keys of {head_dim} channels can't be indexed, which takes a multiple of 8: use a cache without an index, such as "
+            "SketchCache.compact(config, max_cache_size, bits=16)"
+        )
 
 
 @torch.inference_mode(False)

@@ -10,8 +10,7 @@ from sketchkv.checks import checked_scores
 from sketchkv.logits import products
 from sketchkv.slots import EMPTY
 
-# Evictions between two looks for NaN on CUDA, where looking makes the host wait for the device.
-CHECK_EVERY = 16
+CHECK_EVERY = 16  # evictions between two looks for NaN on CUDA, where looking makes the host wait
 
 
 class Eager:

@@ -8,6 +8,7 @@ import torch
 
 from sketchkv.checks import MASK, Length, begins, checked_inputs, checked_mask, digest
 from sketchkv.slots import EMPTY, MOST_TOKENS
+from sketchkv.support import layer_windows
 
 BROKEN = (
     "the pass before this one broke off in the middle, so that layers hold different tokens: "
@@ -55,7 +56,7 @@ class Passes:
     """
 
     def __init__(self, config):
-        self.length = Length(config)
+        self.length, self.windows = Length(config), layer_windows(config)
         self.model: Any = None  # configuration of the model that was announced last, and of its decoder
         self.text: Any = None
         self.layers: Sequence[Any] = ()
@@ -144,11 +145,10 @@ class Passes:
         batch, count = inputs.shape[:2]
         start, end = self.seen, self.seen + count
         if attention_mask is not None:
-            attention_mask = checked_mask(attention_mask, batch, end)
+            attention_mask = checked_mask(attention_mask, batch, end).to(inputs.device)
         self.length.check(end, count, position_ids)
         positions = torch.arange(start, end, dtype=torch.int32, device=inputs.device)[None]
         if attention_mask is not None:
-            attention_mask = attention_mask.to(positions.device)
             self.first, wrong = begins(attention_mask, self.first, start)
             if wrong is not None:
                 self.misfit = wrong if self.misfit is None else self.misfit | wrong

@@ -125,7 +125,12 @@ def test_a_cache_of_another_model(model, ids):
 
 
 @pytest.mark.parametrize(
-    "more", (dict(repetition_penalty=5.0), dict(num_beams=2), dict(min_p=0.1), dict(no_repeat_ngram_size=2))
+    "more",
+    (
+        *(dict(repetition_penalty=5.0), dict(num_beams=2), dict(min_p=0.1), dict(no_repeat_ngram_size=2)),
+        *(dict(max_time=1.0), dict(exponential_decay_length_penalty=(1, 5.0)), dict(use_cache=False)),
+        *(dict(cache_implementation="static"), dict(return_dict_in_generate=True)),
+    ),
 )
 def test_a_configuration_that_asks_for_more_is_refused(model, ids, more):
     with pytest.raises(ValueError, match=f"{next(iter(more))}=.*model.generate"):
@@ -236,3 +241,34 @@ def test_double_precision_stays_double(ids):
     found = steps(enable(model), ids[:, :60], SketchCache(model.config, 64))
     torch.testing.assert_close(found, want, atol=1e-9, rtol=0)
     assert score(model, ids[:, :100], SketchCache.compact(model.config, 64)).isfinite().all()
+
+
+@pytest.mark.parametrize("windows", [(24, None), (None, 24), (24, 32)])
+def test_a_cache_of_a_model_with_other_windows_is_refused(ids, windows):
+    """Of as many layers: it would see too little, or too much, without a word."""
+
+    def config(window):
+        shape = dict(num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2)
+        return tf.MistralConfig(vocab_size=97, intermediate_size=32, sliding_window=window, **shape)
+
+    model, other = enable(tf.MistralForCausalLM(config(windows[0])).eval()), config(windows[1])
+    with torch.no_grad():
+        model(ids[:, :60], past_key_values=SketchCache(model.config, 64))
+        with pytest.raises(ValueError, match=r"windows \[.*SketchCache\(model.config"):
+            model(ids[:, :60], past_key_values=SketchCache(other, 64))
+
+
+def test_max_length_of_a_configuration_counts_the_prompt(model, ids):
+    for length, expected in ((16, 16), (5, 9)):
+        config = GenerationConfig(max_length=length)
+        assert generate(model, ids[:, :9], generation_config=config).shape == (1, expected)
+        assert generate(model, ids[:, :9], max_new_tokens=3, generation_config=config).shape == (1, 12)
+
+
+def test_cache_position_changes_nothing(model, ids):
+    with torch.no_grad():
+        found, expected = (
+            model(ids, past_key_values=SketchCache(model.config, 300), **more).logits
+            for more in ({"cache_position": torch.arange(ids.shape[1])}, {})
+        )
+    assert torch.equal(found, expected)

@@ -25,7 +25,10 @@ def step(model, cache, padded=False, graph=False, compile=False):
             "compile=True takes a SketchCache: other caches grow, and the compiled step with them"
         )
     if graph and (padded or not isinstance(cache, SketchCache)):
-        raise ValueError("graph=True takes a SketchCache and texts without padding")
+        raise ValueError(
+            "graph=True takes a SketchCache and texts without padding: leave it out"
+            + (", or give texts of equal length" if padded else "")
+        )
     top = inner_models(model)[0]
     if counts_positions(top):
         raise ValueError(

@@ -4,14 +4,14 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from sketchkv import AttentionMass, SketchCache
+from sketchkv import AttentionMass, SketchCache, score
 from sketchkv.index import KeyIndex
 from sketchkv.oracle import decode_and_watch
 from sketchkv.study import figures, stats
 from sketchkv.study.attention_analysis import attention_maps, states
 from sketchkv.study.baselines import at_budget
 from sketchkv.study.figures import PALETTE
-from sketchkv.study.methods import BOUNDED, LABELS
+from sketchkv.study.methods import BOUNDED, LABELS, full_nbytes, make_cache
 from sketchkv.study.pictures import WIDTH, label_ends, ticks, write
 from sketchkv.study.recall import make_instances
 from sketchkv.study.sketch_validation import received
@@ -27,6 +27,16 @@ JOURNEY = {
     "held": "whether a cache of exact scores still holds it",
     "tokens": "tokens that are ranked",
 }
+TRAFFIC = {
+    "budget": "bytes of fast memory, as a share of the full cache's in half precision",
+    "document": "held-out file",
+    "bytes_fast": "bytes of fast memory that the cache holds at the end, the index among them",
+    "bytes_index": "bytes of the index at the end",
+    "bytes_host": "bytes of the store at the end",
+    "fetched": "bytes that a step reads from the store, mean over the text's tokens, all layers together",
+    "read_full": "bytes of keys and values in half precision that a step with the full cache reads, mean over the text's tokens",
+    "resident": "share of the tokens asked for that were in a slot already",
+}
 
 
 def points(config, budgets, length, dtype):
@@ -37,6 +47,24 @@ def points(config, budgets, length, dtype):
             method = BOUNDED[name] | ({"exact_prompts": False} if name.startswith("recall") else {})
             found.append((name, budget, at_budget(config, method, budget, length, dtype)))
     return found
+
+
+@torch.no_grad()
+def traffic(lm, points, documents):
+    """What `recall` holds and reads, token by token over each document: a DataFrame (`TRAFFIC`)."""
+    rows = []
+    for budget, method in (
+        (size, method | {"store": "host"}) for name, size, method in points if name == "recall"
+    ):
+        for name, ids in zip(documents.names, documents.input_ids.to(lm.device).split(1), strict=True):
+            cache, tokens = make_cache(lm.config, length=ids.shape[1], **method), ids.shape[1]
+            score(lm, ids, cache, chunk_size=1)
+            held, moved = cache.nbytes(), cache.traffic()
+            full = full_nbytes(lm.config, 1) * (tokens + 1) / 2
+            resident = 1 - moved["missing"] / max(1, moved["chosen"])
+            sizes = held["total"], held["index"], held["host"]
+            rows.append((budget, name, *sizes, moved["fetched"] / tokens, full, resident))
+    return pd.DataFrame(rows, columns=list(TRAFFIC))
 
 
 def picture_of_losses(table, gained, seed=0):

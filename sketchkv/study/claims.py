@@ -62,6 +62,7 @@ def gather(found):
     claims = {}
     for part in (
         at_an_eighth,
+        beside,
         at_a_sixteenth,
         longer,
         second,
@@ -99,6 +100,19 @@ def at_an_eighth(found):
     )
 
 
+def beside(_):
+    """Of the pretrained model at an eighth of the bytes: `late[text][method]`, percent over the second half of the texts, where
+    evictions have begun; `host`, percent of the full cache's bytes that the store of recall takes besides."""
+    table = pd.read_csv(measured.BENCHMARKS / "pretrained_quality.csv")
+    table = table[table["share"].between(*EIGHTH) & (table.tokens == measured.LENGTH)]
+    lost = (table.nll_late - table.nll_late_full).groupby([table.text, table.name]).mean()
+    stored = table[table.name == "recall"]
+    return Claim(
+        late={text: percent(part.droplevel(0)).to_dict() for text, part in lost.groupby(level=0)},
+        host=float(100 * (stored.bytes_host / stored.bytes_full).mean()),
+    )
+
+
 def at_a_sixteenth(found):
     """`loss[text][method]` (Found) at a sixteenth of the bytes."""
     table = found.frame("pretrained_losses")
@@ -127,8 +141,12 @@ def _losses(table):
 
 
 def past(found):
-    """A sketch of past attention beside exact scores at equal bytes: trials of the embedded model, `over[text]` of the other."""
-    over = {text: _ends(found.facts, f"pretrained_{text}_sketch_over_decayed") for text in TEXTS}
+    """A sketch of past attention beside exact scores at equal bytes: trials of the embedded model; `over[text]` of
+    the other, and `smaller[text]` with fewer counters."""
+    over, smaller = (
+        {text: _ends(found.facts, f"pretrained_{text}_{name}_over_decayed") for text in TEXTS}
+        for name in ("sketch", "sketch_small")
+    )
     trials = found.frame("sketch_gains_regimes").query("method == 'equal bytes'")
     better, worse = ((trials.verdict == f"{word} than").sum() for word in ("better", "worse"))
     return Claim(
@@ -137,7 +155,8 @@ def past(found):
         worse=worse,
         documents=trials.n.max(),
         over=over,
-        never=better == 0 and all(each.high > 0 for each in over.values()),
+        smaller=smaller,
+        never=better == 0 and all(each.high > 0 for each in (*over.values(), *smaller.values())),
         n=found.facts["pretrained_documents"],
     )
 
@@ -270,7 +289,8 @@ def speed(found):
 
 def recorded(found):
     """Time of a token on a GPU beside the full cache's: `generate[cache]` through `model.generate`, `long` of recall after 32k
-    tokens, `compiled` of compact beside a compiled full cache, of one text, of 16 and of 8 with a larger model's shape."""
+    tokens, `compiled` of compact beside a compiled full cache, of one text, of 16 and of 8 with a larger model's shape; `prompt` of 8,192
+    tokens with compact."""
     rows = found.frame("speed_questions").set_index("question")
     median = rows["median"]
     return Claim(
@@ -287,6 +307,7 @@ def recorded(found):
                 "cap 4096"
             ],
         ],
+        prompt=median["prompt of 8192 tokens, compact, evicting every 2048 / full cache"],
         n=int(rows.n["model.generate, compact / full cache"]),
     )
 

@@ -33,7 +33,13 @@ LOSSES = {
     "top1": "share of tokens whose most probable successor is the full cache's",
     "n": "documents",
 }
-PAIRS = (("sketch", "decayed"), ("recall", "decayed"), ("recall", "compact"), ("recall_alone", "recall"))
+PAIRS = (
+    ("sketch", "decayed"),
+    ("sketch_small", "decayed"),
+    ("recall", "decayed"),
+    ("recall", "compact"),
+    ("recall_alone", "recall"),
+)
 ASKED = {"needle": "a number", "four_keys": "one of four keys"}
 LONGER = {name: words for name, words in LOSSES.items() if name not in ("gain_kept", "kl", "top1")}
 ANSWERS = {

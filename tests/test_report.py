@@ -193,7 +193,7 @@ def test_what_the_tail_adds_is_told_once_it_was_measured(committed):
         facts |= {f"pretrained_{text}_recall_alone_over_recall_{end}": value for end, value in ends.items()}
     path.write_text(sources.to_json(stored | {"facts": facts}))
     markdown = report.compose(committed, committed / "report")[0]
-    assert f"{said} 1.0 % (0.5 to 2.0) higher and 2.0 % (1.0 to 4.0) higher" in markdown
+    assert f"{said} 1.0 % (0.5 to 2.0) higher on prose and 2.0 % (1.0 to 4.0) higher on code" in markdown
 
 
 def test_what_was_measured_elsewhere_says_so(written):

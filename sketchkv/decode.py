@@ -47,8 +47,8 @@ def generate(
     eos_token_id: one id or a list; a row that has produced one is filled with pad_token_id (default: the first of them),
         and generation ends when all rows have. None: generation does not end early.
     generation_config: a transformers `GenerationConfig`, such as `model.generation_config`, from which max_new_tokens
-        (or max_length), do_sample, temperature, top_k, top_p, eos_token_id and pad_token_id are taken where they are left at their defaults;
-        one that asks for more, such as beams or a penalty, is refused.
+        (or max_length), do_sample, temperature, top_k, top_p, eos_token_id and pad_token_id are taken where they are left
+        at their defaults; one that asks for more, such as beams or a penalty, is refused.
     streamer: a transformers streamer, given the prompt and each token as it comes.
     chunk_size: at most so many tokens of the prompt per forward pass: a matter of memory and speed, and of a cache with
         `prefill_chunk` or an index, which takes a prompt otherwise than steps, also of when it evicts.
@@ -57,7 +57,8 @@ def generate(
     Returns int64 `[batch, tokens + new tokens]`.
 
     Raises ValueError for an empty prompt, a used cache, a text longer than a table of positions that were learned (rotary
-    ones go on beyond those of the training, with a warning), a value out of range, or what `graph` or `compile` cannot take; TypeError for what is no model, prompt or cache; RuntimeError without a compiler.
+    ones go on beyond those of the training, with a warning), a value out of range, or what `graph` or `compile` cannot take; TypeError for
+    what is no model, prompt or cache; RuntimeError without a compiler.
     """
     if generation_config is not None:
         given = dict(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)

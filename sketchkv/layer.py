@@ -123,7 +123,7 @@ class BoundedLayer(CacheLayerMixin):
         while start < total:
             if self.prefill_chunk and total > self.evict_every:
                 self._widen(total - start)
-            count = min(self.slots.room, total - start, tokens.until(codec, self.seen))
+            count = min(self.slots.room, total - start, due := tokens.until(codec, self.seen))
             now, parts = tokens, [query, key, value]
             if count < total:
                 block = slice(start, start + count)
@@ -133,7 +133,7 @@ class BoundedLayer(CacheLayerMixin):
             self.policy.enter(self.slots, new, now.ids)
             self.seen += count
             outputs.append(self.ops.turn_back(self, self.ops.attend(self, parts[0], now, form)))
-            if tokens.until(codec, self.seen - count) == count:
+            if count == due:
                 self.ops.settle(self, now)
             if not self.slots.room:
                 used = self.slots.used

@@ -118,13 +118,13 @@ class RecallLayer(BoundedLayer):
         turned = codec.turn(query, key, value)
         while start < total:
             most = QUERIES if self.exact_prompts else self.index.block - self.seen % self.index.block
-            count = min(most, total - start, tokens.until(codec, self.seen))
+            count = min(most, total - start, due := tokens.until(codec, self.seen))
             block, now = slice(start, start + count), tokens.part(slice(start, start + count))
             new, coming, values = (x[:, :, block] for x in turned)
             self._enter(key[:, :, block], coming, values, now, alone=total == 1)
             given = query[:, :, block], new, now, form
             outputs.append(recall(self, *given) if total == 1 else stream(self, *given))
-            if tokens.until(codec, self.seen - count) == count:
+            if count == due:
                 settle(self, now)
             start += count
         if total > 1 and self.seen > slots.capacity:

@@ -44,7 +44,7 @@ class WindowLayer(BoundedLayer):
             return output
         start = 0
         while start < total:
-            count = min(MAX_BLOCK, total - start, tokens.until(codec, self.seen))
+            count = min(MAX_BLOCK, total - start, due := tokens.until(codec, self.seen))
             block = slice(start, start + count)
             now, parts = tokens.part(block), [x[:, :, block] for x in (query, key, value)]
             if self.slots.room < count:
@@ -52,7 +52,7 @@ class WindowLayer(BoundedLayer):
             self.ops.append(self, *parts[1:], now)
             self.seen += count
             outputs.append(self.ops.attend(self, parts[0], now, form))
-            if tokens.until(codec, self.seen - count) == count:
+            if count == due:
                 self.ops.settle(self, now)
             gone = self.slots.used - self.max_cache_size
             if gone > 0:

@@ -158,9 +158,8 @@ def test_several_tokens_are_steps_one_by_one(monkeypatch, policy, padded):
     query = torch.randn(rows, 6, 64, total).mT * 3  # the numbers of a vector lie apart
     key, value = torch.randn(2, rows, 2, total, 64) + 0.5
     form, layers, outputs = Form(0.2, 5.0, torch.randn(6)), [], []
-    monkeypatch.setattr(
-        cpu, "TOGETHER", 10
-    )  # slots are read more than once for a block, the last time for one token
+    # Slots are read more than once for a block, the last time for one token.
+    monkeypatch.setattr(cpu, "TOGETHER", 10)
     for sizes in [1] * total, [32, 3, 1, 17, 32, 2, 31, 32]:
         settings = Settings(2, 3, 11, codec=quantized((5, 4), newest=7, sinks=2))
         layer, start, found = BoundedLayer(copy.deepcopy(policy), 40, settings, Summary()), 0, []

@@ -311,33 +311,3 @@ def test_a_centre_holds_far_away():
     error, without = error.view(32, -1), without.view(32, -1)
     assert error[:, -GROWTH:].std() < 1.1 * error[:, :GROWTH].std()
     assert without.std() > 1.3 * error.std()
-
-
-@pytest.mark.parametrize("length", [1024, 32768])
-def test_a_choice_is_as_good_far_into_a_text(length):
-    """Keys lie around a point that turns with their position, as rotary ones do: one centre for a whole text would be right at
-    its beginning alone, one per block turns along."""
-    position = torch.arange(length, dtype=torch.float64)
-    angle = position[:, None] * 10000.0 ** (-torch.arange(32) / 32)
-
-    def rotary(x):
-        first, second = x.double().chunk(2, -1)
-        cos, sin = angle.cos(), angle.sin()
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).float()
-
-    middle = 3 * normal(1, 2, 1, 64, seed=1)
-    keys, query = (
-        rotary(normal(1, 2, length, 64) + middle),
-        rotary(normal(1, 2, length, 64, seed=2) - middle / 9),
-    )
-    query, top = query[:, :, -64:], length // 16
-    logits = query.double() @ keys.double().transpose(-1, -2) / 8
-    share = logits.softmax(-1)
-
-    def reached(index):
-        chosen = filled(index, keys).choose(query, 1 / 8)
-        return (share.gather(-1, chosen).sum(-1) / share.topk(top).values.sum(-1)).mean()
-
-    found = reached(KeyIndex(top=top, num_sinks=0))
-    once = reached(KeyIndex(top=top, num_sinks=0, block=length))
-    assert found > 0.8 and found > once + 0.05

@@ -290,14 +290,8 @@ def test_a_row_behind_padding_is_coded_as_it_is_alone(kind, chunk):
         begin = int((~mask).sum(1).min())
         cuts = [*range(begin, length, chunk), *range(length, total)]
         for start, end in zip(cuts, [*cuts[1:], total]):
-            now = slice(start, end) if begin == 0 else slice(start - begin, end - begin)
-            given = (ids, positions) if begin == 0 else (ids[:, begin:], positions[:, begin:])
-            own = mask[:, :end] if begin == 0 else None
-            found.append(
-                model(
-                    given[0][:, now], attention_mask=own, position_ids=given[1][:, now], past_key_values=cache
-                ).logits
-            )
+            now = dict(attention_mask=mask[:, begin:end], position_ids=positions[:, start:end])
+            found.append(model(ids[:, start:end], past_key_values=cache, **now).logits)
         return torch.cat(found, 1), cache.layers[0].slots.codec
 
     together, codec = run(ids, mask, positions)

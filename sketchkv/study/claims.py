@@ -289,8 +289,8 @@ def speed(found):
 
 def recorded(found):
     """Time of a token on a GPU beside the full cache's: `generate[cache]` through `model.generate`, `long` of recall after 32k
-    tokens, `compiled` of compact beside a compiled full cache, of one text, of 16 and of 8 with a larger model's shape; `prompt` of 8,192
-    tokens with compact."""
+    tokens, `compiled` of compact beside a compiled full cache, of one text, of 16 and of 8 with a larger model's
+    shape; `prompt` of 8,192 tokens with compact."""
     rows = found.frame("speed_questions").set_index("question")
     median = rows["median"]
     return Claim(
